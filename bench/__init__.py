@@ -1,0 +1,1 @@
+"""Benchmarks that the documentation quotes, with their committed results."""

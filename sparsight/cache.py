@@ -1,0 +1,223 @@
+"""CompressedCache: the one object that a user hands to ``model.generate``."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from sparsight.attention import lease, mark, own_attention
+from sparsight.layer import CompressedLayer
+from sparsight.prompt import Prompt, locate
+from sparsight.recipe import Recipe
+from sparsight.report import Report
+
+
+class CompressedCache(Cache):
+    """A KV cache that keeps a budget of the prompt's entries.
+
+    It observes the prefill, plans what every layer keeps, compacts, and serves decoding from what it kept::
+
+        cache = CompressedCache(model, VLCache(budget=0.1), inputs)
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
+        print(cache.report())
+
+    A second ``generate`` with the same cache and more tokens continues the conversation: the new turn's entries are
+    added as they are. Layers with a sliding window are bounded already and stay as they are.
+
+    Args:
+        model: an unmodified transformers model. While the cache lives, attention of its language part goes through
+            Sparsight, which leaves everything but this cache's own calls to the model's attention.
+        recipe: the method and its numbers.
+        inputs: what the processor returned for the prompts, as they will be given to ``generate``.
+
+    Raises:
+        ValueError: the model has no language part or none of its layers can be compressed, or the inputs are not a
+            batch of prompts (see :func:`sparsight.prompt.locate`).
+    """
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got {recipe!r}.")
+        language = _language_part(model)
+        self.recipe = recipe
+        prompt = locate(model.config, inputs)
+        layers = [
+            CompressedLayer(recipe, prompt) if type(layer) is DynamicLayer else layer
+            for layer in DynamicCache(config=language.config).layers
+        ]
+        super().__init__(layers=layers)
+        self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+        if not self.compressed:
+            raise ValueError(f"{type(model).__name__} has no layer to compress: all are bounded by a sliding window.")
+        self._model_name = type(model).__name__
+        self._lease = lease(language)
+        self._located = prompt
+        self._start(prompt)
+
+    def _start(self, prompt: Prompt) -> None:
+        """Forget everything and wait for ``prompt``."""
+        self.prompt = prompt
+        self._unattended = False
+        self._sparsity: list[list[float]] | None = None
+        for layer in self.compressed:
+            layer.start(prompt)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention layers: keys ``[B, H_kv, q, D]`` go on to the attention function, marked."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not isinstance(layer, CompressedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # Every update must come back through the attention function, or it is not this model's.
+        if self._unattended:
+            raise self._foreign_model()
+        if layer.entries is None:
+            self._check_prompt(layer, *key_states.shape[0::2])
+        elif key_states.shape[0] != len(layer.spans):
+            raise ValueError(f"The cache holds {len(layer.spans)} sequences, but was given {key_states.shape[0]}.")
+        self._unattended = True
+        return mark(key_states, partial(self._attend, layer)), value_states
+
+    def _check_prompt(self, layer: CompressedLayer, batch: int, count: int) -> None:
+        """Raise ValueError unless ``count`` tokens of ``batch`` sequences can be (the next part of) the prompt."""
+        rows, length = self.prompt.vision_mask.shape
+        if batch % rows or (layer.seen and batch != len(layer.spans)):
+            raise ValueError(f"The cache was made for inputs of {rows} sequences, but the model was given {batch}.")
+        if count == 1 and layer.seen + 1 < length:
+            raise ValueError(
+                f"The cache was made for inputs of {length} tokens, but the model was given {layer.seen or 1}."
+            )
+        if batch != rows:
+            # Beam search and several return sequences repeat each prompt.
+            self._start(self.prompt.select([row for row in range(rows) for _ in range(batch // rows)]))
+
+    def _attend(
+        self, layer: CompressedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one layer, called in place of the model's own."""
+        if module.config is not self._lease.config:
+            raise self._foreign_model()
+        self._unattended = False
+        if layer.entries is not None:
+            output = layer.decode(query, key, value, mask, kwargs.get("scaling"))
+            return output.transpose(1, 2).contiguous(), None
+        result = layer.prefill(own_attention, module, query, key, value, mask, **kwargs)
+        if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
+            self._compact()
+        return result
+
+    @torch.no_grad()
+    def _compact(self) -> None:
+        """Plan from all layers' observations, then compact them one by one, so that memory never peaks again."""
+        device = self.compressed[0].zeroed[0].device
+        sparsity = torch.stack([layer.sparsity().to(device) for layer in self.compressed]).cpu()
+        shares = torch.stack(
+            [self.recipe.allocate.shares(sequence, self.recipe.budget) for sequence in sparsity.T], dim=1
+        ).tolist()
+        for layer, share in zip(self.compressed, shares, strict=True):
+            layer.compact(share)
+        if self.recipe.allocate.threshold is not None:
+            self._sparsity = sparsity.tolist()
+
+    def _foreign_model(self) -> ValueError:
+        return ValueError(
+            f"This cache was made for a {self._model_name}, and another model or another attention implementation is "
+            "using it: make a CompressedCache for each model, after choosing its attention."
+        )
+
+    # What generation strategies ask of a cache
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the sequences by those at ``beam_idx``, in that order, for beam search."""
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at ``indices``."""
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times in a row."""
+        self._select_rows(torch.arange(len(self.prompt.spans)).repeat_interleave(repeats))
+
+    def _select_rows(self, index: Any) -> None:
+        rows = index.tolist()
+        self.prompt = self.prompt.select(rows)
+        if self._sparsity is not None:
+            self._sparsity = [[layer[row] for row in rows] for layer in self._sparsity]
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.select_rows(rows, index)
+            else:
+                layer.reorder_cache(index)
+
+    def reset(self) -> None:
+        """Forget everything: the cache waits for its prompt again."""
+        super().reset()
+        self._start(self._located)
+
+    # What the cache holds
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """Prompt positions that each KV head of a layer holds.
+
+        Returns:
+            int64 ``[B, H_kv, n]``, ascending, -1 where a shorter row ends. Positions index ``input_ids``.
+
+        Raises:
+            ValueError: the prompt has not been compressed yet, or the layer is not one that is compressed.
+        """
+        held = self.layers[layer]
+        if not isinstance(held, CompressedLayer):
+            raise ValueError(f"Layer {layer} has a sliding window and is not compressed.")
+        if held.entries is None:
+            raise ValueError("Nothing is compressed yet: the model has not seen the whole prompt.")
+        length = self.prompt.length
+        positions = held.entries.positions.long()
+        of_prompt = (positions >= 0) & (positions < length)
+        ordered = positions.masked_fill(~of_prompt, length).sort(-1).values[..., : int(of_prompt.sum(-1).max())]
+        return ordered.masked_fill(ordered == length, -1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors of the cache occupy."""
+        return sum(_layer_bytes(layer) for layer in self.layers)
+
+    def report(self) -> Report:
+        """Entries kept and held, sparsity, and bytes against the full cache's."""
+        others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        return Report(
+            method=self.recipe.name,
+            budget=self.recipe.budget,
+            prompt_tokens=[span.length for span in self.prompt.spans],
+            vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
+            tokens_seen=self.compressed[0].seen,
+            kept=[layer.per_head(layer.kept) for layer in self.compressed],
+            held=[layer.per_head(layer.entries.held if layer.entries else []) for layer in self.compressed],
+            sparsity=self._sparsity,
+            bytes_held=self.nbytes,
+            full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(_layer_bytes, others)),
+        )
+
+
+def _language_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The module of a model that generates text.
+
+    Raises:
+        ValueError: it has none.
+    """
+    language = model.get_decoder() if model.can_generate() else None
+    if language is None or language.config is not model.config.get_text_config(decoder=True):
+        raise ValueError(f"{type(model).__name__} has no language part that generates text: nothing to compress.")
+    return language
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Bytes that one layer's tensors occupy."""
+    if isinstance(layer, CompressedLayer):
+        return layer.nbytes
+    return sum(states.nbytes for states in (layer.keys, layer.values) if states is not None)

@@ -1,0 +1,151 @@
+"""The entries that one layer holds after compression, in storage of their own size plus room to grow."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+GROWTH_STEP = 64
+"""Slots by which storage grows when it is full."""
+
+VACANT = -1
+
+
+class Entries:
+    """Keys and values of one layer, as many for each sequence as it kept.
+
+    Sequences may hold different numbers of entries. They end at the same slot, so that new entries of all sequences
+    go to the same place; slots in front of a shorter sequence are vacant.
+
+    Attributes:
+        keys, values: ``[B, H_kv, capacity, D]``.
+        positions: int32 ``[B, H_kv, capacity]``, the position of each slot's token, -1 where the slot is vacant.
+        held: entries of each sequence (every KV head of a sequence holds as many).
+        used: slots in use: vacant ones in front included, room to grow excluded.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, held: list[int]) -> None:
+        self.keys, self.values, self.positions, self.held = keys, values, positions, held
+        self.used = max(held)
+
+    @classmethod
+    def allocate(cls, held: list[int], like_keys: Tensor, like_values: Tensor) -> "Entries":
+        """Storage for ``held[b]`` entries of each sequence, vacant yet; dtype and shape follow ``[B, H_kv, T, D]``."""
+        capacity = max(held) + GROWTH_STEP
+        rows, heads = len(held), like_keys.shape[1]
+        # Zeros, because attention multiplies the values of vacant slots by a weight of zero.
+        keys = like_keys.new_zeros(rows, heads, capacity, like_keys.shape[-1])
+        values = like_values.new_zeros(rows, heads, capacity, like_values.shape[-1])
+        positions = torch.full((rows, heads, capacity), VACANT, dtype=torch.int32, device=keys.device)
+        return cls(keys, values, positions, held)
+
+    def fill(self, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Put the ``held[row]`` entries that a sequence keeps, ``[H_kv, n, D]`` at ``[H_kv, n]``, in its slots."""
+        slots = slice(self.used - self.held[row], self.used)
+        self.keys[row, :, slots] = keys
+        self.values[row, :, slots] = values
+        self.positions[row, :, slots] = positions.to(torch.int32)
+
+    def append(self, keys: Tensor, values: Tensor, position: int, valid: Tensor | None = None) -> None:
+        """Append entries ``[B, H_kv, q, D]`` at consecutive positions; bool ``valid`` ``[B, q]`` excepts padding."""
+        count = keys.shape[2]
+        self.reserve(count)
+        slots = slice(self.used, self.used + count)
+        self.keys[:, :, slots] = keys
+        self.values[:, :, slots] = values
+        if count == 1:
+            self.positions[:, :, slots] = position
+        else:
+            self.positions[:, :, slots] = torch.arange(position, position + count, device=keys.device)
+        added = [count] * len(self.held)
+        if valid is not None:
+            self.positions[:, :, slots].masked_fill_(~valid[:, None], VACANT)
+            added = valid.sum(-1).tolist()
+        self.held = [held + new for held, new in zip(self.held, added, strict=True)]
+        self.used += count
+
+    def overwrite(self, keys: Tensor, values: Tensor, position: int, slots: Tensor, grown: Sequence[bool]) -> None:
+        """Write one entry a sequence, ``[B, H_kv, 1, D]``, to its slot ``[B, H_kv]``; it was vacant where ``grown``."""
+        self.held = [held + new for held, new in zip(self.held, grown, strict=True)]
+        index = slots[..., None]
+        self.keys.scatter_(2, index[..., None].expand_as(keys), keys)
+        self.values.scatter_(2, index[..., None].expand_as(values), values)
+        self.positions.scatter_(2, index, position)
+        self.used = max(self.used, *self.held)
+
+    def reserve(self, count: int) -> None:
+        """Grow the storage, in steps, until ``count`` more entries fit."""
+        missing = self.used + count - self.keys.shape[2]
+        if missing <= 0:
+            return
+        extra = -(-missing // GROWTH_STEP) * GROWTH_STEP
+        self.keys = functional.pad(self.keys, (0, 0, 0, extra))
+        self.values = functional.pad(self.values, (0, 0, 0, extra))
+        self.positions = functional.pad(self.positions, (0, extra), value=VACANT)
+
+    def drop_newest(self, count: int) -> None:
+        """Forget the ``count`` entries appended last."""
+        slots = slice(self.used - count, self.used)
+        dropped = (self.positions[:, 0, slots] != VACANT).sum(-1).tolist()
+        self.positions[:, :, slots] = VACANT
+        self.held = [held - lost for held, lost in zip(self.held, dropped, strict=True)]
+        self.used -= count
+
+    def select_rows(self, rows: list[int], index: Tensor) -> None:
+        """Replace the sequences by those at ``rows`` (the same numbers as a list and as a tensor)."""
+        self.held = [self.held[row] for row in rows]
+        index = index.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        self.positions = self.positions.index_select(0, index)
+
+    def positions_at(self, indices: Sequence[int], next_position: int) -> Tensor:
+        """Position of the entry with index ``indices[b]`` in order of position, int32 ``[B, H_kv]``.
+
+        Past the end it is the position that this entry will have if all coming entries, from ``next_position`` on, are
+        appended.
+        """
+        # Vacant slots sort in front.
+        ordered = self.positions[:, :, : self.used].sort(-1).values
+        found = [
+            ordered[row, :, self.used - held + index]
+            if index < held
+            else ordered.new_full(ordered.shape[1:2], next_position + index - held)
+            for row, (held, index) in enumerate(zip(self.held, indices, strict=True))
+        ]
+        return torch.stack(found)
+
+    def attend(self, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
+        """Attention of the newest ``q`` tokens, already appended, over all entries held.
+
+        Args:
+            query: ``[B, H, q, D]``, ``H`` a multiple of ``H_kv``.
+            recent_mask: bool ``[B, 1, q, q]``, what the new tokens see of each other; None for causal.
+            scaling: factor of the logits, ``D ** -0.5`` if None.
+
+        Returns:
+            ``[B, H, q, D]``.
+        """
+        batch, heads, count, size = query.shape
+        keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        kv_heads = keys.shape[1]
+        mask = None
+        if min(self.held) < self.used:
+            mask = (self.positions[:, :, None, : self.used] != VACANT).expand(-1, -1, count, -1)
+        if count > 1:
+            if recent_mask is None:
+                recent_mask = torch.ones(1, 1, count, count, dtype=torch.bool, device=query.device).tril()
+            if mask is None:
+                mask = recent_mask.new_ones(batch, 1, count, self.used)
+            recent_mask = recent_mask.expand(batch, mask.shape[1], -1, -1)
+            mask = torch.cat([mask[..., :-count], recent_mask], dim=-1)
+            mask = mask.repeat(1, 1, heads // kv_heads, 1)
+        # The query heads of a group become rows of one KV head: keys are not repeated.
+        packed = query.reshape(batch, kv_heads, heads // kv_heads * count, size)
+        output = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+        return output.reshape(batch, heads, count, -1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors occupy."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values, self.positions))

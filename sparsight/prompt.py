@@ -1,0 +1,105 @@
+"""Where things are in a prompt: its vision tokens, its padding, and the queries that follow the last image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsight.families import FAMILIES
+
+LAST_WINDOW = 32
+"""Queries that stand in for the post-vision ones when no text follows the last image, or there is no image."""
+
+PIXEL_INPUTS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence of a batch: valid tokens ``[start, stop)``, of them post-vision queries ``[post_vision, stop)``."""
+
+    start: int
+    post_vision: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Valid tokens."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts.
+
+    Args:
+        vision_mask: bool ``[B, T]`` on the CPU, the token stands for a piece of an image or a video frame.
+        spans: one :class:`Span` a sequence.
+    """
+
+    vision_mask: Tensor
+    spans: tuple[Span, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, padding included: ``T``."""
+        return self.vision_mask.shape[1]
+
+    def select(self, rows: Sequence[int]) -> "Prompt":
+        """The sequences at ``rows``, in that order."""
+        return Prompt(self.vision_mask[list(rows)], tuple(self.spans[row] for row in rows))
+
+
+def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
+    """Find the vision tokens, the padding and the post-vision queries of a batch of prompts.
+
+    Args:
+        config: the model's config.
+        inputs: what the processor returned: ``input_ids`` ``[B, T]``, and where present ``attention_mask`` and
+            ``mm_token_type_ids`` of the same shape.
+
+    Raises:
+        ValueError: the inputs lack ``input_ids``, have pixels but no image token, a sequence without a valid token, or
+            padding between valid tokens; or the family is unknown and the inputs do not mark its vision tokens.
+    """
+    input_ids = inputs.get("input_ids")
+    if input_ids is None or input_ids.ndim != 2:
+        raise ValueError("inputs must hold 'input_ids' of shape [batch, tokens], as the processor returns them.")
+    vision_mask = _vision_mask(config, inputs).cpu()
+    if any(inputs.get(name) is not None for name in PIXEL_INPUTS) and not vision_mask.any():
+        raise ValueError("The inputs hold an image, but the prompt has no image token to stand for it.")
+    attention_mask = inputs.get("attention_mask")
+    valid_mask = torch.ones_like(vision_mask) if attention_mask is None else attention_mask.bool().cpu()
+    return Prompt(vision_mask, tuple(_span(*row) for row in zip(vision_mask, valid_mask, strict=True)))
+
+
+def _vision_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Bool ``[B, T]``, from the processor's token types or else from the family's token ids."""
+    token_types = inputs.get("mm_token_type_ids")
+    if token_types is not None:
+        return token_types != 0
+    input_ids = inputs["input_ids"]
+    family = FAMILIES.get(config.model_type)
+    if family is None and config.get_text_config() is not config:
+        raise ValueError(
+            f"The vision tokens of model type {config.model_type!r} are not known: "
+            f"known types are {', '.join(FAMILIES)}; for others the inputs must hold 'mm_token_type_ids'."
+        )
+    ids = [getattr(config, field) for field in family.token_fields] if family else []
+    return torch.isin(input_ids, input_ids.new_tensor(ids))
+
+
+def _span(vision: Tensor, valid: Tensor) -> Span:
+    """The span of one sequence from its masks ``[T]``."""
+    if not valid.any():
+        raise ValueError("A sequence of the batch has no valid token: its attention_mask is all zeros.")
+    positions = valid.nonzero()[:, 0]
+    start, stop = int(positions[0]), int(positions[-1]) + 1
+    if stop - start != len(positions):
+        raise ValueError("A sequence of the batch has padding between valid tokens: pad on one side only.")
+    vision_positions = (vision & valid).nonzero()[:, 0]
+    post_vision = int(vision_positions[-1]) + 1 if len(vision_positions) else stop
+    if post_vision == stop:
+        post_vision = max(start, stop - LAST_WINDOW)
+    return Span(start, post_vision, stop)

@@ -1,0 +1,89 @@
+"""Recipe: a compression method as data."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sparsight.parts import (
+    Accumulated,
+    Allocate,
+    DecodeRule,
+    Evict,
+    FixedPoint,
+    Grow,
+    MergeNearest,
+    PostVision,
+    Reduce,
+    Score,
+    SparsityAware,
+    Uniform,
+    check,
+)
+from sparsight.suggest import unknown
+
+KINDS: dict[str, dict[str, type]] = {
+    "score": {part.kind: part for part in (PostVision, Accumulated)},
+    "allocate": {part.kind: part for part in (Uniform, SparsityAware)},
+    "reduce": {part.kind: part for part in (Evict, MergeNearest)},
+    "decode": {part.kind: part for part in (Grow, FixedPoint)},
+}
+"""The parts that a recipe can be made of: by role, then by kind."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A compression method: score x allocate x reduce x decode rule, with its numbers.
+
+    Args:
+        name: what the method is called.
+        budget: fraction of the prompt's KV entries that may be kept, averaged over the layers, in (0, 1].
+        score: how important each position is.
+        allocate: how the budget is shared among the layers.
+        reduce: which entries stay and what becomes of the others.
+        decode: what becomes of each new entry.
+
+    Raises:
+        ValueError: the budget is not in (0, 1].
+    """
+
+    name: str
+    budget: float
+    score: Score
+    allocate: Allocate
+    reduce: Reduce
+    decode: DecodeRule
+
+    def __post_init__(self) -> None:
+        check.fraction("budget", self.budget)
+
+    def to_json(self) -> str:
+        """The recipe as one JSON object."""
+        data: dict[str, Any] = {"name": self.name, "budget": self.budget}
+        for role in KINDS:
+            part = getattr(self, role)
+            data[role] = {"kind": part.kind, **dataclasses.asdict(part)}
+        return json.dumps(data)
+
+    @staticmethod
+    def from_json(text: str) -> "Recipe":
+        """The recipe that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the text is not a recipe's JSON.
+        """
+        data = json.loads(text)
+        try:
+            parts = {role: _part(role, data[role]) for role in KINDS}
+            return Recipe(data["name"], data["budget"], **parts)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Not a recipe: {error} is wrong or missing in {text!r}.") from error
+
+
+def _part(role: str, data: dict[str, Any]) -> Any:
+    """One part from its JSON object."""
+    numbers = dict(data)
+    kind = numbers.pop("kind")
+    if kind not in KINDS[role]:
+        raise unknown(role, kind, KINDS[role])
+    return KINDS[role][kind](**numbers)

@@ -1,0 +1,67 @@
+"""What a cache holds, against what the full cache would hold."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a :class:`~sparsight.CompressedCache` holds.
+
+    Attributes:
+        method: the recipe's name.
+        budget: the recipe's budget.
+        prompt_tokens: valid prompt tokens of each sequence.
+        vision_tokens: vision tokens of each sequence's prompt.
+        tokens_seen: tokens of each sequence that the model has processed, padding included.
+        kept: prompt entries kept at compression, by layer (of those that are compressed), sequence and KV head.
+        held: entries held now, by layer, sequence and KV head.
+        sparsity: share of post-vision attention that the threshold filter zeroes, by layer and sequence; None where the
+            recipe does not measure it.
+        bytes_held: bytes that the tensors of the cache occupy, room to grow included.
+        full_bytes: bytes that the full cache's keys and values would occupy for the tokens seen.
+    """
+
+    method: str
+    budget: float
+    prompt_tokens: list[int]
+    vision_tokens: list[int]
+    tokens_seen: int
+    kept: list[list[list[int]]]
+    held: list[list[list[int]]]
+    sparsity: list[list[float]] | None
+    bytes_held: int
+    full_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def kept_per_layer(self) -> list[float]:
+        """Prompt entries kept by each layer, a mean over sequences and KV heads."""
+        return [_mean(heads for sequence in layer for heads in sequence) for layer in self.kept]
+
+    def __str__(self) -> str:
+        prompt, vision = sum(self.prompt_tokens), sum(self.vision_tokens)
+        lines = [
+            f"{self.method} at {self.budget:.1%}: {prompt} prompt tokens, {vision} of them vision",
+            f"{mebibytes(self.bytes_held)} held, {mebibytes(self.full_bytes)} in the full cache "
+            f"({self.bytes_held / max(self.full_bytes, 1):.1%})",
+            "layer  kept per head   share  sparsity",
+        ]
+        length = prompt / len(self.prompt_tokens)
+        for index, kept in enumerate(self.kept_per_layer()):
+            sparsity = "-" if self.sparsity is None else f"{_mean(self.sparsity[index]):.3f}"
+            lines.append(f"{index:5}  {kept:13.1f}  {kept / length:6.1%}  {sparsity:>8}")
+        return "\n".join(lines)
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 2**20:.2f} MiB"
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    return statistics.fmean(numbers)

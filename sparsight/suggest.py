@@ -1,0 +1,12 @@
+"""Errors that name what was probably meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """A ValueError for an unknown name, with the nearest known one."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return ValueError(f"Unknown {what} {name!r}: {hint}Known are {', '.join(known)}.")
