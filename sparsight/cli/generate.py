@@ -1,0 +1,107 @@
+"""``sparsight generate``: answer a question about pictures through a compressed cache."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache
+
+from sparsight.cache import CompressedCache
+from sparsight.cli import options
+from sparsight.cli.answer import Answer, agreement, answer
+from sparsight.cli.ready import get_ready, read_question
+from sparsight.images import MAX_PIXELS
+from sparsight.recipes import recipe
+from sparsight.report import Report, mebibytes
+
+
+def generate(
+    prompt: options.Prompt,
+    model: options.Model = options.DEFAULT_MODEL,
+    image: options.Images = None,
+    method: options.Method = "vl-cache",
+    budget: options.Budget = 0.1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
+    compare: Annotated[bool, typer.Option("--compare", help="Run the full cache too, and show both.")] = False,
+    as_json: options.Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_pixels: options.MaxPixels = MAX_PIXELS,
+) -> None:
+    """Answer a question about pictures, and show what the KV cache held."""
+    chosen = recipe(method, budget=budget)
+    ready = get_ready(read_question(model, image or [], prompt, max_pixels), device, dtype)
+    if compare:
+        # Neither of the two runs shall be the one that warms up.
+        answer(ready, DynamicCache(), 1)
+    cache = CompressedCache(ready.model, chosen, ready.inputs)
+    compressed = answer(ready, cache, max_new_tokens, None if as_json else _write)
+    report = cache.report()
+    result = describe(compressed, report, report.kept_per_layer(), report.bytes_held)
+    if compare:
+        full_cache: Any = DynamicCache(config=ready.model.config.get_text_config(decoder=True))
+        full = answer(ready, full_cache, max_new_tokens)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in full_cache.layers)
+        kept = [float(report.prompt_tokens[0])] * len(report.kept)
+        result["full"] = describe(full, report, kept, held) | {"full_kv_bytes": held}
+        result["agreement"] = agreement(compressed, full)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print("\n")
+        Console().print(table(f"{method}, {budget * 100:.3g}%", result))
+
+
+def describe(given: Answer, report: Report, kept_per_layer: list[float], kv_bytes: int) -> dict[str, Any]:
+    """One run as plain data."""
+    return {
+        "text": given.text,
+        "prompt_tokens": report.prompt_tokens[0],
+        "vision_tokens": report.vision_tokens[0],
+        "kept_per_layer": kept_per_layer,
+        "kv_bytes": kv_bytes,
+        "full_kv_bytes": report.full_bytes,
+        "prefill_seconds": given.prefill_seconds,
+        "decode_seconds": given.decode_seconds,
+        "new_tokens": len(given.tokens),
+    }
+
+
+def table(name: str, result: dict[str, Any]) -> Table:
+    """The figures of one run, or of two runs side by side."""
+    runs = [result, result["full"]] if "full" in result else [result]
+    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    shown.add_column("")
+    for title in [name, "full cache"][: len(runs)]:
+        shown.add_column(title, justify="right", header_style="bold cyan")
+    for label, show in ROWS.items():
+        shown.add_row(label, *map(show, runs))
+    if "agreement" in result:
+        shown.add_row("agreement of the answers", f"{result['agreement']:.0%}")
+    return shown
+
+
+def _entries(run: dict[str, Any]) -> str:
+    mean = sum(run["kept_per_layer"]) / len(run["kept_per_layer"])
+    return f"{mean:,.1f} ({mean / run['prompt_tokens']:.1%})"
+
+
+def _speed(run: dict[str, Any]) -> str:
+    return f"{(run['new_tokens'] - 1) / run['decode_seconds']:,.1f}" if run["decode_seconds"] else "-"
+
+
+ROWS = {
+    "prompt tokens": lambda run: f"{run['prompt_tokens']:,}",
+    "of them vision tokens": lambda run: f"{run['vision_tokens']:,}",
+    "entries kept, mean of the layers": _entries,
+    "KV memory": lambda run: f"{mebibytes(run['kv_bytes'])} ({run['kv_bytes'] / run['full_kv_bytes']:.1%})",
+    "time to first token": lambda run: f"{run['prefill_seconds']:.2f} s",
+    "tokens per second": _speed,
+    "new tokens": lambda run: f"{run['new_tokens']:,}",
+}
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

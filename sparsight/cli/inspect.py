@@ -1,0 +1,106 @@
+"""``sparsight inspect``: a picture of what a compressed cache keeps."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from sparsight.cache import CompressedCache
+from sparsight.cli import options
+from sparsight.cli.answer import answer
+from sparsight.cli.ready import Question, get_ready, read_question
+from sparsight.families import FAMILIES
+from sparsight.images import MAX_PIXELS
+from sparsight.picture import Kept, draw, save
+from sparsight.recipes import recipe
+from sparsight.report import Report, mebibytes
+from sparsight.suggest import unknown
+from sparsight.tiles import Tile, find_tiles
+
+
+def inspect(
+    prompt: options.Prompt,
+    model: options.Model = options.DEFAULT_MODEL,
+    image: options.Images = None,
+    method: options.Method = "vl-cache",
+    budget: options.Budget = 0.1,
+    output: Annotated[Path, typer.Option(help="The PNG to write.", metavar="FILE")] = Path("inspect.png"),
+    as_json: options.Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_pixels: options.MaxPixels = MAX_PIXELS,
+) -> None:
+    """Paint which parts of the pictures stay in the KV cache."""
+    chosen = recipe(method, budget=budget)
+    if not image:
+        raise ValueError("There is nothing to inspect without a picture: give --image.")
+    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+        raise ValueError(f"--output must be a .png file in a folder that exists, got {output}.")
+    question = read_question(model, image, prompt, max_pixels)
+    tiles = tiles_of(question)
+    ready = get_ready(question, device, dtype)
+    cache = CompressedCache(ready.model, chosen, ready.inputs)
+    answer(ready, cache, 1)
+    report = cache.report()
+    kept = kept_of(cache, report)
+    title = f"What {method} keeps at a {budget * 100:.3g}% budget"
+    save(draw(tiles, kept, title=title, subtitle=f"“{prompt}”", footnote=summary(report)), output)
+    print(json.dumps(describe(output, tiles, kept, report)) if as_json else f"{summary(report)}\nWrote {output}")
+
+
+def tiles_of(question: Question) -> list[Tile]:
+    """The tiles of a question's pictures, ``tokens`` as positions in the prompt.
+
+    Raises:
+        ValueError: the model's family is not in the table.
+    """
+    checkpoint = question.checkpoint
+    family = FAMILIES.get(checkpoint.config.model_type)
+    if family is None:
+        raise unknown("model type", checkpoint.config.model_type, FAMILIES)
+    return find_tiles(family.layout, checkpoint.config, question.inputs, checkpoint.processor.image_processor)
+
+
+def kept_of(cache: CompressedCache, report: Report) -> Kept:
+    """What a cache kept of its one prompt."""
+    layers = [index for index, layer in enumerate(cache.layers) if layer in cache.compressed]
+    return Kept(
+        by_position=torch.stack(
+            [share_of_heads(cache.kept_positions(layer)[0], cache.prompt.length) for layer in layers]
+        ),
+        by_layer=[kept / report.prompt_tokens[0] for kept in report.kept_per_layer()],
+        sparsity=None if report.sparsity is None else [layer[0] for layer in report.sparsity],
+    )
+
+
+def share_of_heads(positions: Tensor, length: int) -> Tensor:
+    """Share of KV heads that keep each of ``length`` positions, float32 ``[T]``, from ``[H_kv, n]``, -1 for none."""
+    return torch.bincount(positions[positions >= 0].cpu(), minlength=length) / len(positions)
+
+
+def summary(report: Report) -> str:
+    """The figures of one prompt, in one line."""
+    mean = sum(report.kept_per_layer()) / len(report.kept)
+    return (
+        f"{report.prompt_tokens[0]:,} prompt tokens, {report.vision_tokens[0]:,} of them vision; a layer keeps "
+        f"{mean:,.1f} entries in the mean; {mebibytes(report.bytes_held)} held of {mebibytes(report.full_bytes)}"
+    )
+
+
+def describe(output: Path, tiles: list[Tile], kept: Kept, report: Report) -> dict[str, Any]:
+    """The picture's figures as plain data."""
+    return {
+        "output": str(output),
+        "method": report.method,
+        "budget": report.budget,
+        "prompt_tokens": report.prompt_tokens[0],
+        "vision_tokens": report.vision_tokens[0],
+        "kept_per_layer": report.kept_per_layer(),
+        "sparsity_per_layer": kept.sparsity,
+        "kv_bytes": report.bytes_held,
+        "full_kv_bytes": report.full_bytes,
+        "tiles": [{"name": tile.name, "rows": len(tile.tokens), "columns": tile.tokens.shape[1]} for tile in tiles],
+    }

@@ -1,0 +1,47 @@
+"""``sparsight methods``: the recipes by name."""
+
+import inspect
+import json
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsight.cli import options
+from sparsight.recipe import KINDS
+from sparsight.recipes import RECIPES
+
+
+def methods(as_json: options.Json = False) -> None:
+    """List the methods."""
+    listed = [describe(name) for name in RECIPES]
+    if as_json:
+        print(json.dumps(listed))
+        return
+    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("method", *KINDS, "budget"):
+        shown.add_column(column, header_style="bold cyan")
+    for method in listed:
+        shown.add_row(method["name"], *(method[role]["kind"] for role in KINDS), f"{method['budget'] * 100:.3g}%")
+    console = Console(highlight=False)
+    console.print(shown)
+    for method in listed:
+        console.print(f"\n{method['name']}: {method['citation']}", markup=False)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A method's parts and defaults, what it does, and where it was published."""
+    summary, citation = inspect.cleandoc(RECIPES[name].__doc__ or "\n\n").split("\n\n")[:2]
+    return {
+        **json.loads(RECIPES[name]().to_json()),
+        "summary": " ".join(summary.split()),
+        "citation": _reference(citation),
+    }
+
+
+def _reference(paragraph: str) -> str:
+    """The paper that a docstring's second paragraph begins with, up to its arXiv number."""
+    line = " ".join(paragraph.split())
+    match = re.match(r".*?arXiv [\d.]+\d", line)
+    return match[0] if match else line

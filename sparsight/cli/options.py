@@ -1,0 +1,24 @@
+"""The options that commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsight.load import DTYPES
+
+DEFAULT_MODEL: Any = ...
+"""The model of a command that names none; ``...`` makes the option required."""
+
+Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a vision-language model.", metavar="MODEL")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", help="A picture: PNG, JPEG, WebP, GIF, BMP or TIFF. Repeat for several.", metavar="FILE"),
+]
+Prompt = Annotated[str, typer.Option("--prompt", help="The question.", metavar="TEXT")]
+Method = Annotated[str, typer.Option(help="A method that `sparsight methods` lists.")]
+Budget = Annotated[float, typer.Option(help="Fraction of the prompt's KV entries to keep, in (0, 1].")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str, typer.Option(help="A torch device; auto is the first GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")]
+MaxPixels = Annotated[int, typer.Option(help="Largest picture that is opened, in pixels.", min=1)]

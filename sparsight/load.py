@@ -1,0 +1,136 @@
+"""Checkpoints from a folder or the hub, and the inputs that they take for pictures and a question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL.Image import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils.import_utils import is_torchvision_available
+
+from sparsight.families import FAMILIES
+from sparsight.suggest import unknown
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types that weights can be loaded in; ``auto`` is the type that they were saved in."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A vision-language model by name, with everything but its weights.
+
+    Args:
+        name: folder, or id on the hub.
+        config: the model's config.
+        processor: the model's processor.
+    """
+
+    name: str
+    config: Any
+    processor: Any
+
+
+def load_checkpoint(name: str) -> Checkpoint:
+    """Read the config and the processor of a folder or a hub id, not its weights.
+
+    Raises:
+        ValueError: there is none, or it is not a vision-language model.
+    """
+    is_path = Path(name).exists() or name.startswith((".", "~", "/")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise ValueError(f"There is no model folder {name}.")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    # Loading raises OSError, ValueError, KeyError and more, from several libraries, about whatever is wrong with it.
+    except Exception as error:
+        raise ValueError(f"{name} is not a model that can be loaded: {_first_sentence(error)}") from error
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(f"{name} is a {config.model_type!r} model, not a vision-language model.")
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        hint = "" if is_torchvision_available() else " Some processors need torchvision, which is not installed."
+        raise ValueError(f"The processor of {name} cannot be loaded: {_first_sentence(error)}{hint}") from error
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"{name} has no processor for images.")
+    return Checkpoint(name, config, processor)
+
+
+def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> Any:
+    """Load the weights.
+
+    Args:
+        checkpoint: what to load.
+        device: a torch device, or ``auto``: the first GPU if there is one.
+        dtype: one of :data:`DTYPES`.
+
+    Raises:
+        ValueError: the weights cannot be loaded, or there is no such device or type.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"There is no device {device!r}: {_first_sentence(error)}") from error
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.name, config=checkpoint.config, dtype=dtype, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ValueError(f"The weights of {checkpoint.name} cannot be loaded: {_first_sentence(error)}") from error
+    return model.to(device).eval()
+
+
+def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> BatchFeature:
+    """The model's inputs for one question about some pictures, ``input_ids`` ``[1, T]`` and what belongs to them.
+
+    The chat template of the processor is applied; without one the prompt follows the images' placeholders.
+
+    Raises:
+        ValueError: the prompt spells a placeholder of the model, or the chat template fails.
+    """
+    processor = checkpoint.processor
+    for placeholder in _placeholders(checkpoint):
+        if placeholder in prompt:
+            raise ValueError(
+                f"The prompt must not spell {placeholder!r}, which stands for a picture here: "
+                "pictures are given as files and placed before the prompt."
+            )
+    if not processor.chat_template:
+        text = f"{processor.image_token}\n" * len(images) + prompt
+        return processor(images=list(images) or None, text=text, return_tensors="pt")
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+    try:
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except TemplateError as error:
+        raise ValueError(f"The chat template of {checkpoint.name} fails: {_first_sentence(error)}") from error
+
+
+def _placeholders(checkpoint: Checkpoint) -> set[str]:
+    """Texts that the processor or the tokenizer takes for a piece of a picture or a video."""
+    processor, config = checkpoint.processor, checkpoint.config
+    texts = {getattr(processor, name, None) for name in ("image_token", "video_token")}
+    family = FAMILIES.get(config.model_type)
+    ids = [getattr(config, field) for field in family.token_fields] if family else []
+    texts.update(processor.tokenizer.convert_ids_to_tokens(ids))
+    return {text for text in texts if text}
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What an error says first, as one line."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.split(". ")[0].rstrip(".") + "."

@@ -1,0 +1,164 @@
+"""From vision tokens back to the places of a picture that they stand for.
+
+A layout is the order in which a family turns pixels into vision tokens. It takes the model's config and the processor's
+outputs for one prompt, and gives back one :class:`Picture` for each picture.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of pixels that a model sees as a grid of vision tokens.
+
+    Args:
+        name: which picture it is, or which scale of which picture.
+        pixels: float32 ``[H, W, 3]``.
+        tokens: int64 ``[rows, columns]``, the vision token of each cell; all cells cover equally many pixels.
+        seams: where separately encoded parts of the tile meet: rows of cells and columns of cells that begin one.
+    """
+
+    name: str
+    pixels: Tensor
+    tokens: Tensor
+    seams: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The tiles of one picture, whose ``tokens`` count from the picture's first, and how many tokens it has."""
+
+    tiles: tuple[Tile, ...]
+    token_count: int
+
+
+Layout = Callable[[Any, Mapping[str, Any]], list[Picture]]
+
+
+def find_tiles(layout: Layout, config: Any, inputs: Mapping[str, Any], image_processor: Any) -> list[Tile]:
+    """The tiles of a prompt: pixels in ``[0, 1]`` as the model saw them, ``tokens`` as positions in the prompt.
+
+    Args:
+        layout: the family's.
+        config: the model's config.
+        inputs: what the processor returned for one prompt.
+        image_processor: the processor of the pixels, whose normalisation is undone.
+
+    Raises:
+        ValueError: the prompt does not hold as many vision tokens as its pictures have.
+    """
+    positions = (inputs["input_ids"][0] == config.image_token_id).nonzero()[:, 0]
+    pictures = layout(config, inputs)
+    total = sum(picture.token_count for picture in pictures)
+    if total != len(positions):
+        raise ValueError(
+            f"The pictures have {total} vision tokens by the layout of {config.model_type!r}, "
+            f"but the prompt holds {len(positions)}."
+        )
+    first = accumulate((picture.token_count for picture in pictures), initial=0)
+    return [
+        replace(
+            tile,
+            name=f"Image {number}, {tile.name}".rstrip(", ") if len(pictures) > 1 else tile.name.capitalize(),
+            pixels=_unnormalise(tile.pixels, image_processor),
+            tokens=positions[offset + tile.tokens],
+        )
+        for number, (picture, offset) in enumerate(zip(pictures, first, strict=False), start=1)
+        for tile in picture.tiles
+    ]
+
+
+def whole_grid(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+    """Every picture is one grid of patches, row by row (Llava), after tokens without a place such as CLS."""
+    patch = config.vision_config.patch_size
+    pixels = inputs["pixel_values"]
+    # Where pictures differ in size (Pixtral's encoder) they are padded to the largest.
+    sizes = inputs.get("image_sizes", torch.tensor([pixels.shape[-2:]] * len(pixels)))
+    grids = [(int(height) // patch, int(width) // patch) for height, width in sizes]
+    tokens = int((inputs["input_ids"][0] == config.image_token_id).sum())
+    leading = (tokens - sum(rows * columns for rows, columns in grids)) // len(grids)
+    return [
+        Picture(
+            (Tile("", _cut(image, rows * patch, columns * patch), _grid(rows, columns, leading)),),
+            leading + rows * columns,
+        )
+        for image, (rows, columns) in zip(pixels, grids, strict=True)
+    ]
+
+
+def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+    """A base tile of the whole picture, then a canvas of high-resolution tiles without its padding (LlavaNext).
+
+    A token that stands for no place ends every row of the canvas.
+    """
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    side = config.vision_config.image_size
+    patch = config.vision_config.patch_size
+    count = side // patch
+    pictures = []
+    for tiles, size in zip(inputs["pixel_values"], inputs["image_sizes"].tolist(), strict=True):
+        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+        canvas = tiles[1 : 1 + rows * columns].unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+        canvas = canvas.flatten(1, 2).flatten(2, 3)
+        # Which cells the model keeps is transformers' own arithmetic, run on the cells' numbers.
+        numbers = torch.arange(rows * count * columns * count).view(1, rows * count, -1)
+        cells = unpad_image(numbers, size)[0]
+        top, left = divmod(int(cells[0, 0]), columns * count)
+        height, width = cells.shape
+        base = Tile("base", _cut(tiles[0], side, side), _grid(count, count))
+        high = Tile(
+            "high resolution",
+            _cut(canvas[:, top * patch :, left * patch :], height * patch, width * patch),
+            _grid(height, width, count * count, row_length=width + 1),
+            seams=(_seams(rows, count, top, height), _seams(columns, count, left, width)),
+        )
+        pictures.append(Picture((base, high), count * count + height * (width + 1)))
+    return pictures
+
+
+def merged_patches(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+    """Every picture is a grid of squares of merged patches, row by row; pixels come patch by patch (Qwen2.5-VL)."""
+    patch = config.vision_config.patch_size
+    merge = config.vision_config.spatial_merge_size
+    grids = inputs["image_grid_thw"].tolist()
+    pictures = []
+    for pixels, (_, height, width) in zip(
+        inputs["pixel_values"].split([frames * height * width for frames, height, width in grids]), grids, strict=True
+    ):
+        rows, columns = height // merge, width // merge
+        # An image is one frame, repeated to fill the patches' extent in time.
+        image = pixels.view(rows, columns, merge, merge, 3, -1, patch, patch)[:, :, :, :, :, 0]
+        image = image.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * patch, width * patch)
+        pictures.append(Picture((Tile("", _cut(image, *image.shape[1:]), _grid(rows, columns)),), rows * columns))
+    return pictures
+
+
+def _cut(image: Tensor, height: int, width: int) -> Tensor:
+    """The top left ``[height, width, 3]`` of an image ``[3, H, W]``."""
+    return image[:, :height, :width].permute(1, 2, 0).float()
+
+
+def _grid(rows: int, columns: int, first: int = 0, row_length: int | None = None) -> Tensor:
+    """Token numbers ``[rows, columns]`` from ``first`` on, row by row, of rows that are ``row_length`` tokens long."""
+    return first + torch.arange(rows)[:, None] * (row_length or columns) + torch.arange(columns)
+
+
+def _seams(tiles: int, cells: int, start: int, length: int) -> tuple[int, ...]:
+    """Where tiles of ``cells`` cells begin, in a view of ``length`` cells from ``start`` on; not at its edges."""
+    return tuple(place for place in (tile * cells - start for tile in range(1, tiles)) if 0 < place < length)
+
+
+def _unnormalise(pixels: Tensor, image_processor: Any) -> Tensor:
+    """Pixels ``[H, W, 3]`` as they were before the processor normalised them, in ``[0, 1]``."""
+    if image_processor.do_normalize:
+        pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
+    if not image_processor.do_rescale:
+        pixels = pixels / 255
+    return pixels.clamp(0, 1)
