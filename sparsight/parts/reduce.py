@@ -59,11 +59,13 @@ class MergeNearest:
 
     def apply(self, states: Tensor, positions: Tensor) -> Tensor:
         """Keys or values of the anchors after merging, ``[H_kv, kept, D]``, of ``states`` ``[H_kv, T, D]``."""
-        bucket = nearest_anchor(positions, states.shape[1])
-        index = bucket[..., None].expand_as(states)
-        merged = states.new_zeros(*positions.shape, states.shape[-1], dtype=torch.float32)
-        merged.scatter_reduce_(1, index, states.float(), "mean", include_self=False)
-        return merged.to(states.dtype)
+        heads, kept = positions.shape
+        bucket = nearest_anchor(positions, states.shape[1]) + kept * torch.arange(heads, device=states.device)[:, None]
+        bucket = bucket.flatten()
+        merged = torch.zeros(heads * kept, states.shape[-1], device=states.device)
+        merged.index_add_(0, bucket, states.flatten(0, 1).float())
+        merged /= bucket.bincount(minlength=heads * kept)[:, None]
+        return merged.unflatten(0, (heads, kept)).to(states.dtype)
 
 
 def top_positions(score: Tensor, kept: int, *, first: int, last: int, per_head: bool) -> Tensor:
@@ -80,9 +82,12 @@ def top_positions(score: Tensor, kept: int, *, first: int, last: int, per_head: 
     last = min(last, kept)
     score[:, : min(first, kept - last)] = torch.inf
     score[:, length - last :] = torch.inf
-    # A stable sort of the reversed score puts the later of two equal positions first.
-    ranked = score.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    positions = (length - 1 - ranked[:, :kept]).sort(dim=-1).values
+    # One integer holds score and position, so that of two equal scores the later position is the greater: the bits of
+    # floats are in the order of the floats, for negative ones once all but the sign are flipped.
+    bits = score.float().view(torch.int32).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ranked = (bits << 32) | torch.arange(length, device=score.device)
+    positions = (ranked.topk(kept, sorted=False).values & 0xFFFFFFFF).sort(dim=-1).values
     return positions.expand(heads, -1)
 
 
