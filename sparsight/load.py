@@ -11,7 +11,6 @@ from PIL.Image import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils.import_utils import is_torchvision_available
 
 from sparsight.families import FAMILIES
 from sparsight.suggest import unknown
@@ -54,7 +53,7 @@ def load_checkpoint(name: str) -> Checkpoint:
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        hint = "" if is_torchvision_available() else " Some processors need torchvision, which is not installed."
+        hint = " Install it with pip install torchvision." if "torchvision" in str(error).lower() else ""
         raise ValueError(f"The processor of {name} cannot be loaded: {_first_sentence(error)}{hint}") from error
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{name} has no processor for images.")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -81,11 +82,11 @@ def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote:
     page = _Page(figure, height)
     page.text(MARGIN, 0.62, title, size=17, weight="bold")
     page.text(MARGIN, 0.93, printable(subtitle), size=10.5, color=MUTED)
-    _legend(page)
     top = HEADER
     for block in blocks:
         block.paint(page, top, kept, groups)
         top += block.height
+    _legend(page)
     _bars(page, top + 0.25, kept)
     page.text(MARGIN, height - 0.25, footnote, size=8, color=MUTED)
     return figure
@@ -93,7 +94,9 @@ def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
-    figure.savefig(path, format="png")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path, format="PNG", optimize=True)
 
 
 def printable(text: str, limit: int = 100) -> str:

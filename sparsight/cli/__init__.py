@@ -8,9 +8,7 @@ import typer
 from PIL.Image import DecompressionBombWarning
 from transformers.utils import logging
 
-from sparsight.cli.generate import generate
-from sparsight.cli.inspect import inspect
-from sparsight.cli.methods import methods
+from sparsight.cli import generate, inspect, methods
 
 app = typer.Typer(
     help="Compressed KV caches for vision-language models.",
@@ -18,9 +16,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(generate)
-app.command()(inspect)
-app.command()(methods)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,161 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import AutoModelForImageTextToText, DynamicCache
+
+from sparsight import CompressedCache, recipe
+from sparsight.cli import generate
+from sparsight.cli.answer import Answer, agreement
+from sparsight.images import open_image
+from sparsight.load import load_checkpoint, prepare
+from tests import tiny
+
+KEYS = {
+    "text",
+    "prompt_tokens",
+    "vision_tokens",
+    "kept_per_layer",
+    "kv_bytes",
+    "full_kv_bytes",
+    "prefill_seconds",
+    "decode_seconds",
+    "new_tokens",
+}
+
+
+def from_python(model: str, images: list[str], cache_of: Callable[..., Any]) -> tuple[Any, str, int]:
+    """Cache, text and number of new tokens of the same question asked from Python, 12 tokens."""
+    checkpoint = load_checkpoint(model)
+    weights = AutoModelForImageTextToText.from_pretrained(model)
+    inputs = prepare(checkpoint, [open_image(path) for path in images], "What is it?")
+    cache = cache_of(weights, inputs)
+    output = weights.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return cache, checkpoint.processor.tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize(("method", "budget"), [("vl-cache", 0.1), ("elastic", 0.5)])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_json_holds_what_the_cache_reports(
+    run_json: Callable[..., Any],
+    request: pytest.FixtureRequest,
+    image: str,
+    family: str,
+    method: str,
+    budget: float,
+    images: int,
+) -> None:
+    model = request.getfixturevalue(family)
+    given = [argument for _ in range(images) for argument in ("--image", image)]
+    numbers = ("--method", method, "--budget", budget, "--max-new-tokens", 12)
+    result = run_json("generate", "--model", model, "--prompt", "What is it?", *given, *numbers)
+    cache, text, count = from_python(
+        model, [image] * images, lambda weights, inputs: CompressedCache(weights, recipe(method, budget=budget), inputs)
+    )
+    report = cache.report()
+    assert set(result) == KEYS
+    assert result["text"] == text
+    assert result["prompt_tokens"] == report.prompt_tokens[0]
+    assert result["vision_tokens"] == report.vision_tokens[0]
+    assert (result["vision_tokens"] > 0) == (images > 0)
+    assert result["kept_per_layer"] == report.kept_per_layer()
+    assert result["kv_bytes"] == report.bytes_held
+    assert result["full_kv_bytes"] == report.full_bytes
+    assert result["new_tokens"] == count == 12
+    assert result["prefill_seconds"] > 0
+    assert result["decode_seconds"] > 0
+
+
+def test_compare_adds_the_full_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
+    result = run_json(
+        "generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--max-new-tokens", 12, "--compare"
+    )
+    _, text, count = from_python(llava, [image], lambda weights, inputs: DynamicCache())
+    full = result["full"]
+    assert set(result) == KEYS | {"full", "agreement"}
+    assert set(full) == KEYS
+    assert full["text"] == text
+    assert full["new_tokens"] == count
+    assert full["kept_per_layer"] == [full["prompt_tokens"]] * tiny.LAYERS
+    # The last token is not fed back: keys and values of 8 floats for every KV head and layer.
+    entries = full["prompt_tokens"] + count - 1
+    assert full["kv_bytes"] == full["full_kv_bytes"] == entries * tiny.LAYERS * tiny.KV_HEADS * 2 * 8 * 4
+    assert result["full_kv_bytes"] == full["kv_bytes"]
+    assert 0 < result["agreement"] <= 1
+
+
+def test_the_whole_budget_agrees_with_the_full_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
+    result = run_json(
+        "generate", "--model", llava, "--prompt", "hi", "--image", image, "--compare", "--budget", 1,
+        "--max-new-tokens", 30,
+    )  # fmt: skip
+    assert result["agreement"] == 1
+    assert result["text"] == result["full"]["text"]
+    assert result["kept_per_layer"] == result["full"]["kept_per_layer"]
+
+
+def test_agreement_counts_equal_tokens_over_the_longer_answer() -> None:
+    def answer(*tokens: int) -> Answer:
+        return Answer("", tokens, 0, 0)
+
+    assert agreement(answer(1, 2, 3), answer(1, 2, 3)) == 1
+    assert agreement(answer(1, 2, 3, 4), answer(1, 9, 3)) == 0.5
+    assert agreement(answer(1), answer(2)) == 0
+
+
+def test_the_answer_is_shown_before_a_table_of_its_figures(
+    run: Callable[..., tuple[int, str, str]], llava: str, image: str
+) -> None:
+    arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--max-new-tokens", 12)
+    code, out, err = run(*arguments)
+    cache, text, _ = from_python(
+        llava, [image], lambda weights, inputs: CompressedCache(weights, recipe("vl-cache"), inputs)
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith(text)
+    rows = dict(line.split("  ", 1) for line in out[len(text) :].splitlines() if line.strip() and line[0] != " ")
+    shown = {label: value.strip() for label, value in rows.items()}
+    # <s>, <|user|>, newline and <|assistant|> beside the picture and the 11 letters.
+    assert shown["prompt tokens"] == "31"
+    assert shown["of them vision tokens"] == "16"
+    mean = sum(cache.report().kept_per_layer()) / tiny.LAYERS
+    assert shown["entries kept, mean of the layers"] == f"{mean:.1f} ({mean / 31:.1%})"
+    assert shown["new tokens"] == "12"
+    assert shown["KV memory"].endswith("%)")
+    assert float(shown["tokens per second"].replace(",", "")) > 0
+
+
+def test_the_answer_is_streamed(
+    llava: str, image: str, monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    pieces: list[str] = []
+    monkeypatch.setattr(generate, "_write", pieces.append)
+    run("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--max-new-tokens", 12)
+    _, text, _ = from_python(
+        llava, [image], lambda weights, inputs: CompressedCache(weights, recipe("vl-cache"), inputs)
+    )
+    assert "".join(pieces) == text
+    # One piece a token, some of them empty: words are held back until they are complete.
+    assert len(pieces) == 13
+
+
+def test_compare_shows_both_side_by_side(run: Callable[..., tuple[int, str, str]], llava: str, image: str) -> None:
+    code, out, _ = run(
+        "generate", "--model", llava, "--prompt", "hi", "--image", image, "--max-new-tokens", 1, "--compare"
+    )
+    lines = [line for line in out.splitlines() if "  " in line]
+    assert code == 0
+    assert lines[0].split() == ["vl-cache,", "10%", "full", "cache"]
+    kept = next(line for line in lines if line.startswith("entries kept"))
+    assert kept.endswith("22.0 (100.0%)")
+    # There is no decoding speed with one token, which comes from the prefill.
+    assert next(line for line in lines if line.startswith("tokens per second")).split()[-2:] == ["-", "-"]
+    assert next(line for line in lines if line.startswith("agreement")).split()[-1] == "100%"
+
+
+def test_the_type_of_the_weights_is_the_type_of_the_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
+    arguments = ("generate", "--model", llava, "--prompt", "hi", "--image", image, "--max-new-tokens", 3)
+    single, half = run_json(*arguments, "--dtype", "float32"), run_json(*arguments, "--dtype", "bfloat16")
+    assert half["full_kv_bytes"] == single["full_kv_bytes"] / 2

@@ -1,0 +1,149 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from sparsight import CompressedCache, recipe
+from sparsight.cli import inspect as command
+from sparsight.images import open_image
+from sparsight.load import load_checkpoint, prepare
+from sparsight.picture import Kept
+from sparsight.tiles import Tile
+from tests import tiny
+
+
+class Drawn:
+    """What the command drew."""
+
+    tiles: list[Tile]
+    kept: Kept
+    words: dict[str, str]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    seen, draw = Drawn(), command.draw
+
+    def spy(tiles: list[Tile], kept: Kept, **words: str) -> Any:
+        seen.tiles, seen.kept, seen.words = tiles, kept, words
+        return draw(tiles, kept, **words)
+
+    monkeypatch.setattr(command, "draw", spy)
+    return seen
+
+
+def prefilled(model: str, image: str, method: str, budget: float) -> CompressedCache:
+    checkpoint = load_checkpoint(model)
+    weights = AutoModelForImageTextToText.from_pretrained(model)
+    inputs = prepare(checkpoint, [open_image(image)], "What is it?")
+    cache = CompressedCache(weights, recipe(method, budget=budget), inputs)
+    weights.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    return cache
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize(("method", "budget"), [("vl-cache", 0.2), ("elastic", 0.3)])
+def test_the_picture_and_the_json_hold_what_the_cache_keeps(
+    run_json: Callable[..., Any],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    image: str,
+    drawn: Drawn,
+    family: str,
+    method: str,
+    budget: float,
+) -> None:
+    model, output = request.getfixturevalue(family), tmp_path / "kept.png"
+    result = run_json(
+        "inspect", "--model", model, "--image", image, "--prompt", "What is it?", "--method", method,
+        "--budget", budget, "--output", output,
+    )  # fmt: skip
+    cache = prefilled(model, image, method, budget)
+    report = cache.report()
+    for layer in range(tiny.LAYERS):
+        heads = cache.kept_positions(layer)[0].tolist()
+        share = [sum(position in kept for kept in heads) / len(heads) for position in range(report.prompt_tokens[0])]
+        assert drawn.kept.by_position[layer].tolist() == share
+    assert drawn.kept.by_layer == [kept / report.prompt_tokens[0] for kept in report.kept_per_layer()]
+    assert drawn.kept.sparsity == (report.sparsity and [layer[0] for layer in report.sparsity])
+    assert drawn.words["title"] == f"What {method} keeps at a {budget:.0%} budget"
+    assert drawn.words["subtitle"] == "“What is it?”"
+    assert result == {
+        "output": str(output),
+        "method": method,
+        "budget": budget,
+        "prompt_tokens": report.prompt_tokens[0],
+        "vision_tokens": report.vision_tokens[0],
+        "kept_per_layer": report.kept_per_layer(),
+        "sparsity_per_layer": drawn.kept.sparsity,
+        "kv_bytes": report.bytes_held,
+        "full_kv_bytes": report.full_bytes,
+        "tiles": [
+            {"name": tile.name, "rows": tile.tokens.shape[0], "columns": tile.tokens.shape[1]} for tile in drawn.tiles
+        ],
+    }
+    assert Image.open(output).format == "PNG"
+
+
+def test_several_pictures_are_shown_one_by_one(
+    run_json: Callable[..., Any], llava: str, image: str, tmp_path: Path
+) -> None:
+    result = run_json(
+        "inspect",
+        "--model",
+        llava,
+        "--image",
+        image,
+        "--image",
+        image,
+        "--prompt",
+        "hi",
+        "--output",
+        tmp_path / "a.png",
+    )
+    assert result["tiles"] == [{"name": f"Image {number}", "rows": 4, "columns": 4} for number in (1, 2)]
+
+
+def test_people_are_told_the_figures_and_where_the_picture_is(
+    run: Callable[..., tuple[int, str, str]], llava: str, image: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "kept.png"
+    code, out, err = run("inspect", "--model", llava, "--image", image, "--prompt", "hi", "--output", output)
+    assert (code, err) == (0, "")
+    assert out.startswith("22 prompt tokens, 16 of them vision; a layer keeps 2.")
+    assert out.endswith(f"Wrote {output}\n")
+
+
+def test_heads_share_their_positions() -> None:
+    positions = torch.tensor([[0, 2, 3], [2, 3, -1], [1, 2, -1], [2, -1, -1]])
+    assert command.share_of_heads(positions, 5).tolist() == [0.25, 0.25, 1, 0.5, 0]
+
+
+@pytest.mark.parametrize("output", ["kept.jpg", "kept", "nowhere/kept.png"])
+def test_what_cannot_be_written_is_refused_at_once(
+    run: Callable[..., tuple[int, str, str]], image: str, tmp_path: Path, output: str
+) -> None:
+    path = tmp_path / output
+    code, out, err = run("inspect", "--model", "/nowhere", "--image", image, "--prompt", "hi", "--output", path)
+    assert (code, out) == (2, "")
+    assert err == f"Error: --output must be a .png file in a folder that exists, got {path}.\n"
+
+
+def test_there_is_nothing_to_inspect_without_a_picture(run: Callable[..., tuple[int, str, str]], llava: str) -> None:
+    assert run("inspect", "--model", llava, "--prompt", "hi") == (
+        2,
+        "",
+        "Error: There is nothing to inspect without a picture: give --image.\n",
+    )
+
+
+def test_a_family_whose_layout_is_unknown_is_refused(
+    run: Callable[..., tuple[int, str, str]], llava: str, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "FAMILIES", {"llava_next": None})
+    code, _, err = run("inspect", "--model", llava, "--image", image, "--prompt", "hi")
+    assert (code, err) == (2, "Error: Unknown model type 'llava': did you mean 'llava_next'? Known are llava_next.\n")

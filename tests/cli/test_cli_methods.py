@@ -1,0 +1,38 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sparsight import RECIPES, recipe
+from sparsight.recipe import KINDS
+
+
+def test_json_holds_every_recipe_and_its_paper(run_json: Callable[..., Any]) -> None:
+    listed = {method["name"]: method for method in run_json("methods")}
+    assert list(listed) == list(RECIPES)
+    for name, method in listed.items():
+        assert {role: method[role] for role in KINDS} == {
+            role: json.loads(recipe(name).to_json())[role] for role in KINDS
+        }
+        assert method["budget"] == recipe(name).budget
+    assert listed["vl-cache"]["citation"] == (
+        "Tu, Vashchilenko, Lu, Xu: VL-Cache: Sparsity and Modality-Aware KV Cache Compression for Vision-Language "
+        "Model Inference Acceleration, arXiv 2410.23317"
+    )
+    assert listed["elastic"]["citation"].endswith("ECCV 2024, arXiv 2407.18121")
+    assert listed["elastic"]["summary"].startswith("Elastic Cache: ")
+
+
+def test_the_table_fits_eighty_columns(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run("methods")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["method", "score", "allocate", "reduce", "decode", "budget"]
+    assert lines[1].split() == ["vl-cache", "post-vision", "sparsity", "evict", "grow", "10%"]
+    assert lines[2].split() == ["elastic", "accumulated", "uniform", "merge-nearest", "fixed-point", "10%"]
+    assert "arXiv 2410.23317" in " ".join(out.split())
