@@ -24,7 +24,7 @@ GROUPS = 4
 WIDTH, MARGIN, GAP, CAPTION, HEADER, BARS = 12.0, 0.45, 0.22, 0.3, 1.35, 1.55
 """Inches."""
 
-DPI = 150
+DPI = 120
 INK, MUTED, FAINT, ACCENT, SECOND = "#1c2530", "#6a7683", "#d9dee3", "#f0a020", "#4d7694"
 MARKER, PAPER = np.array([1.0, 0.68, 0.17]), np.array([0.955, 0.965, 0.975])
 
@@ -145,32 +145,35 @@ class _Block:
         tile = self.tile
         scale = max(1, round(self.large_width * DPI / tile.pixels.shape[1]))
         rows, columns = tile.tokens.shape
-        name = f"{tile.name}, " if tile.name else "As the model sees it, "
-        self._show(page, MARGIN, top, self.large_width, self.large_height, enlarged(tile, scale))
-        page.text(MARGIN, top + CAPTION - 0.1, f"{name}{columns} × {rows} patches", size=10, weight="bold")  # noqa: RUF001
+        large = (self.large_width, self.large_height)
+        cells = f"{columns} × {rows}" + (" patches" if self.large_width > 3 else "")  # noqa: RUF001
+        self._panel(page, MARGIN, top, large, enlarged(tile, scale), tile.name or "Image", cells)
         for number, group in enumerate(groups):
             row, column = divmod(number, self.columns)
             left = MARGIN + self.large_width + GAP + column * (self.small_width + GAP)
             above = top + row * (self.small_height + GAP / 2 + CAPTION)
             share = kept.by_position[group].mean(0)[tile.tokens]
-            self._show(page, left, above, self.small_width, self.small_height, marked(tile, share, scale))
-            label = f"Layer {group[0]}" if len(group) == 1 else f"Layers {group[0]}–{group[-1]}"  # noqa: RUF001
-            page.text(left, above + CAPTION - 0.1, label, size=10, weight="bold")
-            page.text(
-                left + self.small_width,
-                above + CAPTION - 0.1,
-                f"{float(share.mean()):.1%} kept",
-                size=9,
-                color=MUTED,
-                ha="right",
-            )
+            name = f"Layer {group[0]}" if len(group) == 1 else f"Layers {group[0]}–{group[-1]}"  # noqa: RUF001
+            small = (self.small_width, self.small_height)
+            self._panel(page, left, above, small, marked(tile, share, scale), name, f"{float(share.mean()):.1%} kept")
 
-    def _show(
-        self, page: _Page, left: float, top: float, width: float, height: float, pixels: NDArray[np.generic]
+    def _panel(
+        self,
+        page: _Page,
+        left: float,
+        top: float,
+        size: tuple[float, float],
+        pixels: NDArray[Any],
+        name: str,
+        figure: str,
     ) -> None:
-        axes = page.axes(left, top + CAPTION, width, height)
+        page.text(left, top + CAPTION - 0.1, name, size=10, weight="bold")
+        page.text(left + size[0], top + CAPTION - 0.1, figure, size=9, color=MUTED, ha="right")
+        axes = page.axes(left, top + CAPTION, *size)
         axes.imshow(pixels, interpolation="antialiased", aspect="auto", extent=(0, 1, 1, 0))
-        axes.set_axis_off()
+        axes.set(xticks=(), yticks=())
+        # A white page must not end in the white of the paper.
+        axes.spines[:].set(color=FAINT, linewidth=0.8)
         rows, columns = self.tile.tokens.shape
         for place in self.tile.seams[0]:
             axes.axhline(place / rows, color="white", linewidth=1, alpha=0.8)

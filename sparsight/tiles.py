@@ -114,7 +114,7 @@ def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         height, width = cells.shape
         base = Tile("base", _cut(tiles[0], side, side), _grid(count, count))
         high = Tile(
-            "high resolution",
+            "high-res",
             _cut(canvas[:, top * patch :, left * patch :], height * patch, width * patch),
             _grid(height, width, count * count, row_length=width + 1),
             seams=(_seams(rows, count, top, height), _seams(columns, count, left, width)),

@@ -116,7 +116,7 @@ def test_tiles_cover_the_vision_tokens_once_and_in_order(
     missing = sorted(set(positions.tolist()) - set(tokens.tolist()))
     assert set(tokens.tolist()) <= set(positions.tolist())
     # LlavaNext ends the rows of its high-resolution canvas with a token that has no place.
-    rows = sum(len(tile.tokens) for tile in family.tiles(inputs) if tile.name.endswith("high resolution"))
+    rows = sum(len(tile.tokens) for tile in family.tiles(inputs) if tile.name.endswith("igh-res"))
     assert len(missing) == rows
 
 
@@ -191,8 +191,8 @@ def test_names_tell_pictures_and_scales_apart(families: dict[str, Family]) -> No
 
     assert names("llava", one) == [""]
     assert names("llava", one, other) == ["Image 1", "Image 2"]
-    assert names("llava_next", one) == ["Base", "High resolution"]
-    assert names("llava_next", one, other)[2:] == ["Image 2, base", "Image 2, high resolution"]
+    assert names("llava_next", one) == ["Base", "High-res"]
+    assert names("llava_next", one, other)[2:] == ["Image 2, base", "Image 2, high-res"]
 
 
 def test_seams_lie_where_high_resolution_tiles_meet(families: dict[str, Family]) -> None:
