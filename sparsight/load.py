@@ -94,7 +94,7 @@ def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> Bat
     The chat template of the processor is applied; without one the prompt follows the images' placeholders.
 
     Raises:
-        ValueError: the prompt spells a placeholder of the model, or the chat template fails.
+        ValueError: the prompt spells a placeholder of the model, or the processor refuses it or a picture.
     """
     processor = checkpoint.processor
     for placeholder in _placeholders(checkpoint):
@@ -103,20 +103,30 @@ def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> Bat
                 f"The prompt must not spell {placeholder!r}, which stands for a picture here: "
                 "pictures are given as files and placed before the prompt."
             )
-    if not processor.chat_template:
-        text = f"{processor.image_token}\n" * len(images) + prompt
-        return processor(images=list(images) or None, text=text, return_tensors="pt")
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
     try:
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    except TemplateError as error:
-        raise ValueError(f"The chat template of {checkpoint.name} fails: {_first_sentence(error)}") from error
+        if processor.chat_template:
+            return _with_template(processor, images, prompt)
+        return _without_template(processor, images, prompt)
+    except (ValueError, TemplateError) as error:
+        raise ValueError(
+            f"The processor of {checkpoint.name} refuses the question: {_first_sentence(error)}"
+        ) from error
+
+
+def _with_template(processor: Any, images: Sequence[Image], prompt: str) -> BatchFeature:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _without_template(processor: Any, images: Sequence[Image], prompt: str) -> BatchFeature:
+    text = f"{processor.image_token}\n" * len(images) + prompt if images else prompt
+    return processor(images=list(images) or None, text=text, return_tensors="pt")
 
 
 def _placeholders(checkpoint: Checkpoint) -> set[str]:

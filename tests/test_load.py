@@ -70,8 +70,18 @@ def test_a_prompt_that_spells_the_video_placeholder_is_refused(checkpoint: Check
 
 def test_a_chat_template_that_fails_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ raise_exception('No system prompt') }}")
-    with pytest.raises(ValueError, match=r"The chat template of .* fails: No system prompt\."):
+    with pytest.raises(ValueError, match=r"The processor of .* refuses the question: No system prompt\."):
         prepare(checkpoint, [], "What is it?")
+
+
+def test_a_chat_template_that_leaves_pictures_out_is_named(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")
+    with pytest.raises(
+        ValueError, match=r"^The processor of .* refuses the question: [^.\n]*number of images[^.\n]*\.$"
+    ):
+        prepare(checkpoint, [IMAGE], "What is it?")
 
 
 def test_weights_are_loaded_in_the_type_that_was_asked_for(checkpoint: Checkpoint) -> None:

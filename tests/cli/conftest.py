@@ -34,6 +34,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the command line: exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
+        # What fixtures printed is not the command line's.
+        capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main([str(argument) for argument in arguments])
         captured = capsys.readouterr()

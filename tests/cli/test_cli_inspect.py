@@ -1,16 +1,19 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight import CompressedCache, recipe
 from sparsight.cli import inspect as command
+from sparsight.cli.ready import Question
 from sparsight.images import open_image
-from sparsight.load import load_checkpoint, prepare
+from sparsight.load import Checkpoint, load_checkpoint, prepare
 from sparsight.picture import Kept
 from sparsight.tiles import Tile
 from tests import tiny
@@ -116,6 +119,23 @@ def test_people_are_told_the_figures_and_where_the_picture_is(
     assert (code, err) == (0, "")
     assert out.startswith("22 prompt tokens, 16 of them vision; a layer keeps 2.")
     assert out.endswith(f"Wrote {output}\n")
+
+
+def test_qwen_is_inspected_as_the_others() -> None:
+    # Its whole processor needs torchvision: the inputs are made as it makes them.
+    model, image_processor = tiny.qwen2_5_vl(vision_layers=1), tiny.qwen2_5_vl_image_processor()
+    pixels = image_processor([Image.new("RGB", (84, 140), "red")], return_tensors="pt")
+    ids = torch.tensor([[1, 2] + [model.config.image_token_id] * 15 + [3] * 6])
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).int(), **pixels}
+    checkpoint = Checkpoint("qwen", model.config, SimpleNamespace(image_processor=image_processor))
+    (tile,) = command.tiles_of(Question(checkpoint, BatchFeature(inputs)))
+    assert tile.tokens.tolist() == [[2 + 3 * row + column for column in range(3)] for row in range(5)]
+    assert tile.pixels.shape == (140, 84, 3)
+    cache = CompressedCache(model, recipe("vl-cache", budget=0.3), inputs)
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    kept = command.kept_of(cache, cache.report())
+    assert kept.by_position.shape == (tiny.LAYERS, 23)
+    assert kept.by_position.sum(-1).tolist() == pytest.approx(cache.report().kept_per_layer())
 
 
 def test_heads_share_their_positions() -> None:
