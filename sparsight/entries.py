@@ -74,6 +74,13 @@ class Entries:
         self.positions.scatter_(2, index, position)
         self.used = max(self.used, *self.held)
 
+    def vacate(self, slots: Tensor, dropped: Sequence[bool]) -> None:
+        """Drop the entry in the slot ``[B, H_kv]`` of every sequence where ``dropped``."""
+        self.held = [held - gone for held, gone in zip(self.held, dropped, strict=True)]
+        index = slots[..., None]
+        gone = torch.tensor(dropped, device=slots.device)[:, None, None]
+        self.positions.scatter_(2, index, torch.where(gone, VACANT, self.positions.gather(2, index)))
+
     def reserve(self, count: int) -> None:
         """Grow the storage, in steps, until ``count`` more entries fit."""
         missing = self.used + count - self.keys.shape[2]

@@ -170,16 +170,26 @@ class CompressedLayer(CacheLayerMixin):
 
     def _write_at_fixed_point(self, rule: FixedPoint, key: Tensor, value: Tensor) -> None:
         """Write one new entry a sequence to a vacant slot, or over the entry that the rule drops."""
-        assert self.entries is not None and self.fixed_positions is not None
+        assert self.entries is not None
         entries = self.entries
-        grow = []
+        drops = []
         for row, span in enumerate(self.spans):
             held, turn = entries.held[row], self.turn_tokens[row]
             allowance = self.shares[row] * (self.seen + 1 - span.start - turn) + turn
-            grow.append(rule.may_grow(held, allowance, self.fixed_indices[row]))
+            drops.append(rule.drops(held, allowance, self.fixed_indices[row]))
         entries.reserve(1)
-        slots = slot_to_write(entries.positions, self.fixed_positions, torch.tensor(grow, device=key.device))
-        entries.overwrite(key, value, self.seen, slots, grow)
+        # More than one entry goes only where the number kept after prefill was rounded up.
+        while max(drops) > 1:
+            entries.vacate(self._slots([drop < 2 for drop in drops]), [drop > 1 for drop in drops])
+            drops = [drop - (drop > 1) for drop in drops]
+        grow = [drop == 0 for drop in drops]
+        entries.overwrite(key, value, self.seen, self._slots(grow), grow)
+
+    def _slots(self, grow: list[bool]) -> Tensor:
+        """Slot of each sequence and KV head that is vacant, where ``grow``, or is dropped next, ``[B, H_kv]``."""
+        assert self.entries is not None and self.fixed_positions is not None
+        positions = self.entries.positions
+        return slot_to_write(positions, self.fixed_positions, torch.tensor(grow, device=positions.device))
 
     # What generation strategies ask of a cache
 

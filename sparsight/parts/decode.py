@@ -1,5 +1,6 @@
 """Decode rules: what becomes of each new entry while the answer is generated."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,9 +42,9 @@ class FixedPoint:
         """Index, among ``held`` entries in order of position, of the entry that the next elimination drops."""
         return max(held - self.distance, self.protect_first)
 
-    def may_grow(self, held: int, allowance: float, fixed_index: int) -> bool:
-        """Whether one more entry may be held: ``allowance`` has room for it, or there is none to drop."""
-        return held + 1 <= allowance or held <= fixed_index
+    def drops(self, held: int, allowance: float, fixed_index: int) -> int:
+        """How many of ``held`` entries go, so that with a new one ``allowance`` is not exceeded."""
+        return max(0, min(math.ceil(held + 1 - allowance), held - fixed_index))
 
 
 def slot_to_write(positions: Tensor, fixed_positions: Tensor, grow: Tensor) -> Tensor:

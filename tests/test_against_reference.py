@@ -1,0 +1,119 @@
+"""VL-Cache and Elastic Cache equal the brute force that is written from the papers' definitions."""
+
+import pytest
+import torch
+from tests import models, reference
+from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
+from tests.reference import Method
+from torch.testing import assert_close
+
+from sparsight import CompressedCache, ElasticCache, VLCache
+from sparsight.prompt import locate
+
+BATCHES = {
+    "one image": (ONE_IMAGE,),
+    "three images": (THREE_IMAGES,),
+    "no text after the image": (NO_TEXT_AFTER,),
+    "no image": (NO_IMAGE,),
+    "padded batch": (ONE_IMAGE, THREE_IMAGES, NO_TEXT_AFTER),
+    "padded batch with text only": (NO_IMAGE, ONE_IMAGE, THREE_IMAGES),
+}
+METHODS = {
+    "vl-cache": (VLCache(budget=0.1), Method("vl-cache", 0.1)),
+    "vl-cache at 40 %": (VLCache(budget=0.4), Method("vl-cache", 0.4)),
+    "vl-cache as published": (
+        VLCache(budget=0.2, water_fill=False, per_head=False),
+        Method("vl-cache", 0.2, water_fill=False, per_head=False),
+    ),
+    "vl-cache, other numbers": (
+        VLCache(budget=0.3, threshold=0.1, recent=0.5),
+        Method("vl-cache", 0.3, threshold=0.1, recent=0.5),
+    ),
+    "elastic": (ElasticCache(budget=0.1), Method("elastic", 0.1)),
+    "elastic, short distance": (
+        ElasticCache(budget=0.5, distance=4, protect_first=3),
+        Method("elastic", 0.5, distance=4, protect_first=3),
+    ),
+    "elastic, one entry": (
+        ElasticCache(budget=0.001, distance=3, protect_first=4),
+        Method("elastic", 0.001, distance=3, protect_first=4),
+    ),
+}
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
+LOGITS = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.1, "atol": 0.25}}
+
+
+def check(family, heads, dtype, batch, method, tokens=8):
+    recipe, twin_method = METHODS[method]
+    model = models.model(family, heads, dtype)
+    inputs = models.inputs(family, *BATCHES[batch], dtype=dtype)
+    vision = locate(model.config, inputs).vision_mask
+    twin, expected = reference.run(model, inputs, twin_method, tokens, vision)
+
+    cache = CompressedCache(model, recipe, inputs)
+    first = models.logits(model, inputs, 1, past_key_values=cache)
+    assert_close(first[0], expected.logits[0], **LOGITS[dtype])
+    check_entries(cache, twin, twin.kept, dtype)
+
+    cache = CompressedCache(model, recipe, inputs)
+    logits = models.logits(model, inputs, tokens, past_key_values=cache)
+    if dtype == torch.float32:
+        for own, brute in zip(logits, expected.logits, strict=True):
+            assert_close(own, brute, **LOGITS[dtype])
+        check_entries(cache, twin, twin.rows, dtype)
+    else:
+        # Rounding flips near-ties, after which the answers differ: the first decoded token is still comparable.
+        same = logits[0].argmax(-1) == expected.logits[0].argmax(-1)
+        assert same.any()
+        assert_close(logits[1][same], expected.logits[1][same], **LOGITS[dtype])
+
+
+def check_entries(cache, twin, rows, dtype):
+    """Sparsity, budgets, kept positions, and the keys and values of every entry."""
+    for index, layer in enumerate(cache.layers):
+        if cache.report().sparsity is not None:
+            assert_close(cache.report().sparsity[index], twin.sparsity[index], rtol=0, atol=1e-6)
+        assert_close(layer.shares, twin.shares[index], rtol=0, atol=1e-6)
+        entries = layer.entries
+        for b, row in enumerate(rows[index]):
+            for h, head in enumerate(row.heads):
+                held = entries.positions[b, h, : entries.used]
+                slots = [slot for slot in held.argsort().tolist() if held[slot] >= 0]
+                assert held[slots].tolist() == [entry.position for entry in head]
+                assert entries.held[b] == len(head)
+                assert_close(entries.keys[b, h, slots], torch.stack([entry.key for entry in head]), **TOLERANCE[dtype])
+                assert_close(entries.values[b, h, slots], torch.stack([entry.value for entry in head]), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_every_kind_of_prompt(batch, method):
+    check("llava", "1:2", torch.float32, batch, method)
+
+
+@pytest.mark.parametrize("method", ["vl-cache", "elastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", ["1:1", "1:2", "1:8"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_family_grouping_and_dtype(family, heads, dtype, method):
+    check(family, heads, dtype, "padded batch", method)
+
+
+def test_long_answers_under_the_fixed_point():
+    check("llava", "1:2", torch.float32, "padded batch", "elastic, short distance", tokens=120)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_full_attention_of_the_brute_force_is_the_models_own(family):
+    model = models.fresh_model(family)
+    inputs = models.inputs(family, *BATCHES["padded batch"])
+    twin = reference.Twin(Method("vl-cache", 1.0), [], inputs["attention_mask"].bool().tolist())
+    twin.compress = lambda: None
+    with torch.no_grad(), reference.attention_by(model, twin):
+        model(**inputs)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    for own, brute in zip(attentions, twin.attention, strict=True):
+        valid = inputs["attention_mask"].bool()[:, None, :, None]
+        assert_close(brute.masked_fill(~valid, 0), own.masked_fill(~valid, 0), rtol=1e-5, atol=1e-5)
