@@ -211,7 +211,7 @@ def _bars(page: _Page, top: float, kept: Kept) -> None:
         axes.set_xlim(-0.6, len(values) - 0.4)
         axes.set_ylim(0, highest)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if highest > 0.04 else 1))
         axes.set_xlabel("layer", size=9, color=MUTED, labelpad=2)
         axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)

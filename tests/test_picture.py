@@ -152,3 +152,14 @@ def test_printable_cuts_and_replaces() -> None:
     assert printable("a b\n c") == "a b c"
     assert printable("word " * 40, limit=12) == "word word w…"
     assert printable("Ελλάδα 日本") == "Ελλάδα □□"
+
+
+def test_percentages_at_the_axis_are_exact() -> None:
+    for highest in (0.013, 0.05, 0.078, 0.2, 1.0):
+        figure = draw([white_tile()], Kept(torch.zeros(2, 20), [highest, 0.01], None), "title", "subtitle")
+        axis = figure.axes[-1].yaxis
+        values = [tick for tick in axis.get_majorticklocs() if tick <= highest]
+        assert len(values) > 1
+        assert [float(axis.get_major_formatter()(value).rstrip("%")) for value in values] == pytest.approx(
+            [100 * value for value in values]
+        )

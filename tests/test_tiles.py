@@ -85,7 +85,7 @@ def test_changing_the_pixels_of_a_cell_changes_its_token_alone(
     flat = pixels.reshape(-1)
     rng = np.random.default_rng(1)
     seen = set()
-    for element in rng.choice(flat.numel(), 60, replace=False):
+    for element in rng.choice(flat.numel(), 25, replace=False):
         changed = flat.clone()
         changed[element] = 1.0 if flat[element] < 0 else -1.0
         altered = inputs | {"pixel_values": changed.view_as(pixels)}
@@ -100,7 +100,7 @@ def test_changing_the_pixels_of_a_cell_changes_its_token_alone(
         # A patch holds a second frame, the same as the first in a processor's output, that no tile shows.
         assert places == tokens or (name == "qwen2_5_vl" and not places)
         seen |= places
-    assert len(seen) > 0.3 * min(60, sum(tile.tokens.numel() for tile in tiles))
+    assert len(seen) > 0.3 * min(25, sum(tile.tokens.numel() for tile in tiles))
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
