@@ -52,7 +52,8 @@ def main(
     model = random_model(getattr(torch, dtype))
     kept = round(0.1 * prompt)
     cases = {
-        name: Case(name) for name in ("transformers", "transformers, kept length", "vl-cache at 10 %", "elastic at 10 %")
+        name: Case(name)
+        for name in ("transformers", "transformers, kept length", "vl-cache at 10 %", "elastic at 10 %")
     }
     for counted in track(range(-1, rounds), description="rounds"):
         for case in cases.values():
@@ -81,7 +82,7 @@ def random_model(dtype: torch.dtype) -> PreTrainedModel:
         num_key_value_heads=8,
         max_position_embeddings=8192,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(config).eval().to(dtype=dtype)
 
 
 def random_inputs(length: int) -> dict[str, Tensor]:
@@ -106,10 +107,7 @@ def run(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens: int
     start = time.perf_counter()
     token = model(input_ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
     prefill = time.perf_counter() - start
-    if isinstance(cache, CompressedCache):
-        held = cache.nbytes
-    else:
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    held = cache.nbytes if isinstance(cache, CompressedCache) else dynamic_bytes(cache)
     seconds = []
     for _ in range(new_tokens):
         start = time.perf_counter()
@@ -118,15 +116,19 @@ def run(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens: int
     return prefill, statistics.median(seconds), held
 
 
-def summary(
-    cases: dict[str, Case], prompt: int, kept: int, new_tokens: int, rounds: int, dtype: str
-) -> dict[str, Any]:
+def dynamic_bytes(cache: Any) -> int:
+    """Bytes of a plain transformers cache's keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def summary(cases: dict[str, Case], prompt: int, kept: int, new_tokens: int, rounds: int, dtype: str) -> dict[str, Any]:
     """The result as plain data."""
     full, short = cases["transformers"], cases["transformers, kept length"]
     return {
         "command": "python -m bench.core " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": "Llama, 8 layers x 512, 8 heads, random weights",
@@ -160,7 +162,16 @@ def ratio(seconds: list[float], reference: list[float]) -> float:
 def show(result: dict[str, Any]) -> None:
     """Print the result as a table."""
     table = Table(title=f"{result['model']}, {result['dtype']}, prompt of {result['prompt_tokens']} tokens")
-    columns = ("", "prefill", "x full", "token", "x full", f"x prompt of {result['kept_length']}", "MiB held", "of full")
+    columns = (
+        "",
+        "prefill",
+        "x full",
+        "token",
+        "x full",
+        f"x prompt of {result['kept_length']}",
+        "MiB held",
+        "of full",
+    )
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, case in result["cases"].items():

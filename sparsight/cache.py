@@ -189,6 +189,7 @@ class CompressedCache(Cache):
 
     def report(self) -> Report:
         """Entries kept and held, sparsity, and bytes against the full cache's."""
+        compacted = [layer for layer in self.compressed if layer.kept]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return Report(
             method=self.recipe.name,
@@ -196,8 +197,8 @@ class CompressedCache(Cache):
             prompt_tokens=[span.length for span in self.prompt.spans],
             vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
             tokens_seen=self.compressed[0].seen,
-            kept=[layer.per_head(layer.kept) for layer in self.compressed],
-            held=[layer.per_head(layer.entries.held if layer.entries else []) for layer in self.compressed],
+            kept=[layer.per_head(layer.kept) for layer in compacted],
+            held=[layer.per_head(layer.held) for layer in compacted],
             sparsity=self._sparsity,
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(_layer_bytes, others)),

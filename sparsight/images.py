@@ -67,13 +67,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _allow(max_pixels: int) -> Iterator[None]:
-    """Lift Pillow's own limit where a higher one was asked for; it is global, so only then and only meanwhile."""
-    if Image.MAX_IMAGE_PIXELS is None or max_pixels <= Image.MAX_IMAGE_PIXELS:
-        yield
-        return
+    """Lift Pillow's own limit, which is global, to ``max_pixels`` meanwhile."""
     with _pillow_limit, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        own = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None if own is None else max(own, max_pixels)
         try:
             yield
         finally:

@@ -46,6 +46,7 @@ class CompressedLayer(CacheLayerMixin):
         self.entries: Entries | None = None
         self.kept: list[int] = []
         self.shares: list[float] = []
+        self.padding: list[int] = []
         self.turn_tokens: list[int] = []
         self.fixed_indices: list[int] = []
         self.fixed_positions: Tensor | None = None
@@ -123,8 +124,9 @@ class CompressedLayer(CacheLayerMixin):
             values = reduce.apply(self.values[row, :, span.start : span.stop], positions)
             entries.fill(row, keys, values, positions + span.start)
         self.entries, self.shares = entries, shares
-        self.turn_tokens = [0] * len(spans)
         length = self.prompt.length
+        self.padding = [length - span.length for span in spans]
+        self.turn_tokens = [0] * len(spans)
         beyond_keys, beyond_values = self.keys[:, :, length:], self.values[:, :, length:]
         self.keys = self.values = None
         self.scores = []
@@ -158,8 +160,9 @@ class CompressedLayer(CacheLayerMixin):
         before = self.entries.held
         # The last new token sees every new token but padding.
         self.entries.append(key, value, self.seen, None if mask is None else mask[:, 0, -1])
-        added = (held - old for held, old in zip(self.entries.held, before, strict=True))
+        added = [held - old for held, old in zip(self.entries.held, before, strict=True)]
         self.turn_tokens = [tokens + new for tokens, new in zip(self.turn_tokens, added, strict=True)]
+        self.padding = [tokens + key.shape[2] - new for tokens, new in zip(self.padding, added, strict=True)]
 
     def _fix(self) -> None:
         """Let the fixed point of the decode rule follow what is held now."""
@@ -173,10 +176,9 @@ class CompressedLayer(CacheLayerMixin):
         assert self.entries is not None
         entries = self.entries
         drops = []
-        for row, span in enumerate(self.spans):
-            held, turn = entries.held[row], self.turn_tokens[row]
-            allowance = self.shares[row] * (self.seen + 1 - span.start - turn) + turn
-            drops.append(rule.drops(held, allowance, self.fixed_indices[row]))
+        for row, (share, padding, turn) in enumerate(zip(self.shares, self.padding, self.turn_tokens, strict=True)):
+            allowance = share * (self.seen + 1 - padding - turn) + turn
+            drops.append(rule.drops(entries.held[row], allowance, self.fixed_indices[row]))
         entries.reserve(1)
         # More than one entry goes only where the number kept after prefill was rounded up.
         while max(drops) > 1:
@@ -236,6 +238,7 @@ class CompressedLayer(CacheLayerMixin):
         self.entries.select_rows(rows, index)
         self.kept = [self.kept[row] for row in rows]
         self.shares = [self.shares[row] for row in rows]
+        self.padding = [self.padding[row] for row in rows]
         self.turn_tokens = [self.turn_tokens[row] for row in rows]
         if self.fixed_positions is not None:
             self.fixed_indices = [self.fixed_indices[row] for row in rows]
@@ -272,6 +275,11 @@ class CompressedLayer(CacheLayerMixin):
         if self.entries is not None:
             return self.entries.nbytes
         return sum(states.nbytes for states in (self.keys, self.values) if states is not None)
+
+    @property
+    def held(self) -> list[int]:
+        """Entries that each sequence holds now, in every KV head."""
+        return self.entries.held if self.entries else []
 
     def per_head(self, counts: list[int]) -> list[list[int]]:
         """Counts of each sequence, for every one of its KV heads."""

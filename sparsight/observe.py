@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
 BLOCK_KEYS = 4096
 """Keys that are worked on together: more than that take a second pass."""
 
@@ -84,7 +83,7 @@ def _query_blocks(
 def _logits(queries: Tensor, key: Tensor, first: int, column: slice, group: int) -> Tensor:
     """Causal logits ``[h, group * r, c]`` of ``r`` queries from position ``first`` on and the keys in ``column``."""
     logits = queries @ key[:, column].float().mT
-    seen_by_all = max(first + 1 - column.start, 0)
+    seen_by_all = min(max(first + 1 - column.start, 0), logits.shape[-1])
     later = torch.arange(column.start + seen_by_all, column.stop, device=key.device)
     positions = torch.arange(first, first + queries.shape[1] // group, device=key.device).repeat(group)
     logits[..., seen_by_all:].masked_fill_(later > positions[:, None], -torch.inf)

@@ -136,7 +136,9 @@ def fresh_model(family: str, heads: str = "1:2") -> PreTrainedModel:
     return model.__wrapped__(family, heads)
 
 
-def _images(family: str, count: int, generator: torch.Generator, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[int]]:
+def _images(
+    family: str, count: int, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[int]]:
     """Pixel inputs of ``count`` images, and the number of tokens of each."""
     if family == "llava":
         return {"pixel_values": torch.randn(count, 3, 28, 28, generator=generator, dtype=dtype)}, [16] * count

@@ -176,12 +176,16 @@ class Twin:
                 self.sparsity[index].append(gammas[index])
                 self.shares[index].append(shares[index])
                 heads = [
-                    self.reduced(self.keys[index][b, h, start:stop], self.values[index][b, h, start:stop], s, kept, start)
+                    self.reduced(
+                        self.keys[index][b, h, start:stop], self.values[index][b, h, start:stop], s, kept, start
+                    )
                     for h, s in enumerate(score.tolist())
                 ]
                 fixed = max(kept - self.method.distance, self.method.protect_first)
                 self.rows[index].append(Row(heads, shares[index], fixed))
-        self.kept = [[Row([list(head) for head in row.heads], row.share, row.fixed) for row in rows] for rows in self.rows]
+        self.kept = [
+            [Row([list(head) for head in row.heads], row.share, row.fixed) for row in rows] for rows in self.rows
+        ]
 
     def reduced(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
         if self.method.name == "vl-cache":
@@ -254,7 +258,9 @@ def attention_by(model: PreTrainedModel, twin: Twin) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, inputs: dict[str, Tensor], method: Method, tokens: int, vision: Tensor) -> tuple[Twin, Any]:
+def run(
+    model: PreTrainedModel, inputs: dict[str, Tensor], method: Method, tokens: int, vision: Tensor
+) -> tuple[Twin, Any]:
     """Greedy generation under a method by brute force: the twin, and ``generate``'s output with its scores."""
     twin = Twin(method, vision.tolist(), inputs["attention_mask"].bool().tolist())
     with attention_by(model, twin):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests import models, reference
-from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
-from tests.reference import Method
 from torch.testing import assert_close
 
 from sparsight import CompressedCache, ElasticCache, VLCache
 from sparsight.prompt import locate
+from tests import models, reference
+from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
+from tests.reference import Method
 
 BATCHES = {
     "one image": (ONE_IMAGE,),
@@ -82,7 +82,9 @@ def check_entries(cache, twin, rows, dtype):
                 assert held[slots].tolist() == [entry.position for entry in head]
                 assert entries.held[b] == len(head)
                 assert_close(entries.keys[b, h, slots], torch.stack([entry.key for entry in head]), **TOLERANCE[dtype])
-                assert_close(entries.values[b, h, slots], torch.stack([entry.value for entry in head]), **TOLERANCE[dtype])
+                assert_close(
+                    entries.values[b, h, slots], torch.stack([entry.value for entry in head]), **TOLERANCE[dtype]
+                )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,111 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparsight import observe
+from sparsight.observe import attention_sums
+from tests import reference
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def random_states(heads, kv_heads, rows, keys, size, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(heads, rows, size, generator=generator) * 3
+    return query.to(dtype), torch.randn(kv_heads, keys, size, generator=generator).to(dtype)
+
+
+def brute_force(query, key, scaling, threshold):
+    """Column sums and zeroed weights from the full matrix, by the definitions."""
+    heads, rows, _ = query.shape
+    keys = key.shape[1]
+    whole = torch.zeros(heads, keys, query.shape[-1])
+    whole[:, keys - rows :] = query.float()
+    attention = reference.full_attention(whole[None], key[None].float(), [[True] * keys], scaling)[0]
+    last = list(range(keys - rows, keys))
+    visible = sum(i + 1 for i in last)
+    return reference.column_sums(attention, last, len(key)), reference.sparsity(attention, last, threshold) * visible
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 8]),
+    keys=st.integers(1, 70),
+    rows=st.integers(1, 70),
+    size=st.sampled_from([1, 8, 24]),
+    dtype=DTYPES,
+    seed=st.integers(0, 1000),
+)
+def test_sums_and_zeroed_weights_equal_the_full_matrix(kv_heads, group, keys, rows, size, dtype, seed):
+    rows = min(rows, keys)
+    query, key = random_states(kv_heads * group, kv_heads, rows, keys, size, dtype, seed)
+    sums, zeroed = attention_sums(query, key, size**-0.5, threshold=0.01)
+    expected_sums, expected_zeroed = brute_force(query, key, size**-0.5, 0.01)
+    assert_close(sums.double(), expected_sums, rtol=1e-5, atol=1e-5)
+    assert_close(zeroed.item(), expected_zeroed, rtol=0, atol=1e-6)
+    assert_close(sums.sum(-1), torch.full((kv_heads,), float(rows)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 300])
+def test_two_passes_over_blocks_of_keys_equal_the_full_matrix(rows, monkeypatch):
+    monkeypatch.setattr(observe, "BLOCK_KEYS", 64)
+    query, key = random_states(4, 2, rows, 300, 16, torch.float32)
+    sums, zeroed = attention_sums(query, key, 0.25, threshold=0.05)
+    expected_sums, expected_zeroed = brute_force(query, key, 0.25, 0.05)
+    assert_close(sums.double(), expected_sums, rtol=1e-5, atol=1e-5)
+    assert_close(zeroed.item(), expected_zeroed, rtol=0, atol=1e-6)
+
+
+def test_without_a_threshold_nothing_is_counted():
+    query, key = random_states(2, 2, 3, 9, 4, torch.float32)
+    assert attention_sums(query, key, 0.5)[1] is None
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make of ``inputs``, and the most that live at once."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return output
+
+    def count(self, storage):
+        if storage.data_ptr() in self.seen:
+            return
+        address, size = storage.data_ptr(), storage.nbytes()
+        self.seen.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.release, address, size)
+
+    def release(self, address, size):
+        self.seen.discard(address)
+        self.live -= size
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows", "keys", "size"),
+    [(32, 32, 64, 20_000, 128), (32, 4, 2000, 3000, 64), (8, 8, 10, 150_000, 64), (2, 1, 9000, 9000, 8)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transient_memory_stays_under_64_mebibytes(heads, kv_heads, rows, keys, size, dtype):
+    query, key = random_states(heads, kv_heads, rows, keys, size, dtype)
+    gc.collect()
+    with PeakMemory(query, key) as memory:
+        attention_sums(query, key, 0.1, threshold=0.01)
+    assert 2**18 < memory.peak < 64 * 2**20

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlavaConfig
+
+from sparsight.prompt import Span, locate
+from tests import models, reference
+from tests.models import IMAGE_TOKEN, NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
+
+CONFIG = models.model("llava").config
+
+
+def test_post_vision_queries_follow_the_last_image():
+    prompt = locate(CONFIG, models.inputs("llava", ONE_IMAGE, THREE_IMAGES))
+    assert prompt.length == 65
+    assert prompt.spans == (Span(34, 56, 65), Span(0, 53, 65))
+    assert prompt.vision_mask.sum(-1).tolist() == [16, 48]
+
+
+def test_the_last_window_stands_in_where_no_text_follows_an_image():
+    prompt = locate(CONFIG, models.inputs("llava", NO_TEXT_AFTER, NO_IMAGE, models.Prompt(0, 40, 0)))
+    assert prompt.spans == (Span(16, 16, 40), Span(17, 17, 40), Span(0, 8, 40))
+
+
+def test_right_padding():
+    ids = torch.tensor([[1, IMAGE_TOKEN, 2, 3, 0, 0]])
+    prompt = locate(CONFIG, {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])})
+    assert prompt.spans == (Span(0, 2, 4),)
+
+
+@settings(deadline=None)
+@given(vision=st.lists(st.booleans(), min_size=1, max_size=50), padding=st.integers(0, 4))
+def test_spans_equal_the_definition(vision, padding):
+    ids = torch.tensor([[0] * padding + [IMAGE_TOKEN if flag else 5 for flag in vision]])
+    mask = torch.tensor([[0] * padding + [1] * len(vision)])
+    (span,) = locate(CONFIG, {"input_ids": ids, "attention_mask": mask}).spans
+    assert [i - padding for i in range(span.post_vision, span.stop)] == reference.post_vision_rows(vision)
+
+
+def test_token_types_tell_where_vision_is_for_any_family():
+    types = torch.tensor([[0, 1, 2, 0, 0]])
+    prompt = locate(object(), {"input_ids": torch.ones(1, 5), "mm_token_type_ids": types})
+    assert prompt.vision_mask.tolist() == [[False, True, True, False, False]]
+
+
+def test_rows_are_selected_with_their_spans():
+    prompt = locate(CONFIG, models.inputs("llava", ONE_IMAGE, THREE_IMAGES)).select([1, 1, 0])
+    assert [span.start for span in prompt.spans] == [0, 0, 34]
+    assert prompt.vision_mask.sum(-1).tolist() == [48, 48, 16]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "must hold 'input_ids'"),
+        ({"input_ids": torch.tensor([1, 2])}, "must hold 'input_ids' of shape"),
+        ({"input_ids": torch.tensor([[1, 2]]), "pixel_values": torch.ones(1)}, "no image token to stand for it"),
+        ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.zeros(1, 2)}, "no valid token"),
+        ({"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 0, 1]])}, "padding between"),
+    ],
+)
+def test_inputs_that_are_no_prompts_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        locate(CONFIG, inputs)
+
+
+def test_a_family_that_is_not_in_the_table_is_refused():
+    config = LlavaConfig()
+    config.model_type = "llama_with_eyes"
+    with pytest.raises(ValueError, match="'llama_with_eyes' are not known: known types are llava"):
+        locate(config, {"input_ids": torch.ones(1, 3)})

@@ -1,0 +1,78 @@
+import dataclasses
+import json
+
+import pytest
+
+from sparsight import RECIPES, ElasticCache, Recipe, VLCache, recipe
+from sparsight.parts import Accumulated, Evict, FixedPoint, Grow, MergeNearest, PostVision, SparsityAware, Uniform
+
+
+def test_vl_cache_has_its_papers_parts_and_numbers():
+    assert VLCache() == Recipe(
+        "vl-cache", 0.1, PostVision(), SparsityAware(threshold=0.01), Evict(recent=0.1, per_head=True), Grow()
+    )
+
+
+def test_elastic_has_its_papers_parts_and_numbers():
+    assert ElasticCache() == Recipe(
+        "elastic",
+        0.1,
+        Accumulated(),
+        Uniform(),
+        MergeNearest(protect_first=1),
+        FixedPoint(distance=25, protect_first=1),
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_json(name):
+    made = recipe(name, budget=0.25)
+    assert made.name == name
+    assert Recipe.from_json(made.to_json()) == made
+    assert json.loads(made.to_json())["score"]["kind"] == made.score.kind
+
+
+def test_parts_combine_freely():
+    mixed = dataclasses.replace(VLCache(budget=0.2), name="mixed", reduce=MergeNearest(), decode=FixedPoint(distance=3))
+    assert Recipe.from_json(mixed.to_json()) == mixed
+    assert mixed != VLCache(budget=0.2)
+    assert "distance=3" in repr(mixed)
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        VLCache().budget = 0.5
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.01, float("nan"), "10 %", None])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_budget_out_of_range_is_refused(name, budget):
+    with pytest.raises(ValueError, match=r"budget must be a number in \(0, 1\]"):
+        recipe(name, budget=budget)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="Unknown method 'vlcache': did you mean 'vl-cache'"):
+        recipe("vlcache")
+    with pytest.raises(ValueError, match="Unknown method 'zzz': Known are vl-cache, elastic"):
+        recipe("zzz")
+
+
+def test_an_unknown_number_is_refused():
+    with pytest.raises(ValueError, match=r"'elastic': .*'threshold'"):
+        recipe("elastic", threshold=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": {"kind": "post-visoin"}}, "Unknown score 'post-visoin': did you mean 'post-vision'"),
+        ({"decode": {"kind": "grow", "speed": 3}}, "Not a recipe"),
+        ({"allocate": {}}, "Not a recipe: 'kind'"),
+        ({"budget": 3}, "budget must be"),
+    ],
+)
+def test_json_that_is_no_recipe_is_refused(change, message):
+    data = {**json.loads(VLCache().to_json()), **change}
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_json(json.dumps(data))
