@@ -15,6 +15,9 @@ from sparsight.prompt import Prompt, locate
 from sparsight.recipe import Recipe
 from sparsight.report import Report
 
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention functions that change the weights in ways the statistics do not know."""
+
 
 class CompressedCache(Cache):
     """A KV cache that keeps a budget of the prompt's entries.
@@ -70,7 +73,9 @@ class CompressedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention layers: keys ``[B, H_kv, q, D]`` go on to the attention function, marked."""
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer_idx >= len(self.layers):
+            raise self._foreign_model()
+        layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         # Every update must come back through the attention function, or it is not this model's.
@@ -78,20 +83,23 @@ class CompressedCache(Cache):
             raise self._foreign_model()
         if layer.entries is None:
             self._check_prompt(layer, *key_states.shape[0::2])
-        elif key_states.shape[0] != len(layer.spans):
-            raise ValueError(f"The cache holds {len(layer.spans)} sequences, but was given {key_states.shape[0]}.")
+        elif key_states.shape[0] != len(self.prompt.spans):
+            raise ValueError(
+                f"The cache holds {len(self.prompt.spans)} sequences, but the model was given {key_states.shape[0]}."
+            )
         self._unattended = True
         return mark(key_states, partial(self._attend, layer)), value_states
 
     def _check_prompt(self, layer: CompressedLayer, batch: int, count: int) -> None:
         """Raise ValueError unless ``count`` tokens of ``batch`` sequences can be (the next part of) the prompt."""
         rows, length = self.prompt.vision_mask.shape
-        if batch % rows or (layer.seen and batch != len(layer.spans)):
+        if batch % rows or (layer.seen and batch != rows):
             raise ValueError(f"The cache was made for inputs of {rows} sequences, but the model was given {batch}.")
-        if count == 1 and layer.seen + 1 < length:
-            raise ValueError(
-                f"The cache was made for inputs of {length} tokens, but the model was given {layer.seen or 1}."
-            )
+        seen = layer.seen + count
+        # Decoding that begins too early, or a prompt that is too long and not assisted generation's with its candidates.
+        if (count == 1 and seen < length) or (seen > length and not layer.record_past):
+            given = layer.seen or count if seen < length else seen
+            raise ValueError(f"The cache was made for inputs of {length} tokens, but the model was given {given}.")
         if batch != rows:
             # Beam search and several return sequences repeat each prompt.
             self._start(self.prompt.select([row for row in range(rows) for _ in range(batch // rows)]))
@@ -102,11 +110,16 @@ class CompressedCache(Cache):
         """Attention of one layer, called in place of the model's own."""
         if module.config is not self._lease.config:
             raise self._foreign_model()
+        for name in UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{self._model_name} attends with {name!r}, which a compressed cache does not support."
+                )
         self._unattended = False
         if layer.entries is not None:
-            output = layer.decode(query, key, value, mask, kwargs.get("scaling"))
+            output = layer.attend_held(query, key, value, mask, kwargs.get("scaling"))
             return output.transpose(1, 2).contiguous(), None
-        result = layer.prefill(own_attention, module, query, key, value, mask, **kwargs)
+        result = layer.attend_prompt(own_attention, module, query, key, value, mask, **kwargs)
         if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
             self._compact()
         return result
@@ -114,8 +127,9 @@ class CompressedCache(Cache):
     @torch.no_grad()
     def _compact(self) -> None:
         """Plan from all layers' observations, then compact them one by one, so that memory never peaks again."""
-        device = self.compressed[0].zeroed[0].device
-        sparsity = torch.stack([layer.sparsity().to(device) for layer in self.compressed]).cpu()
+        observed = [layer.prefill.sparsity() for layer in self.compressed if layer.prefill is not None]
+        # Layers may lie on several devices; one copy brings all of their sparsities to the CPU.
+        sparsity = torch.stack([layer.to(observed[0].device) for layer in observed]).cpu()
         shares = torch.stack(
             [self.recipe.allocate.shares(sequence, self.recipe.budget) for sequence in sparsity.T], dim=1
         ).tolist()
@@ -151,7 +165,7 @@ class CompressedCache(Cache):
             self._sparsity = [[layer[row] for row in rows] for layer in self._sparsity]
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
-                layer.select_rows(rows, index)
+                layer.select_rows(self.prompt, rows, index)
             else:
                 layer.reorder_cache(index)
 
@@ -189,7 +203,7 @@ class CompressedCache(Cache):
 
     def report(self) -> Report:
         """Entries kept and held, sparsity, and bytes against the full cache's."""
-        compacted = [layer for layer in self.compressed if layer.kept]
+        compacted = [(layer, layer.entries) for layer in self.compressed if layer.entries is not None]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return Report(
             method=self.recipe.name,
@@ -197,8 +211,8 @@ class CompressedCache(Cache):
             prompt_tokens=[span.length for span in self.prompt.spans],
             vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
             tokens_seen=self.compressed[0].seen,
-            kept=[layer.per_head(layer.kept) for layer in compacted],
-            held=[layer.per_head(layer.held) for layer in compacted],
+            kept=[[[kept] * held.heads for kept in layer.kept] for layer, held in compacted],
+            held=[[[count] * held.heads for count in held.held] for _, held in compacted],
             sparsity=self._sparsity,
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(_layer_bytes, others)),

@@ -153,6 +153,11 @@ class Entries:
         return output.reshape(batch, heads, count, -1)
 
     @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.keys.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
         return sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values, self.positions))

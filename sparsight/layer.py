@@ -1,6 +1,6 @@
-"""One layer of the cache: it collects the prompt, observes it, compacts it, and then serves decoding."""
+"""One layer of the cache, as transformers sees it: first the whole prompt, then the entries that stay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -8,22 +8,20 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.entries import Entries
-from sparsight.observe import attention_sums
-from sparsight.parts import FixedPoint, PostVision
-from sparsight.parts.decode import slot_to_write
-from sparsight.prompt import Prompt, Span
+from sparsight.parts import FixedPoint
+from sparsight.prefill import Prefill
+from sparsight.prompt import Prompt
 from sparsight.recipe import Recipe
+from sparsight.ring import Ring
 
 
 class CompressedLayer(CacheLayerMixin):
-    """Keys and values of one layer, whole during prefill and compressed afterwards.
+    """Keys and values of one layer.
 
     Attributes:
         seen: tokens seen, padding included; positions follow it.
-        keys, values: ``[B, H_kv, seen, D]`` during prefill, then None.
-        scores: one score ``[H_kv, T_b]`` a sequence during prefill.
-        zeroed: how many weights of each sequence's post-vision rows the threshold filter zeroes, a mean over heads.
-        entries: what is held after prefill, None before.
+        prefill: the prompt so far, until it is compacted.
+        entries: what is held from then on.
         kept: how many prompt entries each sequence kept.
     """
 
@@ -37,24 +35,14 @@ class CompressedLayer(CacheLayerMixin):
     def start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
         self.prompt = prompt
-        self.spans: Sequence[Span] = prompt.spans
         self.seen = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.scores: list[Tensor] = []
-        self.zeroed: list[Tensor] = []
+        self.prefill: Prefill | None = None
         self.entries: Entries | None = None
         self.kept: list[int] = []
-        self.shares: list[float] = []
-        self.padding: list[int] = []
-        self.turn_tokens: list[int] = []
-        self.fixed_indices: list[int] = []
-        self.fixed_positions: Tensor | None = None
-        self.is_initialized = False
+        self.ring: Ring | None = None
+        self.record_past = False
 
-    # Prefill
-
-    def prefill(
+    def attend_prompt(
         self,
         own: Callable[..., tuple[Tensor, Tensor | None]],
         module: Any,
@@ -64,134 +52,47 @@ class CompressedLayer(CacheLayerMixin):
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the model's own attention over the prompt so far and observe the queries that matter."""
-        self.is_initialized = True
-        if self.keys is not None and self.values is not None:
-            key, value = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
-        self.keys, self.values = key.detach(), value.detach()
-        output = own(module, query, key, value, attention_mask, **kwargs)
-        self._observe(query.detach(), self.keys, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        """Run the model's own attention over the prompt so far, and observe the queries that matter."""
+        if self.prefill is None:
+            self.prefill = Prefill(self.recipe, self.prompt, key, value)
+        else:
+            self.prefill.extend(key, value)
+            key, value = self.prefill.keys, self.prefill.values
         self.seen = key.shape[2]
+        output = own(module, query, key, value, attention_mask, **kwargs)
+        self.prefill.observe(query, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         return output
-
-    def _observe(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Add the attention of the queries at positions ``[seen, seen + q)`` to the scores and the sparsity."""
-        kv_heads = key.shape[1]
-        if not self.scores:
-            spans = self.spans
-            self.scores = [torch.zeros(kv_heads, span.length, device=key.device) for span in spans]
-            self.zeroed = [torch.zeros((), dtype=torch.float64, device=key.device) for _ in spans]
-        threshold = self.recipe.allocate.threshold
-        post_vision = PostVision()
-        for row, span in enumerate(self.spans):
-            score_rows = self.recipe.score.rows(span)
-            shared = score_rows == post_vision.rows(span)
-            sums, zeroed = self._sums(row, span, score_rows, query, key, scaling, threshold if shared else None)
-            if threshold is not None and not shared:
-                _, zeroed = self._sums(row, span, post_vision.rows(span), query, key, scaling, threshold)
-            if sums is not None:
-                self.scores[row][:, : sums.shape[1]] += sums
-            if zeroed is not None:
-                self.zeroed[row] += zeroed
-
-    def _sums(
-        self, row: int, span: Span, rows: range, query: Tensor, key: Tensor, scaling: float, threshold: float | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """:func:`attention_sums` of those of a sequence's ``rows`` that this call brings queries of."""
-        start, stop = max(rows.start, self.seen), min(rows.stop, self.seen + query.shape[2])
-        if start >= stop:
-            return None, None
-        queries = query[row, :, start - self.seen : stop - self.seen]
-        return attention_sums(queries, key[row, :, span.start : stop], scaling, threshold)
-
-    def sparsity(self) -> Tensor:
-        """Sparsity of each sequence's post-vision rows, float64 ``[B]`` (VL-Cache, arXiv 2410.23317, section 4.1)."""
-        visible = [sum(p - span.start + 1 for p in PostVision().rows(span)) for span in self.spans]
-        zeroed = torch.stack(self.zeroed)
-        return zeroed / torch.tensor(visible, dtype=torch.float64, device=zeroed.device)
 
     def compact(self, shares: list[float]) -> None:
         """Keep ``shares[b]`` of each sequence's prompt, and free the rest."""
-        assert self.keys is not None and self.values is not None
-        spans, reduce = self.spans, self.recipe.reduce
-        self.kept = [
-            min(max(1, round(share * span.length)), span.length) for share, span in zip(shares, spans, strict=True)
-        ]
-        entries = Entries.allocate(self.kept, self.keys, self.values)
-        for row, span in enumerate(spans):
-            positions = reduce.select(self.scores[row], self.kept[row])
-            keys = reduce.apply(self.keys[row, :, span.start : span.stop], positions)
-            values = reduce.apply(self.values[row, :, span.start : span.stop], positions)
-            entries.fill(row, keys, values, positions + span.start)
-        self.entries, self.shares = entries, shares
-        length = self.prompt.length
-        self.padding = [length - span.length for span in spans]
-        self.turn_tokens = [0] * len(spans)
-        beyond_keys, beyond_values = self.keys[:, :, length:], self.values[:, :, length:]
-        self.keys = self.values = None
-        self.scores = []
-        # Assisted generation brings its first candidates together with the prompt.
-        if beyond_keys.shape[2]:
-            self.entries.append(beyond_keys, beyond_values, length)
-        self._fix()
+        assert self.prefill is not None
+        entries, self.prefill = self.prefill.compact(shares), None
+        beyond = self.seen - self.prompt.length
+        self.entries, self.kept = entries, [held - beyond for held in entries.held]
+        if isinstance(self.recipe.decode, FixedPoint):
+            self.ring = Ring(
+                self.recipe.decode, shares, [self.prompt.length - span.length for span in self.prompt.spans]
+            )
+            self.ring.fix(entries, self.seen)
 
-    # Decoding
-
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None) -> Tensor:
+    def attend_held(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None
+    ) -> Tensor:
         """Take in the new entries and attend over all entries held, ``[B, H, q, D]``."""
         assert self.entries is not None
         key, value = key.detach(), value.detach()
-        count, mask = key.shape[2], None
-        if count > 1:
-            mask = _recent_mask(attention_mask)
-            self._append_turn(key, value, mask)
-        elif isinstance(self.recipe.decode, FixedPoint):
-            self._write_at_fixed_point(self.recipe.decode, key, value)
+        count = key.shape[2]
+        position, self.seen = self.seen, self.seen + count
+        # A single token sees everything; of a new turn, the last token sees every other but padding.
+        mask = _recent_mask(attention_mask) if count > 1 else None
+        if count == 1 and self.ring is not None:
+            self.ring.write(self.entries, key, value, position)
         else:
-            self.entries.append(key, value, self.seen)
-        self.seen += count
-        if count > 1:
-            self._fix()
+            before = self.entries.held
+            self.entries.append(key, value, position, None if mask is None else mask[:, 0, -1])
+            if self.ring is not None:
+                self.ring.add_turn(self.entries, before, count, self.seen)
         return self.entries.attend(query, mask, scaling)
-
-    def _append_turn(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        """Append the entries of a new turn as they are; the allowance grows by as many."""
-        assert self.entries is not None
-        before = self.entries.held
-        # The last new token sees every new token but padding.
-        self.entries.append(key, value, self.seen, None if mask is None else mask[:, 0, -1])
-        added = [held - old for held, old in zip(self.entries.held, before, strict=True)]
-        self.turn_tokens = [tokens + new for tokens, new in zip(self.turn_tokens, added, strict=True)]
-        self.padding = [tokens + key.shape[2] - new for tokens, new in zip(self.padding, added, strict=True)]
-
-    def _fix(self) -> None:
-        """Let the fixed point of the decode rule follow what is held now."""
-        assert self.entries is not None
-        if isinstance(self.recipe.decode, FixedPoint):
-            self.fixed_indices = [self.recipe.decode.fixed_index(held) for held in self.entries.held]
-            self.fixed_positions = self.entries.positions_at(self.fixed_indices, next_position=self.seen)
-
-    def _write_at_fixed_point(self, rule: FixedPoint, key: Tensor, value: Tensor) -> None:
-        """Write one new entry a sequence to a vacant slot, or over the entry that the rule drops."""
-        assert self.entries is not None
-        entries = self.entries
-        drops = []
-        for row, (share, padding, turn) in enumerate(zip(self.shares, self.padding, self.turn_tokens, strict=True)):
-            allowance = share * (self.seen + 1 - padding - turn) + turn
-            drops.append(rule.drops(entries.held[row], allowance, self.fixed_indices[row]))
-        entries.reserve(1)
-        # More than one entry goes only where the number kept after prefill was rounded up.
-        while max(drops) > 1:
-            entries.vacate(self._slots([drop < 2 for drop in drops]), [drop > 1 for drop in drops])
-            drops = [drop - (drop > 1) for drop in drops]
-        grow = [drop == 0 for drop in drops]
-        entries.overwrite(key, value, self.seen, self._slots(grow), grow)
-
-    def _slots(self, grow: list[bool]) -> Tensor:
-        """Slot of each sequence and KV head that is vacant, where ``grow``, or is dropped next, ``[B, H_kv]``."""
-        assert self.entries is not None and self.fixed_positions is not None
-        positions = self.entries.positions
-        return slot_to_write(positions, self.fixed_positions, torch.tensor(grow, device=positions.device))
 
     # What generation strategies ask of a cache
 
@@ -201,9 +102,10 @@ class CompressedLayer(CacheLayerMixin):
         return not isinstance(self.recipe.decode, FixedPoint)
 
     def activate_past_recording(self) -> None:
-        """Refuse assisted generation where it could not take candidates back."""
+        """Expect candidates that may be taken back; refused where they could not be."""
         if not self.is_croppable:
             self._refuse_crop()
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back ``-tokens_to_remove`` tokens that were added since compression.
@@ -230,19 +132,14 @@ class CompressedLayer(CacheLayerMixin):
             "assisted generation and crop need a recipe whose decode rule is 'grow'."
         )
 
-    def select_rows(self, rows: list[int], index: Tensor) -> None:
-        """Replace the sequences by those at ``rows`` (the same numbers as a list and as a tensor)."""
-        self.spans = [self.spans[row] for row in rows]
-        if self.entries is None:
-            return
-        self.entries.select_rows(rows, index)
-        self.kept = [self.kept[row] for row in rows]
-        self.shares = [self.shares[row] for row in rows]
-        self.padding = [self.padding[row] for row in rows]
-        self.turn_tokens = [self.turn_tokens[row] for row in rows]
-        if self.fixed_positions is not None:
-            self.fixed_indices = [self.fixed_indices[row] for row in rows]
-            self.fixed_positions = self.fixed_positions.index_select(0, index.to(self.fixed_positions.device))
+    def select_rows(self, prompt: Prompt, rows: list[int], index: Tensor) -> None:
+        """Replace the sequences by those at ``rows``, whose prompts are ``prompt`` (``index`` holds ``rows`` too)."""
+        self.prompt = prompt
+        if self.entries is not None:
+            self.entries.select_rows(rows, index)
+            self.kept = [self.kept[row] for row in rows]
+        if self.ring is not None:
+            self.ring.select_rows(rows, index)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -269,28 +166,20 @@ class CompressedLayer(CacheLayerMixin):
         """Forget everything and wait for the same prompt again."""
         self.start(self.prompt)
 
+    # What the layer holds
+
     @property
     def nbytes(self) -> int:
-        """Bytes that the layer's keys, values and positions occupy."""
+        """Bytes that the layer's tensors occupy."""
         if self.entries is not None:
             return self.entries.nbytes
-        return sum(states.nbytes for states in (self.keys, self.values) if states is not None)
-
-    @property
-    def held(self) -> list[int]:
-        """Entries that each sequence holds now, in every KV head."""
-        return self.entries.held if self.entries else []
-
-    def per_head(self, counts: list[int]) -> list[list[int]]:
-        """Counts of each sequence, for every one of its KV heads."""
-        heads = self.entries.keys.shape[1] if self.entries else 0
-        return [[count] * heads for count in counts]
+        return 0 if self.prefill is None else self.prefill.keys.nbytes + self.prefill.values.nbytes
 
     @property
     def full_bytes(self) -> int:
         """Bytes that the full cache's keys and values would occupy for the tokens seen."""
-        keys, values = (self.entries.keys, self.entries.values) if self.entries else (self.keys, self.values)
-        return sum(states[:, :, 0].nbytes * self.seen for states in (keys, values) if states is not None)
+        states = self.entries or self.prefill
+        return 0 if states is None else self.seen * (states.keys[:, :, 0].nbytes + states.values[:, :, 0].nbytes)
 
 
 def _recent_mask(attention_mask: Any) -> Tensor | None:

@@ -357,7 +357,7 @@ def test_bytes_held_are_those_of_the_kept_entries_and_one_growth_step():
     kept = sum(kept[0] for layer in report.kept for kept in layer)
     assert abs(kept - 600) <= 3
     assert report.bytes_held == (kept + 3 * 64) * 2 * (entry + 4)
-    assert all(layer.keys is None for layer in cache.layers)
+    assert all(layer.prefill is None for layer in cache.layers)
 
 
 def test_kept_positions_are_those_of_the_prompt_and_padded_with_minus_one():
@@ -446,5 +446,5 @@ class TestErrors:
         model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
         cache = compressed(model, inputs)
         generate(model, inputs, 2, past_key_values=cache)
-        with pytest.raises(ValueError, match="holds 1 sequences, but was given 2"):
+        with pytest.raises(ValueError, match="holds 1 sequences, but the model was given 2"):
             model(input_ids=torch.tensor([[3], [4]]), past_key_values=cache)

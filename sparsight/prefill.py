@@ -1,0 +1,85 @@
+"""One layer during prefill: the whole prompt's keys and values, and what its queries told about them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsight.entries import Entries
+from sparsight.observe import attention_sums
+from sparsight.parts import PostVision
+from sparsight.prompt import Prompt, Span
+from sparsight.recipe import Recipe
+
+
+class Prefill:
+    """Keys and values of the prompt so far, its scores, and the sparsity of its post-vision queries.
+
+    Attributes:
+        keys, values: ``[B, H_kv, seen, D]``.
+        scores: ``[H_kv, T_b]`` for each sequence.
+        zeroed: how many weights of each sequence's post-vision rows the threshold filter zeroes, a mean over heads.
+    """
+
+    def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
+        self.recipe = recipe
+        self.prompt = prompt
+        self.keys, self.values = keys.detach(), values.detach()
+        heads, device = keys.shape[1], keys.device
+        self.scores = [torch.zeros(heads, span.length, device=device) for span in prompt.spans]
+        self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.float64, device=device)
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """Add the keys and values of the prompt's next part."""
+        self.keys = torch.cat([self.keys, keys.detach()], dim=2)
+        self.values = torch.cat([self.values, values.detach()], dim=2)
+
+    @torch.no_grad()
+    def observe(self, query: Tensor, scaling: float) -> None:
+        """Add the attention that the newest queries ``[B, H, q, D]`` pay to the scores and the sparsity."""
+        score, threshold = self.recipe.score, self.recipe.allocate.threshold
+        for row, span in enumerate(self.prompt.spans):
+            post_vision = PostVision().rows(span)
+            # Scores and sparsity come from one pass where they come from the same rows.
+            together = score.rows(span) == post_vision
+            sums, zeroed = self._sums(row, span, score.rows(span), query, scaling, threshold if together else None)
+            if threshold is not None and not together:
+                _, zeroed = self._sums(row, span, post_vision, query, scaling, threshold)
+            if sums is not None:
+                self.scores[row][:, : sums.shape[1]] += sums
+            if zeroed is not None:
+                self.zeroed[row] += zeroed
+
+    def _sums(
+        self, row: int, span: Span, rows: range, query: Tensor, scaling: float, threshold: float | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:func:`attention_sums` of those of a sequence's ``rows`` that are among the newest queries."""
+        seen = self.keys.shape[2]
+        first = seen - query.shape[2]
+        start, stop = max(rows.start, first), min(rows.stop, seen)
+        if start >= stop:
+            return None, None
+        queries = query[row, :, start - first : stop - first]
+        return attention_sums(queries, self.keys[row, :, span.start : stop], scaling, threshold)
+
+    def sparsity(self) -> Tensor:
+        """Sparsity of each sequence's post-vision rows, float64 ``[B]`` (VL-Cache, arXiv 2410.23317, section 4.1)."""
+        visible = [sum(i - span.start + 1 for i in PostVision().rows(span)) for span in self.prompt.spans]
+        return self.zeroed / self.zeroed.new_tensor(visible)
+
+    def compact(self, shares: Sequence[float]) -> Entries:
+        """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one does."""
+        spans, reduce = self.prompt.spans, self.recipe.reduce
+        kept = [min(max(1, round(share * span.length)), span.length) for share, span in zip(shares, spans, strict=True)]
+        entries = Entries.allocate(kept, self.keys, self.values)
+        for row, span in enumerate(spans):
+            valid = slice(span.start, span.stop)
+            positions = reduce.select(self.scores[row], kept[row])
+            keys = reduce.apply(self.keys[row, :, valid], positions)
+            values = reduce.apply(self.values[row, :, valid], positions)
+            entries.fill(row, keys, values, positions + span.start)
+        length, seen = self.prompt.length, self.keys.shape[2]
+        if seen > length:
+            # Assisted generation brings its first candidates together with the prompt.
+            entries.append(self.keys[:, :, length:], self.values[:, :, length:], length)
+        return entries
