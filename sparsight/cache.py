@@ -96,7 +96,7 @@ class CompressedCache(Cache):
         if batch % rows or (layer.seen and batch != rows):
             raise ValueError(f"The cache was made for inputs of {rows} sequences, but the model was given {batch}.")
         seen = layer.seen + count
-        # Decoding that begins too early, or a prompt that is too long and not assisted generation's with its candidates.
+        # Decoding has begun too early, or the prompt is too long (assisted generation adds its candidates to it).
         if (count == 1 and seen < length) or (seen > length and not layer.record_past):
             given = layer.seen or count if seen < length else seen
             raise ValueError(f"The cache was made for inputs of {length} tokens, but the model was given {given}.")

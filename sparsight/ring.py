@@ -13,8 +13,9 @@ from sparsight.parts.decode import slot_to_write
 class Ring:
     """What :class:`~sparsight.parts.FixedPoint` must remember between tokens, for each sequence of one layer.
 
-    The entries from the fixed place on are a ring: a new one overwrites the oldest of them. A new turn of a conversation
-    is added as it is: the allowance grows by its tokens, and the fixed place moves to ``distance`` before its end.
+    The entries from the fixed place on are a ring: a new one overwrites the oldest of them. A new turn of a
+    conversation is added as it is: the allowance grows by its tokens, and the fixed place moves to ``distance`` before
+    its end.
 
     Attributes:
         shares: fraction of the tokens seen that may be held.

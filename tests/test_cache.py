@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -417,10 +419,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("other", ["llava_next", "qwen2_5_vl"])
     def test_a_cache_used_with_another_model(self, other):
-        cache = compressed(models.model("llava"), models.inputs("llava", ONE_IMAGE))
-        inputs = models.inputs(other, ONE_IMAGE)
+        cache = compressed(models.model("llava"), models.inputs("llava", NO_IMAGE))
         with pytest.raises(ValueError, match="made for a LlavaForConditionalGeneration"):
-            generate(models.model(other), inputs, 4, past_key_values=cache)
+            generate(models.model(other), models.inputs(other, NO_IMAGE), 4, past_key_values=cache)
 
     def test_a_cache_used_with_another_model_that_has_one_too(self):
         mine = models.inputs("llava", ONE_IMAGE)
@@ -441,6 +442,20 @@ class TestErrors:
         cache = compressed(model, models.inputs("llava", THREE_IMAGES))
         with pytest.raises(ValueError, match="inputs of 65 tokens, but the model was given 31"):
             generate(model, models.inputs("llava", ONE_IMAGE), 4, past_key_values=cache)
+
+    def test_inputs_that_are_longer_than_the_caches(self):
+        model = models.model("llava")
+        cache = compressed(model, models.inputs("llava", ONE_IMAGE))
+        with pytest.raises(ValueError, match="inputs of 31 tokens, but the model was given 65"):
+            generate(model, models.inputs("llava", THREE_IMAGES), 4, past_key_values=cache)
+
+    def test_attention_that_the_statistics_do_not_know(self):
+        config = Gemma2Config(**models.text_config("1:2"), head_dim=16, layer_types=["full_attention"] * 3)
+        model = Gemma2ForCausalLM(config).eval()
+        model.set_attn_implementation("eager")
+        inputs = models.inputs("llama", NO_IMAGE)
+        with pytest.raises(ValueError, match="attends with 'softcap'"):
+            generate(model, inputs, 2, past_key_values=compressed(model, inputs))
 
     def test_another_batch_size_while_decoding(self):
         model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
