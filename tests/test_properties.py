@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import models
 
 from sparsight import CompressedCache, recipe
+from tests import models
 
 PROMPTS = st.builds(
     models.Prompt, images=st.integers(0, 2), before=st.integers(1, 20), after=st.one_of(st.just(0), st.integers(1, 40))
