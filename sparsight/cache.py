@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsight.attention import lease, mark, own_attention
 from sparsight.layer import CompressedLayer
+from sparsight.parts.allocate import Observed
 from sparsight.prompt import Prompt, locate
 from sparsight.recipe import Recipe
 from sparsight.report import Report
@@ -127,16 +128,26 @@ class CompressedCache(Cache):
     @torch.no_grad()
     def _compact(self) -> None:
         """Plan from all layers' observations, then compact them one by one, so that memory never peaks again."""
-        observed = [layer.prefill.sparsity() for layer in self.compressed if layer.prefill is not None]
-        # Layers may lie on several devices; one copy brings all of their sparsities to the CPU.
-        sparsity = torch.stack([layer.to(observed[0].device) for layer in observed]).cpu()
-        shares = torch.stack(
-            [self.recipe.allocate.shares(sequence, self.recipe.budget) for sequence in sparsity.T], dim=1
-        ).tolist()
-        for layer, share in zip(self.compressed, shares, strict=True):
-            layer.compact(share)
+        sparsity, plans = self._plan()
+        for layer, *shares in zip(self.compressed, *plans, strict=True):
+            layer.compact(shares)
         if self.recipe.allocate.threshold is not None:
-            self._sparsity = sparsity.tolist()
+            self._sparsity = sparsity
+
+    def _plan(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Sparsity by layer and sequence, and the share that each layer keeps by sequence and layer."""
+        prefills = [layer.prefill for layer in self.compressed if layer.prefill is not None]
+        for prefill in prefills:
+            prefill.finish()
+        # Layers may lie on several devices; one copy brings all of their sparsities to the CPU.
+        device = prefills[0].zeroed.device
+        sparsity = torch.stack([prefill.sparsity().to(device) for prefill in prefills]).tolist()
+        plans = []
+        for row in range(len(self.prompt.spans)):
+            layers = zip(prefills, sparsity, strict=True)
+            observed = [Observed(prefill.scores[row], values[row]) for prefill, values in layers]
+            plans.append(self.recipe.allocate.shares(observed, self.recipe.budget))
+        return sparsity, plans
 
     def _foreign_model(self) -> ValueError:
         return ValueError(

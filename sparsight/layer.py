@@ -1,6 +1,6 @@
 """One layer of the cache, as transformers sees it: first the whole prompt, then the entries that stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.entries import Entries
-from sparsight.parts import FixedPoint
+from sparsight.parts import Grow
 from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt
 from sparsight.recipe import Recipe
@@ -63,16 +63,15 @@ class CompressedLayer(CacheLayerMixin):
         self.prefill.observe(query, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         return output
 
-    def compact(self, shares: list[float]) -> None:
+    def compact(self, shares: Sequence[float]) -> None:
         """Keep ``shares[b]`` of each sequence's prompt, and free the rest."""
         assert self.prefill is not None
         entries, self.prefill = self.prefill.compact(shares), None
         beyond = self.seen - self.prompt.length
         self.entries, self.kept = entries, [held - beyond for held in entries.held]
-        if isinstance(self.recipe.decode, FixedPoint):
-            self.ring = Ring(
-                self.recipe.decode, shares, [self.prompt.length - span.length for span in self.prompt.spans]
-            )
+        if not isinstance(self.recipe.decode, Grow):
+            padding = [self.prompt.length - span.length for span in self.prompt.spans]
+            self.ring = Ring(self.recipe.decode, self.kept, shares, padding)
             self.ring.fix(entries, self.seen)
 
     def attend_held(
@@ -98,8 +97,8 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether new entries can be taken back: a fixed point overwrites old ones, which are lost."""
-        return not isinstance(self.recipe.decode, FixedPoint)
+        """Whether new entries can be taken back: rules that drop overwrite old ones, which are lost."""
+        return isinstance(self.recipe.decode, Grow)
 
     def activate_past_recording(self) -> None:
         """Expect candidates that may be taken back; refused where they could not be."""

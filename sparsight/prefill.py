@@ -17,7 +17,7 @@ class Prefill:
 
     Attributes:
         keys, values: ``[B, H_kv, seen, D]``.
-        scores: ``[H_kv, T_b]`` for each sequence.
+        scores: ``[H_kv, T_b]`` for each sequence: attention sums, until :meth:`finish` makes scores of them.
         zeroed: how many weights of each sequence's post-vision rows the threshold filter zeroes, a mean over heads.
     """
 
@@ -62,6 +62,13 @@ class Prefill:
         queries = query[row, :, start - first : stop - first]
         return attention_sums(queries, self.keys[row, :, span.start : stop], scaling, threshold)
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Turn the sums into scores, once the whole prompt has been observed."""
+        for row, span in enumerate(self.prompt.spans):
+            vision = self.prompt.vision_mask[row, span.start : span.stop].to(self.keys.device)
+            self.scores[row] = self.recipe.score.importance(self.scores[row], vision)
+
     def sparsity(self) -> Tensor:
         """Sparsity of each sequence's post-vision rows, float64 ``[B]`` (VL-Cache, arXiv 2410.23317, section 4.1)."""
         visible = [sum(i - span.start + 1 for i in PostVision().rows(span)) for span in self.prompt.spans]
@@ -75,8 +82,7 @@ class Prefill:
         for row, span in enumerate(spans):
             valid = slice(span.start, span.stop)
             positions = reduce.select(self.scores[row], kept[row])
-            keys = reduce.apply(self.keys[row, :, valid], positions)
-            values = reduce.apply(self.values[row, :, valid], positions)
+            keys, values = reduce.apply(self.keys[row, :, valid], self.values[row, :, valid], positions)
             entries.fill(row, keys, values, positions + span.start)
         length, seen = self.prompt.length, self.keys.shape[2]
         if seen > length:

@@ -3,30 +3,14 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from sparsight.parts import (
-    Accumulated,
-    Allocate,
-    DecodeRule,
-    Evict,
-    FixedPoint,
-    Grow,
-    MergeNearest,
-    PostVision,
-    Reduce,
-    Score,
-    SparsityAware,
-    Uniform,
-    check,
-)
+from sparsight.parts import Allocate, DecodeRule, Reduce, Score, check
 from sparsight.suggest import unknown
 
 KINDS: dict[str, dict[str, type]] = {
-    "score": {part.kind: part for part in (PostVision, Accumulated)},
-    "allocate": {part.kind: part for part in (Uniform, SparsityAware)},
-    "reduce": {part.kind: part for part in (Evict, MergeNearest)},
-    "decode": {part.kind: part for part in (Grow, FixedPoint)},
+    role: {part.kind: part for part in get_args(parts)}
+    for role, parts in {"score": Score, "allocate": Allocate, "reduce": Reduce, "decode": DecodeRule}.items()
 }
 """The parts that a recipe can be made of: by role, then by kind."""
 

@@ -1,4 +1,4 @@
-"""Fixed-point elimination in one layer: which slot of the storage each new entry takes."""
+"""Decoding within an allowance in one layer: which slot of the storage each new entry takes."""
 
 from collections.abc import Sequence
 
@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 from sparsight.entries import Entries
-from sparsight.parts import FixedPoint
-from sparsight.parts.decode import slot_to_write
+from sparsight.parts import FixedPoint, Sliding
+from sparsight.parts.decode import drops, slot_to_write
 
 
 class Ring:
-    """What :class:`~sparsight.parts.FixedPoint` must remember between tokens, for each sequence of one layer.
+    """What a decode rule that drops entries must remember between tokens, for each sequence of one layer.
 
     The entries from the fixed place on are a ring: a new one overwrites the oldest of them. A new turn of a
-    conversation is added as it is: the allowance grows by its tokens, and the fixed place moves to ``distance`` before
-    its end.
+    conversation is added as it is, raises the allowance by its tokens, and moves the fixed place.
 
     Attributes:
-        shares: fraction of the tokens seen that may be held.
+        kept, shares: entries kept of the prompt, and the share of it that they are.
         padding: padding tokens among those seen.
         turn_tokens: tokens of new turns among those seen.
         indices, positions: index and position (int32 ``[B, H_kv]``) of the entry at the fixed place.
     """
 
-    def __init__(self, rule: FixedPoint, shares: Sequence[float], padding: list[int]) -> None:
+    def __init__(
+        self, rule: FixedPoint | Sliding, kept: Sequence[int], shares: Sequence[float], padding: Sequence[int]
+    ) -> None:
         self.rule = rule
-        self.shares = list(shares)
-        self.padding = padding
-        self.turn_tokens = [0] * len(padding)
+        self.kept, self.shares, self.padding = list(kept), list(shares), list(padding)
+        self.turn_tokens = [0] * len(self.kept)
         self.indices: list[int] = []
         self.positions = torch.empty(0, dtype=torch.int32)
 
@@ -46,18 +46,18 @@ class Ring:
 
     def write(self, entries: Entries, keys: Tensor, values: Tensor, position: int) -> None:
         """Take in one new entry a sequence, ``[B, H_kv, 1, D]``."""
-        drops = [
-            self.rule.drops(held, share * (position + 1 - padding - turn) + turn, index)
-            for held, share, padding, turn, index in zip(
-                entries.held, self.shares, self.padding, self.turn_tokens, self.indices, strict=True
+        gone = [
+            drops(held, self.rule.allowance(kept, share, position + 1 - padding - turn) + turn, index)
+            for held, kept, share, padding, turn, index in zip(
+                entries.held, self.kept, self.shares, self.padding, self.turn_tokens, self.indices, strict=True
             )
         ]
         entries.reserve(1)
         # More than one entry goes only where the number kept after prefill was rounded up.
-        while max(drops) > 1:
-            entries.vacate(self._slots(entries, [drop < 2 for drop in drops]), [drop > 1 for drop in drops])
-            drops = [drop - (drop > 1) for drop in drops]
-        grow = [drop == 0 for drop in drops]
+        while max(gone) > 1:
+            entries.vacate(self._slots(entries, [count < 2 for count in gone]), [count > 1 for count in gone])
+            gone = [count - (count > 1) for count in gone]
+        grow = [count == 0 for count in gone]
         entries.overwrite(keys, values, position, self._slots(entries, grow), grow)
 
     def _slots(self, entries: Entries, grow: list[bool]) -> Tensor:
@@ -66,6 +66,7 @@ class Ring:
 
     def select_rows(self, rows: list[int], index: Tensor) -> None:
         """Replace the sequences by those at ``rows`` (the same numbers as a list and as a tensor)."""
+        self.kept = [self.kept[row] for row in rows]
         self.shares = [self.shares[row] for row in rows]
         self.padding = [self.padding[row] for row in rows]
         self.turn_tokens = [self.turn_tokens[row] for row in rows]

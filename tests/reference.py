@@ -1,4 +1,4 @@
-"""VL-Cache and Elastic Cache by brute force, written from the papers' definitions with full attention matrices.
+"""The published methods by brute force, written from the papers' definitions with full attention matrices.
 
 Everything here is slow on purpose: loops over layers, sequences, heads and positions, float64 sums, no shared code with
 the package. ``Twin`` runs an unmodified model with a plain ``DynamicCache`` and replaces its attention.
@@ -28,6 +28,10 @@ class Method:
     water_fill: bool = True
     distance: int = 25
     protect_first: int = 1
+    window: int = 32
+    pool: int = 7
+    steepness: float = 20.0
+    sinks: int = 4
 
 
 # Definitions, over one sequence: attention matrices ``[H, T, T]`` of float
@@ -100,6 +104,56 @@ def elastic_anchors(score: list[float], kept: int, protect_first: int) -> list[i
     return sorted(anchors + best(score, others, kept - len(anchors)))
 
 
+def window_pooled(score: list[float], window: int, pool: int) -> list[float]:
+    """SnapKV: before the window, the largest score within half a kernel; the window itself always stays."""
+    before = max(len(score) - window, 0)
+    half = pool // 2
+    pooled = [max(score[max(0, j - half) : min(before, j + half + 1)]) for j in range(before)]
+    return pooled + [math.inf] * (len(score) - before)
+
+
+def pyramid_shares(layers: int, budget: float, steepness: float) -> list[float]:
+    """PyramidKV: linear from the first layer to the last, the mean unchanged; what a full layer cannot hold goes on."""
+    if layers == 1:
+        return [budget]
+    last, first = budget / steepness, 2 * budget - budget / steepness
+    linear = [first + (last - first) * index / (layers - 1) for index in range(layers)]
+    low, high = 0.0, 1.0 / min(linear)
+    for _ in range(200):
+        middle = (low + high) / 2
+        total = sum(min(middle * share, 1.0) for share in linear)
+        low, high = (middle, high) if total < budget * layers else (low, middle)
+    return [min(high * share, 1.0) for share in linear]
+
+
+def prefix_shares(scores: list[list[float]], budget: float) -> list[float]:
+    """PrefixKV: the largest mass, shared by the layers, whose prefixes fit the budget on average."""
+    masses = []
+    for score in scores:
+        ordered = sorted(score, reverse=True)
+        masses.append([sum(ordered[: n + 1]) / sum(ordered) for n in range(len(ordered))])
+
+    def prefixes(threshold: float) -> list[float]:
+        return [next(n + 1 for n in range(len(m)) if m[n] >= threshold or n + 1 == len(m)) / len(m) for m in masses]
+
+    fitting = [prefixes(t) for t in sorted(t for m in masses for t in m) if sum(prefixes(t)) <= budget * len(masses)]
+    return fitting[-1] if fitting else [1 / len(m) for m in masses]
+
+
+def most_similar(keys: Tensor, kept: list[int], j: int) -> int:
+    """The kept position whose key has the largest cosine with key ``j``; a kept entry is its own."""
+    if j in kept:
+        return j
+    cosines = [torch.cosine_similarity(keys[j].double(), keys[anchor].double(), dim=0).item() for anchor in kept]
+    return kept[max(range(len(kept)), key=lambda index: cosines[index])]
+
+
+def means(states: Tensor, anchors: list[int], bucket_of: list[int]) -> list[Tensor]:
+    """Mean of the states of each anchor's bucket."""
+    buckets = [[states[j].double() for j, anchor in enumerate(bucket_of) if anchor == own] for own in anchors]
+    return [(sum(bucket) / len(bucket)).to(states.dtype) for bucket in buckets]
+
+
 def merged(states: Tensor, anchors: list[int]) -> list[Tensor]:
     """Mean over each anchor's bucket: every position joins the nearest anchor, the earlier of two equally near."""
     buckets: dict[int, list[Tensor]] = {anchor: [] for anchor in anchors}
@@ -125,6 +179,7 @@ class Row:
     heads: list[list[Entry]]
     share: float
     fixed: int
+    kept: int
 
 
 @dataclass
@@ -163,37 +218,78 @@ class Twin:
             attention = [layer[b, :, start:stop, start:stop] for layer in self.attention]
             rows = post_vision_rows(self.vision[b][start:stop])
             gammas = [sparsity(layer, rows, self.method.threshold) for layer in attention]
-            if self.method.name == "vl-cache":
-                shares = layer_shares(gammas, self.method.budget, self.method.floor, self.method.water_fill)
-            else:
-                rows = list(range(stop - start))
-                shares = [self.method.budget] * self.layers
+            vision = self.vision[b][start:stop]
+            scores = [
+                self.score(layer, rows, vision, keys.shape[1]) for layer, keys in zip(attention, self.keys, strict=True)
+            ]
+            shares = self.layer_shares(gammas, scores)
             for index in range(self.layers):
-                score = column_sums(attention[index], rows, self.keys[index].shape[1])
-                if self.method.name != "vl-cache" or not self.method.per_head:
-                    score = score.mean(0, keepdim=True).expand_as(score)
                 kept = entries_to_keep(shares[index], stop - start)
                 self.sparsity[index].append(gammas[index])
                 self.shares[index].append(shares[index])
-                heads = [
-                    self.reduced(
-                        self.keys[index][b, h, start:stop], self.values[index][b, h, start:stop], s, kept, start
-                    )
-                    for h, s in enumerate(score.tolist())
-                ]
+                keys, values = self.keys[index][b, :, start:stop], self.values[index][b, :, start:stop]
+                heads = [self.reduced(keys[h], values[h], s, kept, start) for h, s in enumerate(scores[index])]
                 fixed = max(kept - self.method.distance, self.method.protect_first)
-                self.rows[index].append(Row(heads, shares[index], fixed))
+                if self.method.name == "streaming-llm":
+                    fixed = self.method.sinks
+                self.rows[index].append(Row(heads, shares[index], fixed, kept))
         self.kept = [
-            [Row([list(head) for head in row.heads], row.share, row.fixed) for row in rows] for rows in self.rows
+            [Row([list(head) for head in row.heads], row.share, row.fixed, row.kept) for row in rows]
+            for rows in self.rows
         ]
 
+    def score(self, attention: Tensor, post_vision: list[int], vision: list[bool], kv_heads: int) -> list[list[float]]:
+        """Importance of each position, for every KV head of a layer."""
+        method, length = self.method, attention.shape[-1]
+        if method.name == "streaming-llm":
+            return [[float(j) for j in range(length)]] * kv_heads
+        rows = list(range(length))
+        if method.name == "vl-cache":
+            rows = post_vision
+        elif method.name in ("snapkv", "pyramidkv"):
+            rows = rows[-method.window :]
+        sums = column_sums(attention, rows, kv_heads)
+        if method.name in ("elastic", "prefixkv") or not method.per_head:
+            sums = sums.mean(0, keepdim=True).expand_as(sums)
+        scores = sums.tolist()
+        if method.name in ("snapkv", "pyramidkv"):
+            return [window_pooled(score, method.window, method.pool) for score in scores]
+        if method.name == "look-m":
+            # More than any attention that a position of this prompt can receive.
+            return [
+                [s + (0 if seen else length + 1) for s, seen in zip(score, vision, strict=True)] for score in scores
+            ]
+        return scores
+
+    def layer_shares(self, gammas: list[float], scores: list[list[list[float]]]) -> list[float]:
+        method = self.method
+        if method.name == "vl-cache":
+            return layer_shares(gammas, method.budget, method.floor, method.water_fill)
+        if method.name == "pyramidkv":
+            return pyramid_shares(self.layers, method.budget, method.steepness)
+        if method.name == "prefixkv":
+            return prefix_shares([layer[0] for layer in scores], method.budget)
+        return [method.budget] * self.layers
+
     def reduced(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
-        if self.method.name == "vl-cache":
-            positions = vl_cache_positions(score, kept, self.method.recent)
-            return [Entry(start + j, keys[j], values[j]) for j in positions]
-        anchors = elastic_anchors(score, kept, self.method.protect_first)
-        states = zip(anchors, merged(keys, anchors), merged(values, anchors), strict=True)
-        return [Entry(start + j, key, value) for j, key, value in states]
+        method, length = self.method, len(score)
+        if method.name == "elastic":
+            positions = elastic_anchors(score, kept, method.protect_first)
+            pairs = zip(merged(keys, positions), merged(values, positions), strict=True)
+        elif method.name == "look-m":
+            positions = vl_cache_positions(score, kept, method.recent)
+            bucket_of = [most_similar(keys, positions, j) for j in range(length)]
+            pairs = zip(means(keys, positions, bucket_of), means(values, positions, bucket_of), strict=True)
+        else:
+            if method.name == "streaming-llm":
+                sinks = min(method.sinks, kept - 1)
+                positions = sorted(set(range(sinks)) | set(range(length - kept + sinks, length)))
+            elif method.name in ("snapkv", "pyramidkv"):
+                positions = sorted(best(score, list(range(length)), kept))
+            else:
+                positions = vl_cache_positions(score, kept, method.recent)
+            pairs = zip(keys[positions], values[positions], strict=True)
+        return [Entry(start + j, key, value) for j, (key, value) in zip(positions, pairs, strict=True)]
 
     def decode(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         position = key.shape[2] - 1
@@ -202,9 +298,11 @@ class Twin:
         for b, row in enumerate(self.rows[module.layer_idx]):
             tokens_seen = position + 1 - self.valid[b].index(True)
             for h, entries in enumerate(row.heads):
-                if self.method.name == "elastic":
-                    while len(entries) + 1 > row.share * tokens_seen and len(entries) > row.fixed:
-                        del entries[row.fixed]
+                allowance = {"elastic": row.share * tokens_seen, "streaming-llm": row.kept}.get(
+                    self.method.name, math.inf
+                )
+                while len(entries) + 1 > allowance and len(entries) > row.fixed:
+                    del entries[row.fixed]
                 entries.append(Entry(position, key[b, h, -1], value[b, h, -1]))
                 keys = torch.stack([entry.key for entry in entries]).double()
                 values = torch.stack([entry.value for entry in entries]).double()

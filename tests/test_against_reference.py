@@ -1,10 +1,10 @@
-"""VL-Cache and Elastic Cache equal the brute force that is written from the papers' definitions."""
+"""Every published method equals the brute force that is written from its paper's definitions."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from sparsight import CompressedCache, ElasticCache, VLCache
+from sparsight import CompressedCache, ElasticCache, VLCache, recipe
 from sparsight.prompt import locate
 from tests import models, reference
 from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
@@ -38,24 +38,35 @@ METHODS = {
         ElasticCache(budget=0.001, distance=3, protect_first=4),
         Method("elastic", 0.001, distance=3, protect_first=4),
     ),
+    "streaming-llm": (recipe("streaming-llm", budget=0.2), Method("streaming-llm", 0.2)),
+    "streaming-llm, few entries": (recipe("streaming-llm", budget=0.05), Method("streaming-llm", 0.05)),
+    "snapkv": (recipe("snapkv", budget=0.6), Method("snapkv", 0.6)),
+    "snapkv, small window": (recipe("snapkv", budget=0.3, window=4, pool=3), Method("snapkv", 0.3, window=4, pool=3)),
+    "pyramidkv": (recipe("pyramidkv", budget=0.3, window=5), Method("pyramidkv", 0.3, window=5)),
+    "pyramidkv, full first layer": (
+        recipe("pyramidkv", budget=0.7, steepness=4.0),
+        Method("pyramidkv", 0.7, steepness=4.0),
+    ),
+    "prefixkv": (recipe("prefixkv", budget=0.2), Method("prefixkv", 0.2)),
+    "look-m": (recipe("look-m", budget=0.2), Method("look-m", 0.2, recent=0.5)),
 }
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
 LOGITS = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.1, "atol": 0.25}}
 
 
 def check(family, heads, dtype, batch, method, tokens=8):
-    recipe, twin_method = METHODS[method]
+    chosen, twin_method = METHODS[method]
     model = models.model(family, heads, dtype)
     inputs = models.inputs(family, *BATCHES[batch], dtype=dtype)
     vision = locate(model.config, inputs).vision_mask
     twin, expected = reference.run(model, inputs, twin_method, tokens, vision)
 
-    cache = CompressedCache(model, recipe, inputs)
+    cache = CompressedCache(model, chosen, inputs)
     first = models.logits(model, inputs, 1, past_key_values=cache)
     assert_close(first[0], expected.logits[0], **LOGITS[dtype])
     check_entries(cache, twin, twin.kept, dtype)
 
-    cache = CompressedCache(model, recipe, inputs)
+    cache = CompressedCache(model, chosen, inputs)
     logits = models.logits(model, inputs, tokens, past_key_values=cache)
     if dtype == torch.float32:
         for own, brute in zip(logits, expected.logits, strict=True):
@@ -100,6 +111,16 @@ def test_every_kind_of_prompt(batch, method):
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_family_grouping_and_dtype(family, heads, dtype, method):
     check(family, heads, dtype, "padded batch", method)
+
+
+@pytest.mark.parametrize("method", ["streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_methods_with_shared_heads_and_other_dtypes(dtype, method):
+    check("qwen2_5_vl", "1:8", dtype, "padded batch", method)
+
+
+def test_long_answers_in_a_sliding_window():
+    check("llava", "1:2", torch.float32, "padded batch", "streaming-llm", tokens=60)
 
 
 def test_long_answers_under_the_fixed_point():

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsight import CompressedCache, recipe
+from sparsight import RECIPES, CompressedCache, recipe
 from tests import models
 
 PROMPTS = st.builds(
@@ -14,7 +14,7 @@ BATCHES = st.lists(PROMPTS, min_size=1, max_size=3)
 BUDGETS = st.one_of(st.floats(1e-6, 1.0), st.sampled_from([1e-6, 0.01, 0.1, 1.0]))
 any_case = given(
     prompts=BATCHES,
-    name=st.sampled_from(["vl-cache", "elastic"]),
+    name=st.sampled_from(list(RECIPES)),
     budget=BUDGETS,
     family=st.sampled_from(models.FAMILIES),
     heads=st.sampled_from(list(models.HEADS)),
@@ -22,7 +22,7 @@ any_case = given(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @any_case
 def test_the_budget_is_kept_and_so_is_the_last_token(prompts, name, budget, family, heads, dtype):
     model, inputs = models.model(family, heads, dtype), models.inputs(family, *prompts, dtype=dtype)
@@ -41,7 +41,7 @@ def test_the_budget_is_kept_and_so_is_the_last_token(prompts, name, budget, fami
 
 
 @settings(max_examples=25, deadline=None)
-@given(prompts=BATCHES, name=st.sampled_from(["vl-cache", "elastic"]), family=st.sampled_from(models.FAMILIES))
+@given(prompts=BATCHES, name=st.sampled_from(list(RECIPES)), family=st.sampled_from(models.FAMILIES))
 def test_budget_one_equals_full_cache(prompts, name, family):
     model, inputs = models.model(family), models.inputs(family, *prompts)
     cache = CompressedCache(model, recipe(name, budget=1.0), inputs)
@@ -51,7 +51,7 @@ def test_budget_one_equals_full_cache(prompts, name, family):
 def test_one_token_is_a_prompt():
     model = models.model("llama")
     inputs = models.inputs("llama", models.Prompt(0, 1, 0))
-    for name in ("vl-cache", "elastic"):
+    for name in RECIPES:
         cache = CompressedCache(model, recipe(name, budget=0.1), inputs)
         # The one entry stays, so the answer is the full cache's as long as nothing is dropped.
         answer = models.generate(model, inputs, 2, past_key_values=cache)

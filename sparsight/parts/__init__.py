@@ -3,10 +3,10 @@
 A part is a frozen dataclass of numbers whose methods are pure functions of tensors: no model, no cache, no state.
 """
 
-from sparsight.parts.allocate import Allocate, SparsityAware, Uniform
-from sparsight.parts.decode import DecodeRule, FixedPoint, Grow
-from sparsight.parts.reduce import Evict, MergeNearest, Reduce
-from sparsight.parts.score import Accumulated, PostVision, Score
+from sparsight.parts.allocate import Allocate, Pyramid, SharedMass, SparsityAware, Uniform
+from sparsight.parts.decode import DecodeRule, FixedPoint, Grow, Sliding
+from sparsight.parts.reduce import Evict, MergeNearest, MergeSimilar, Reduce
+from sparsight.parts.score import Accumulated, LastWindow, PostVision, Random, Recency, Score
 
 __all__ = [
     "Accumulated",
@@ -15,10 +15,17 @@ __all__ = [
     "Evict",
     "FixedPoint",
     "Grow",
+    "LastWindow",
     "MergeNearest",
+    "MergeSimilar",
     "PostVision",
+    "Pyramid",
+    "Random",
+    "Recency",
     "Reduce",
     "Score",
+    "SharedMass",
+    "Sliding",
     "SparsityAware",
     "Uniform",
 ]

@@ -1,5 +1,6 @@
-"""Allocations: how the budget is shared among the layers."""
+"""Allocations: how the budget is shared among the layers, from what each layer's prefill showed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,15 +11,28 @@ from sparsight.parts import check
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What the prefill of one sequence showed in one layer.
+
+    Args:
+        score: importance of each position, float32 ``[H_kv, T]``.
+        sparsity: of the post-vision rows; 0 where the allocation has no threshold to measure it with.
+    """
+
+    score: Tensor
+    sparsity: float
+
+
+@dataclass(frozen=True)
 class Uniform:
     """Every layer keeps the same share."""
 
     kind: ClassVar[str] = "uniform"
     threshold: ClassVar[float | None] = None
 
-    def shares(self, sparsity: Tensor, budget: float) -> Tensor:
-        """Share of the prompt's entries that each layer keeps, float64 ``[L]``, for sparsities ``[L]``."""
-        return torch.full(sparsity.shape, budget, dtype=torch.float64)
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+        """Share of the prompt's entries that each layer keeps."""
+        return [budget] * len(layers)
 
 
 @dataclass(frozen=True)
@@ -42,17 +56,77 @@ class SparsityAware:
         check.fraction("threshold", self.threshold)
         check.fraction("floor", self.floor, zero=True)
 
-    def shares(self, sparsity: Tensor, budget: float) -> Tensor:
-        """Share of the prompt's entries that each layer keeps, float64 ``[L]``, for sparsities ``[L]``."""
-        density = 1 - sparsity.double()
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+        """Share of the prompt's entries that each layer keeps."""
+        density = torch.tensor([1 - layer.sparsity for layer in layers], dtype=torch.float64)
         total = budget * len(density)
         if self.water_fill:
-            return _water_fill(density, total, min(self.floor, budget))
-        return (density / density.sum() * total).clamp(self.floor, 1.0)
+            return water_fill(density, total, min(self.floor, budget)).tolist()
+        return (density / density.sum() * total).clamp(self.floor, 1.0).tolist()
 
 
-def _water_fill(weights: Tensor, total: float, floor: float) -> Tensor:
-    """Shares in proportion to ``weights``, each in ``[floor, 1]``, that sum to ``total``."""
+@dataclass(frozen=True)
+class Pyramid:
+    """Shares fall linearly from the first layer to the last (PyramidKV, arXiv 2406.02069, section 4.2).
+
+    The last layer keeps ``1 / steepness`` of the mean share, the first as much more than the mean as the last keeps
+    less. Where the first layers cannot hold their share, the others get what is left.
+
+    Args:
+        steepness: the paper's ``beta``.
+    """
+
+    kind: ClassVar[str] = "pyramid"
+    threshold: ClassVar[float | None] = None
+    steepness: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steepness, int | float) or self.steepness < 1:
+            raise ValueError(f"steepness must be a number of at least 1, got {self.steepness!r}.")
+
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+        """Share of the prompt's entries that each layer keeps."""
+        last = budget / self.steepness
+        weights = torch.linspace(2 * budget - last, last, len(layers), dtype=torch.float64)
+        if len(layers) == 1:
+            return [budget]
+        return water_fill(weights, budget * len(layers), 0.0).tolist()
+
+
+@dataclass(frozen=True)
+class SharedMass:
+    """Every layer keeps as many entries as hold the same share of its attention (PrefixKV, arXiv 2412.03409).
+
+    A layer keeps the smallest prefix of its entries, sorted by importance and averaged over heads, whose mass reaches a
+    threshold that all layers share; bisection finds the threshold whose mean share is the budget.
+    """
+
+    kind: ClassVar[str] = "shared-mass"
+    threshold: ClassVar[float | None] = None
+
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+        """Share of the prompt's entries that each layer keeps."""
+        masses = []
+        for layer in layers:
+            score = layer.score.mean(0).cpu().double().sort(descending=True).values
+            masses.append(score.cumsum(0) / score.sum())
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if sum(_prefixes(masses, middle)) > budget * len(masses) else (middle, high)
+        return _prefixes(masses, low) if budget < 1 else [1.0] * len(masses)
+
+
+Allocate = Uniform | SparsityAware | Pyramid | SharedMass
+
+
+def _prefixes(masses: list[Tensor], threshold: float) -> list[float]:
+    """Share of its entries that each layer needs for a cumulative mass of ``threshold``."""
+    return [(int((mass < threshold).sum()) + 1) / len(mass) if threshold < 1 else 1.0 for mass in masses]
+
+
+def water_fill(weights: Tensor, total: float, floor: float) -> Tensor:
+    """Shares in proportion to ``weights``, float64 ``[L]``, each in ``[floor, 1]``, that sum to ``total``."""
     # The sum of clamp(scale * weights) rises with the scale and bends only where a layer meets a bound: the scale lies
     # between two bends, and between them the sum is linear.
     bends = torch.cat([floor / weights, 1 / weights]).sort().values
@@ -62,6 +136,3 @@ def _water_fill(weights: Tensor, total: float, floor: float) -> Tensor:
     step = ((total - low) / (high - low)).clamp(0, 1) if high > low else sums.new_zeros(())
     scale = torch.lerp(bends[above - 1], bends[above], step)
     return (scale * weights).clamp(floor, 1.0)
-
-
-Allocate = Uniform | SparsityAware

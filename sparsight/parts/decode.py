@@ -1,4 +1,10 @@
-"""Decode rules: what becomes of each new entry while the answer is generated."""
+"""Decode rules: what becomes of each new entry while the answer is generated.
+
+All rules but :class:`Grow` hold no more than an allowance: while a new entry would exceed it, an old one is dropped.
+Keys carry their rotary position and attention does not care about the order of its entries, so dropping one and
+appending the other is overwriting one slot. The entries of a new turn of a conversation are added as they are and raise
+the allowance.
+"""
 
 import math
 from dataclasses import dataclass
@@ -19,11 +25,10 @@ class Grow:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Fixed-point elimination (Elastic Cache, arXiv 2407.18121, section 3.3).
+    """Drop the entry at a fixed place (Elastic Cache, arXiv 2407.18121, section 3.3).
 
-    A layer may hold its share of the tokens seen. While a new entry would exceed that, the entry at a fixed place of
-    the cache is dropped, ``distance`` before the end of the entries kept after prefill: the oldest part and the most
-    recent part both stay. A key carries its rotary position, so dropping and appending is overwriting one slot.
+    A layer may hold its share of the tokens seen. The fixed place is ``distance`` before the end of the entries kept
+    after prefill: the oldest part and the most recent part both stay.
 
     Args:
         distance: entries between the fixed place and the end of what was kept after prefill.
@@ -38,17 +43,50 @@ class FixedPoint:
         check.count("distance", self.distance)
         check.count("protect_first", self.protect_first)
 
+    def allowance(self, kept: int, share: float, tokens: int) -> float:
+        """Entries that may be held after ``tokens`` tokens, by a layer that kept its ``share`` of the prompt."""
+        return share * tokens
+
     def fixed_index(self, held: int) -> int:
-        """Index, among ``held`` entries in order of position, of the entry that the next elimination drops."""
+        """Index, in order of position, of the oldest of ``held`` entries that may be dropped from now on."""
         return max(held - self.distance, self.protect_first)
 
-    def drops(self, held: int, allowance: float, fixed_index: int) -> int:
-        """How many of ``held`` entries go, so that with a new one ``allowance`` is not exceeded."""
-        return max(0, min(math.ceil(held + 1 - allowance), held - fixed_index))
+
+@dataclass(frozen=True)
+class Sliding:
+    """Drop the oldest entry but the first ones (StreamingLLM, arXiv 2309.17453).
+
+    A layer may hold as many entries as it kept after prefill.
+
+    Args:
+        sinks: entries at the beginning of the cache that are never dropped.
+    """
+
+    kind: ClassVar[str] = "sliding"
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check.count("sinks", self.sinks)
+
+    def allowance(self, kept: int, share: float, tokens: int) -> float:
+        """Entries that may be held after ``tokens`` tokens, by a layer that kept ``kept`` of the prompt."""
+        return kept
+
+    def fixed_index(self, held: int) -> int:
+        """Index, in order of position, of the oldest of ``held`` entries that may be dropped from now on."""
+        return self.sinks
+
+
+DecodeRule = Grow | FixedPoint | Sliding
+
+
+def drops(held: int, allowance: float, fixed_index: int) -> int:
+    """How many of ``held`` entries, from index ``fixed_index`` on, a new one must replace under ``allowance``."""
+    return max(0, min(math.ceil(held + 1 - allowance), held - fixed_index))
 
 
 def slot_to_write(positions: Tensor, fixed_positions: Tensor, grow: Tensor) -> Tensor:
-    """Slot that a new entry takes under :class:`FixedPoint`.
+    """Slot that a new entry takes under a rule that drops.
 
     Sequences that may grow take their first vacant slot, the others overwrite their oldest entry from the fixed
     position on.
@@ -66,6 +104,3 @@ def slot_to_write(positions: Tensor, fixed_positions: Tensor, grow: Tensor) -> T
     vacant = torch.where(positions < 0, slots, never)
     oldest = torch.where(positions >= fixed_positions[..., None], positions, never)
     return torch.where(grow[:, None, None], vacant, oldest).argmin(-1)
-
-
-DecodeRule = Grow | FixedPoint

@@ -5,33 +5,41 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.parts import check
 
 
 @dataclass(frozen=True)
 class Evict:
-    """Keep the most recent and the highest-scored entries, drop the others (VL-Cache, arXiv 2410.23317, section 4.2).
+    """Keep the first, the most recent and the highest-scored entries, drop the others.
 
     Args:
-        recent: fraction of the kept entries that are the most recent ones, at least one entry.
+        recent: fraction of the kept entries that are the most recent ones (VL-Cache, arXiv 2410.23317: 10 %).
+        first: entries at the prompt's beginning that always stay (StreamingLLM's sinks, arXiv 2309.17453).
+        last: entries at the prompt's end that always stay, at least one (SnapKV's window, arXiv 2404.14469).
         per_head: every KV head chooses its own entries; otherwise the heads of a layer share one choice.
     """
 
     kind: ClassVar[str] = "evict"
     recent: float = 0.1
+    first: int = 0
+    last: int = 1
     per_head: bool = True
 
     def __post_init__(self) -> None:
         check.fraction("recent", self.recent, zero=True)
+        check.count("first", self.first)
+        check.count("last", self.last, least=1)
 
     def select(self, score: Tensor, kept: int) -> Tensor:
         """Positions that stay, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
-        return top_positions(score, kept, first=0, last=max(1, round(self.recent * kept)), per_head=self.per_head)
+        last = max(self.last, round(self.recent * kept))
+        return top_positions(score, kept, first=self.first, last=last, per_head=self.per_head)
 
-    def apply(self, states: Tensor, positions: Tensor) -> Tensor:
-        """Keys or values that stay, ``[H_kv, kept, D]``, of ``states`` ``[H_kv, T, D]``."""
-        return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+    def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that stay, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
+        return _gather(keys, positions), _gather(values, positions)
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,44 @@ class MergeNearest:
         """Positions of the anchors, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
         return top_positions(score, kept, first=self.protect_first, last=1, per_head=self.per_head)
 
-    def apply(self, states: Tensor, positions: Tensor) -> Tensor:
-        """Keys or values of the anchors after merging, ``[H_kv, kept, D]``, of ``states`` ``[H_kv, T, D]``."""
-        heads, kept = positions.shape
-        bucket = nearest_anchor(positions, states.shape[1]) + kept * torch.arange(heads, device=states.device)[:, None]
-        bucket = bucket.flatten()
-        merged = torch.zeros(heads * kept, states.shape[-1], device=states.device)
-        merged.index_add_(0, bucket, states.flatten(0, 1).float())
-        merged /= bucket.bincount(minlength=heads * kept)[:, None]
-        return merged.unflatten(0, (heads, kept)).to(states.dtype)
+    def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the anchors after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
+        bucket = nearest_anchor(positions, keys.shape[1])
+        kept = positions.shape[1]
+        return bucket_means(keys, bucket, kept), bucket_means(values, bucket, kept)
+
+
+@dataclass(frozen=True)
+class MergeSimilar:
+    """Average every dropped entry into the kept one with the most similar key (LOOK-M, arXiv 2406.18139, section 3.3).
+
+    Similarity is the cosine of the keys; of equally similar ones the earlier is taken. Which entries stay is decided as
+    in :class:`Evict`.
+
+    Args:
+        recent: fraction of the kept entries that are the most recent ones.
+        per_head: every KV head chooses its own entries; otherwise the heads of a layer share one choice.
+    """
+
+    kind: ClassVar[str] = "merge-similar"
+    recent: float = 0.5
+    per_head: bool = True
+
+    def __post_init__(self) -> None:
+        check.fraction("recent", self.recent, zero=True)
+
+    def select(self, score: Tensor, kept: int) -> Tensor:
+        """Positions that stay, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
+        return top_positions(score, kept, first=0, last=max(1, round(self.recent * kept)), per_head=self.per_head)
+
+    def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that stay after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
+        kept = positions.shape[1]
+        bucket = most_similar(keys, positions)
+        return bucket_means(keys, bucket, kept), bucket_means(values, bucket, kept)
+
+
+Reduce = Evict | MergeNearest | MergeSimilar
 
 
 def top_positions(score: Tensor, kept: int, *, first: int, last: int, per_head: bool) -> Tensor:
@@ -99,4 +136,28 @@ def nearest_anchor(anchors: Tensor, length: int) -> Tensor:
     return torch.searchsorted(middles, 2 * positions)
 
 
-Reduce = Evict | MergeNearest
+def most_similar(keys: Tensor, positions: Tensor) -> Tensor:
+    """Index of the kept entry whose key is most like each entry's, int64 ``[H, T]``; a kept entry's own is its own."""
+    heads, length, _ = keys.shape
+    unit = functional.normalize(keys.float(), dim=-1)
+    anchors = _gather(unit, positions)
+    # A few entries at a time: similarities of all with all would be as large as an attention matrix.
+    step = max(1, 2**20 // (heads * positions.shape[1]))
+    blocks = [(unit[:, start : start + step] @ anchors.mT).argmax(-1) for start in range(0, length, step)]
+    own = torch.arange(positions.shape[1], device=keys.device).expand_as(positions)
+    return torch.cat(blocks, dim=1).scatter(1, positions, own)
+
+
+def bucket_means(states: Tensor, bucket: Tensor, count: int) -> Tensor:
+    """Mean of the states in each of ``count`` buckets, ``[H, count, D]``, of ``[H, T, D]`` in buckets ``[H, T]``."""
+    heads, _, size = states.shape
+    index = (bucket + count * torch.arange(heads, device=states.device)[:, None]).flatten()
+    sums = torch.zeros(heads * count, size, device=states.device)
+    sums.index_add_(0, index, states.flatten(0, 1).float())
+    means = sums / index.bincount(minlength=heads * count)[:, None]
+    return means.unflatten(0, (heads, count)).to(states.dtype)
+
+
+def _gather(states: Tensor, positions: Tensor) -> Tensor:
+    """States ``[H, kept, D]`` at ``positions`` ``[H, kept]`` of ``[H, T, D]``."""
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))

@@ -5,12 +5,26 @@ from typing import Any
 
 from sparsight.recipe import Recipe
 from sparsight.recipes.elastic import ElasticCache
+from sparsight.recipes.full import Full
+from sparsight.recipes.look_m import LookM
+from sparsight.recipes.prefixkv import PrefixKV
+from sparsight.recipes.pyramidkv import PyramidKV
+from sparsight.recipes.random import RandomCache
+from sparsight.recipes.snapkv import SnapKV
+from sparsight.recipes.streaming_llm import StreamingLLM
 from sparsight.recipes.vl_cache import VLCache
 from sparsight.suggest import unknown
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "vl-cache": VLCache,
     "elastic": ElasticCache,
+    "streaming-llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "prefixkv": PrefixKV,
+    "look-m": LookM,
+    "random": RandomCache,
+    "full": Full,
 }
 
 
@@ -28,4 +42,16 @@ def recipe(name: str, **numbers: Any) -> Recipe:
         raise ValueError(f"Method {name!r}: {error}.") from error
 
 
-__all__ = ["RECIPES", "ElasticCache", "VLCache", "recipe"]
+__all__ = [
+    "RECIPES",
+    "ElasticCache",
+    "Full",
+    "LookM",
+    "PrefixKV",
+    "PyramidKV",
+    "RandomCache",
+    "SnapKV",
+    "StreamingLLM",
+    "VLCache",
+    "recipe",
+]

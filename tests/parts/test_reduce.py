@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sparsight.parts import Evict, MergeNearest
+from sparsight.parts import Evict, MergeNearest, MergeSimilar
 from sparsight.parts.reduce import nearest_anchor, top_positions
 from tests import reference
 
@@ -55,7 +55,8 @@ def test_merging_is_the_mean_over_each_bucket(case, dtype):
     heads, length = score.shape
     states = torch.randn(heads, length, 4, generator=torch.Generator().manual_seed(length)).to(dtype)
     anchors = MergeNearest(per_head=True).select(score, kept)
-    merged = MergeNearest().apply(states, anchors)
+    merged, merged_again = MergeNearest().apply(states, states, anchors)
+    assert torch.equal(merged, merged_again)
     assert merged.dtype == dtype
     for head in range(heads):
         expected = torch.stack(reference.merged(states[head], anchors[head].tolist()))
@@ -70,8 +71,32 @@ def test_of_two_equally_near_anchors_an_entry_joins_the_earlier():
 def test_eviction_returns_the_states_at_the_positions():
     states = torch.arange(24.0).view(2, 4, 3)
     positions = torch.tensor([[0, 3], [1, 2]])
-    kept = Evict().apply(states, positions)
-    assert torch.equal(kept, torch.stack([states[0, [0, 3]], states[1, [1, 2]]]))
+    keys, values = Evict().apply(states, -states, positions)
+    assert torch.equal(keys, torch.stack([states[0, [0, 3]], states[1, [1, 2]]]))
+    assert torch.equal(values, -keys)
+
+
+@settings(deadline=None)
+@given(case=scores())
+def test_dropped_entries_are_averaged_into_the_most_similar(case):
+    score, kept = case
+    heads, length = score.shape
+    keys, values = torch.randn(2, heads, length, 4, generator=torch.Generator().manual_seed(length))
+    positions = MergeSimilar(recent=0.5).select(score, kept)
+    assert torch.equal(positions, Evict(recent=0.5).select(score, kept))
+    merged_keys, merged_values = MergeSimilar().apply(keys, values, positions)
+    for head in range(heads):
+        chosen = positions[head].tolist()
+        bucket_of = [reference.most_similar(keys[head], chosen, j) for j in range(length)]
+        assert_close(merged_keys[head], torch.stack(reference.means(keys[head], chosen, bucket_of)))
+        assert_close(merged_values[head], torch.stack(reference.means(values[head], chosen, bucket_of)))
+
+
+def test_the_first_and_the_last_entries_stay_as_far_as_they_fit():
+    score = torch.arange(10.0).flip(0)[None]
+    assert Evict(recent=0, first=2, last=3).select(score, 6).tolist() == [[0, 1, 2, 7, 8, 9]]
+    assert Evict(recent=0, first=2, last=3).select(score, 4).tolist() == [[0, 7, 8, 9]]
+    assert Evict(recent=0, first=2, last=3).select(score, 2).tolist() == [[8, 9]]
 
 
 @pytest.mark.parametrize(

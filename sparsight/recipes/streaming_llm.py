@@ -1,0 +1,24 @@
+"""StreamingLLM."""
+
+from sparsight.parts import Evict, Recency, Sliding, Uniform
+from sparsight.recipe import Recipe
+
+
+def StreamingLLM(budget: float = 0.1, *, sinks: int = 4) -> Recipe:
+    """StreamingLLM, also called Local: the first few entries and the most recent ones, in a window that slides.
+
+    Xiao et al.: Efficient Streaming Language Models with Attention Sinks, ICLR 2024, arXiv 2309.17453. Keys keep the
+    rotary position of their token, as in the comparisons of VL-Cache and Elastic Cache; the paper renumbers them.
+
+    Args:
+        budget: fraction of the prompt's KV entries that may be held, during prefill and decoding.
+        sinks: entries at the prompt's beginning that always stay.
+    """
+    return Recipe(
+        name="streaming-llm",
+        budget=budget,
+        score=Recency(),
+        allocate=Uniform(),
+        reduce=Evict(recent=0, first=sinks),
+        decode=Sliding(sinks=sinks),
+    )

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from sparsight.parts import Accumulated, LastWindow, PostVision, Random, Recency
+from sparsight.parts.score import max_pool
+from sparsight.prompt import Span
+from tests import reference
+
+SPAN = Span(start=10, post_vision=40, stop=60)
+NO_VISION = torch.zeros(50, dtype=torch.bool)
+
+
+def test_each_score_names_its_rows():
+    assert PostVision().rows(SPAN) == range(40, 60)
+    assert Accumulated().rows(SPAN) == range(10, 60)
+    assert LastWindow(window=7).rows(SPAN) == range(53, 60)
+    assert LastWindow(window=70).rows(SPAN) == range(10, 60)
+    assert len(Recency().rows(SPAN)) == len(Random().rows(SPAN)) == 0
+
+
+@settings(deadline=None)
+@given(score=st.lists(st.floats(0, 9, width=32), max_size=30), width=st.sampled_from([1, 3, 7, 31]))
+def test_pooling_takes_the_largest_score_nearby(score, width):
+    half = width // 2
+    expected = [max(score[max(0, j - half) : j + half + 1]) for j in range(len(score))]
+    assert max_pool(torch.tensor([score]), width)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("score", [PostVision(pool=5), Accumulated(pool=5)])
+def test_scores_are_pooled(score):
+    sums = torch.rand(2, 50)
+    assert torch.equal(score.importance(sums, NO_VISION), max_pool(sums, 5))
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 60), window=st.integers(1, 40), pool=st.sampled_from([1, 5, 7]))
+def test_the_last_window_is_pooled_in_front_of_it_only(length, window, pool):
+    sums = torch.rand(1, length, generator=torch.Generator().manual_seed(length))
+    score = LastWindow(window=window, pool=pool).importance(sums, NO_VISION)
+    before = max(length - window, 0)
+    expected = reference.window_pooled(sums[0].tolist(), window, pool)
+    assert_close(score[0, :before].tolist(), expected[:before])
+    assert torch.equal(score[0, before:], sums[0, before:])
+
+
+def test_text_comes_first_and_keeps_its_order():
+    sums = torch.tensor([[5.0, 1, 3, 2, 4]])
+    vision = torch.tensor([True, False, True, False, True])
+    score = Accumulated(text_first=True).importance(sums, vision)
+    assert score[0].argsort(descending=True).tolist() == [3, 1, 0, 4, 2]
+
+
+def test_recency_ranks_by_position():
+    assert Recency().importance(torch.rand(2, 4), NO_VISION).tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_chance_is_the_same_for_the_same_seed_and_differs_by_head():
+    sums = torch.zeros(2, 50)
+    assert torch.equal(Random(3).importance(sums, NO_VISION), Random(3).importance(sums, NO_VISION))
+    first, second = Random(3).importance(sums, NO_VISION)
+    assert not torch.equal(first, second)
+    assert not torch.equal(Random(4).importance(sums, NO_VISION)[0], first)
+
+
+@pytest.mark.parametrize(
+    ("score", "numbers", "message"),
+    [
+        (PostVision, {"pool": 4}, "pool must be an odd whole number"),
+        (Accumulated, {"pool": 0}, "pool must be an odd whole number"),
+        (LastWindow, {"window": 0}, "window must be a whole number of at least 1"),
+        (Random, {"seed": -1}, "seed must be a whole number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(score, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        score(**numbers)
