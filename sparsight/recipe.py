@@ -41,6 +41,20 @@ class Recipe:
     def __post_init__(self) -> None:
         check.fraction("budget", self.budget)
 
+    def combined(self, **kinds: str | None) -> "Recipe":
+        """The recipe with other parts, by role and kind, with their default numbers.
+
+        ``VLCache().combined(reduce="merge-nearest")`` is VL-Cache that merges what it would evict. Its name then tells what it was made of. None keeps a role's part.
+
+        Raises:
+            ValueError: a role has no part of that kind.
+        """
+        chosen = {role: kind for role, kind in kinds.items() if kind is not None}
+        if not chosen:
+            return self
+        parts = {role: _part(role, {"kind": kind}) for role, kind in chosen.items()}
+        return dataclasses.replace(self, name=" + ".join([self.name, *chosen.values()]), **parts)
+
     def to_json(self) -> str:
         """The recipe as one JSON object."""
         data: dict[str, Any] = {"name": self.name, "budget": self.budget}

@@ -1,10 +1,14 @@
 """What holds for every prompt, batch, budget, grouping and dtype."""
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight import RECIPES, CompressedCache, recipe
+from sparsight.recipe import KINDS
 from tests import models
 
 PROMPTS = st.builds(
@@ -46,6 +50,25 @@ def test_budget_one_equals_full_cache(prompts, name, family):
     model, inputs = models.model(family), models.inputs(family, *prompts)
     cache = CompressedCache(model, recipe(name, budget=1.0), inputs)
     assert torch.equal(models.generate(model, inputs, 6, past_key_values=cache), models.generate(model, inputs, 6))
+
+
+COMBINATIONS = list(itertools.product(*KINDS.values()))
+
+
+@pytest.mark.parametrize("kinds", COMBINATIONS, ids=" + ".join)
+def test_any_score_goes_with_any_allocation_reduction_and_decode_rule(kinds):
+    model, inputs = models.model("llava"), models.inputs("llava", models.ONE_IMAGE, models.THREE_IMAGES)
+    chosen = recipe("full", budget=0.2).combined(**dict(zip(KINDS, kinds, strict=True)))
+    cache = CompressedCache(model, chosen, inputs)
+    logits = models.logits(model, inputs, 12, past_key_values=cache)
+    assert torch.stack(logits).isfinite().all()
+    report = cache.report()
+    for layer in range(3):
+        assert all(1 <= heads[0] <= length for heads, length in zip(report.kept[layer], [31, 65], strict=True))
+    assert sum(heads[0] for layer in report.kept for heads in layer) <= 0.2 * 3 * (31 + 65) + 6
+    if kinds[3] != "grow":
+        held = [heads[0] for layer in report.held for heads in layer]
+        assert sum(held) <= 0.2 * 3 * (31 + 65 + 2 * 11) + 6 * 5
 
 
 def test_one_token_is_a_prompt():

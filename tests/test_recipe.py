@@ -39,6 +39,15 @@ def test_parts_combine_freely():
     assert "distance=3" in repr(mixed)
 
 
+def test_parts_combine_by_kind():
+    mixed = VLCache(budget=0.2).combined(reduce="merge-nearest", decode="fixed-point", score=None)
+    assert mixed.name == "vl-cache + merge-nearest + fixed-point"
+    assert (mixed.score, mixed.reduce, mixed.decode) == (PostVision(), MergeNearest(), FixedPoint())
+    assert VLCache().combined(score=None) == VLCache()
+    with pytest.raises(ValueError, match="Unknown reduce 'merge-nerest': did you mean 'merge-nearest'"):
+        VLCache().combined(reduce="merge-nerest")
+
+
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         VLCache().budget = 0.5

@@ -23,6 +23,10 @@ def generate(
     image: options.Images = None,
     method: options.Method = "vl-cache",
     budget: options.Budget = 0.1,
+    score: options.Score = None,
+    allocate: options.Allocate = None,
+    reduce: options.Reduce = None,
+    decode: options.Decode = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     compare: Annotated[bool, typer.Option("--compare", help="Run the full cache too, and show both.")] = False,
     as_json: options.Json = False,
@@ -31,7 +35,7 @@ def generate(
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Answer a question about pictures, and show what the KV cache held."""
-    chosen = recipe(method, budget=budget)
+    chosen = recipe(method, budget=budget).combined(score=score, allocate=allocate, reduce=reduce, decode=decode)
     ready = get_ready(read_question(model, image or [], prompt, max_pixels), device, dtype)
     if compare:
         # Neither of the two runs shall be the one that warms up.
@@ -51,7 +55,7 @@ def generate(
         print(json.dumps(result))
     else:
         print("\n")
-        Console().print(table(f"{method}, {budget * 100:.3g}%", result))
+        Console().print(table(f"{chosen.name}, {budget * 100:.3g}%", result))
 
 
 def describe(given: Answer, report: Report, kept_per_layer: list[float], kv_bytes: int) -> dict[str, Any]:

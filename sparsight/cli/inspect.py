@@ -27,6 +27,10 @@ def inspect(
     image: options.Images = None,
     method: options.Method = "vl-cache",
     budget: options.Budget = 0.1,
+    score: options.Score = None,
+    allocate: options.Allocate = None,
+    reduce: options.Reduce = None,
+    decode: options.Decode = None,
     output: Annotated[Path, typer.Option(help="The PNG to write.", metavar="FILE")] = Path("inspect.png"),
     as_json: options.Json = False,
     device: options.Device = "auto",
@@ -34,7 +38,7 @@ def inspect(
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Paint which parts of the pictures stay in the KV cache."""
-    chosen = recipe(method, budget=budget)
+    chosen = recipe(method, budget=budget).combined(score=score, allocate=allocate, reduce=reduce, decode=decode)
     if not image:
         raise ValueError("There is nothing to inspect without a picture: give --image.")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
@@ -46,7 +50,7 @@ def inspect(
     answer(ready, cache, 1)
     report = cache.report()
     kept = kept_of(cache, report)
-    title = f"What {method} keeps at a {budget * 100:.3g}% budget"
+    title = f"What {chosen.name} keeps at a {budget * 100:.3g}% budget"
     save(draw(tiles, kept, title=title, subtitle=f"“{prompt}”", footnote=summary(report)), output)
     print(json.dumps(describe(output, tiles, kept, report)) if as_json else f"{summary(report)}\nWrote {output}")
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsight.load import DTYPES
+from sparsight.recipe import KINDS
 
 DEFAULT_MODEL: Any = ...
 """The model of a command that names none; ``...`` makes the option required."""
@@ -18,6 +19,10 @@ Images = Annotated[
 Prompt = Annotated[str, typer.Option("--prompt", help="The question.", metavar="TEXT")]
 Method = Annotated[str, typer.Option(help="A method that `sparsight methods` lists.")]
 Budget = Annotated[float, typer.Option(help="Fraction of the prompt's KV entries to keep, in (0, 1].")]
+Score = Annotated[str | None, typer.Option(help=f"Another score for the method: {', '.join(KINDS['score'])}.")]
+Allocate = Annotated[str | None, typer.Option(help=f"Another allocation: {', '.join(KINDS['allocate'])}.")]
+Reduce = Annotated[str | None, typer.Option(help=f"Another reduction: {', '.join(KINDS['reduce'])}.")]
+Decode = Annotated[str | None, typer.Option(help=f"Another decode rule: {', '.join(KINDS['decode'])}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="A torch device; auto is the first GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")]
