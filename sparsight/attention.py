@@ -10,15 +10,15 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 PREFIX = "sparsight_"
 ATTEND = "_sparsight_attend"
 
-# One lease a language model, however many caches use it. The lock is re-entrant because a lease may be collected, and
-# so restored, while another is being taken.
-_leases: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Lease]]" = weakref.WeakKeyDictionary()
+# One lease a config, however many caches use it. The lock is re-entrant because a lease may be collected, and its
+# config restored, while another is being taken.
+_leases: "weakref.WeakValueDictionary[int, Lease]" = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
@@ -30,7 +30,7 @@ def mark(key: Tensor, attend: Callable[..., Any]) -> Tensor:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers calls it: query ``[B, H, q, D]``, key and value ``[B, H_kv, n, D]`` after RoPE."""
     attend = getattr(key, ATTEND, None) or own_attention
@@ -47,52 +47,59 @@ def own_attention(
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = AttentionInterface()[name]
+    if "flash" in name:
+        # transformers finds the flash kernel by the config's name for it.
+        module = _With(module, config=_With(module.config, _attn_implementation=name))
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
-class Lease:
-    """Keeps a language model switched to :func:`attention` for as long as a cache holds the lease."""
+class _With:
+    """An object as it is but for some attributes."""
 
-    def __init__(self, language: PreTrainedModel) -> None:
-        self.config = language.config
-        own = self.config._attn_implementation.removeprefix(PREFIX)
-        AttentionInterface.register(PREFIX + own, attention)
-        AttentionMaskInterface.register(PREFIX + own, AttentionMaskInterface()[own])
-        language.set_attn_implementation(PREFIX + own)
-        weakref.finalize(self, _restore, weakref.ref(language), own)
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+class Lease:
+    """Keeps the language part of a model switched to :func:`attention` for as long as a cache holds the lease."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        weakref.finalize(self, _restore, config)
 
     def __deepcopy__(self, memo: dict) -> "Lease":
         """A copied cache runs on the same model."""
         return self
 
 
-def lease(language: PreTrainedModel) -> Lease:
-    """Switch the language part of a model to :func:`attention` until the last holder of the lease is gone.
+def lease(config: PreTrainedConfig) -> Lease:
+    """Switch the language part of a model, by its config, to :func:`attention` until the lease's last holder is gone.
 
     Raises:
         ValueError: the model's own attention is neither sdpa, eager nor a flash attention.
     """
-    own = language.config._attn_implementation.removeprefix(PREFIX)
+    own = config._attn_implementation.removeprefix(PREFIX)
     if own not in ("sdpa", "eager") and "flash" not in own:
         raise ValueError(
             f"Attention implementation {own!r} is not supported: load the model with attn_implementation "
             "'sdpa', 'eager' or 'flash_attention_2'."
         )
     with _lock:
-        reference = _leases.get(language)
-        current = reference() if reference else None
+        AttentionInterface.register(PREFIX + own, attention)
+        AttentionMaskInterface.register(PREFIX + own, AttentionMaskInterface()[own])
+        # Not by set_attn_implementation, which would look for a flash kernel of this name.
+        config._attn_implementation_internal = PREFIX + own
+        current = _leases.get(id(config))
         if current is None:
-            current = Lease(language)
-            _leases[language] = weakref.ref(current)
+            current = _leases[id(config)] = Lease(config)
         return current
 
 
-def _restore(language_reference: "weakref.ref[PreTrainedModel]", own: str) -> None:
-    """Give a language model its own attention back, unless it has been leased again meanwhile."""
+def _restore(config: PreTrainedConfig) -> None:
+    """Give a model its own attention back, unless it has been leased again or given another meanwhile."""
     with _lock:
-        language = language_reference()
-        if language is None:
-            return
-        reference = _leases.get(language)
-        if reference is None or reference() is None:
-            language.set_attn_implementation(own)
+        if id(config) not in _leases and config._attn_implementation.startswith(PREFIX):
+            config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)

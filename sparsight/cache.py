@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparsight.attention import lease, mark, own_attention
+from sparsight.attention import lease, mark
 from sparsight.layer import CompressedLayer
 from sparsight.parts.allocate import Observed
+from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt, locate
 from sparsight.recipe import Recipe
 from sparsight.report import Report
@@ -58,7 +59,7 @@ class CompressedCache(Cache):
         if not self.compressed:
             raise ValueError(f"{type(model).__name__} has no layer to compress: all are bounded by a sliding window.")
         self._model_name = type(model).__name__
-        self._lease = lease(language)
+        self._lease = lease(language.config)
         self._located = prompt
         self._start(prompt)
 
@@ -81,6 +82,7 @@ class CompressedCache(Cache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         # Every update must come back through the attention function, or it is not this model's.
         if self._unattended:
+            self._unattended = False
             raise self._foreign_model()
         if layer.entries is None:
             self._check_prompt(layer, *key_states.shape[0::2])
@@ -100,7 +102,10 @@ class CompressedCache(Cache):
         # Decoding has begun too early, or the prompt is too long (assisted generation adds its candidates to it).
         if (count == 1 and seen < length) or (seen > length and not layer.record_past):
             given = layer.seen or count if seen < length else seen
-            raise ValueError(f"The cache was made for inputs of {length} tokens, but the model was given {given}.")
+            raise ValueError(
+                f"The cache was made for inputs of {length} tokens, but the model was given {given}: "
+                "make a cache for each prompt, or reset() this one to start over."
+            )
         if batch != rows:
             # Beam search and several return sequences repeat each prompt.
             self._start(self.prompt.select([row for row in range(rows) for _ in range(batch // rows)]))
@@ -109,6 +114,7 @@ class CompressedCache(Cache):
         self, layer: CompressedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one layer, called in place of the model's own."""
+        self._unattended = False
         if module.config is not self._lease.config:
             raise self._foreign_model()
         for name in UNSUPPORTED:
@@ -116,14 +122,31 @@ class CompressedCache(Cache):
                 raise ValueError(
                     f"{self._model_name} attends with {name!r}, which a compressed cache does not support."
                 )
-        self._unattended = False
         if layer.entries is not None:
             output = layer.attend_held(query, key, value, mask, kwargs.get("scaling"))
             return output.transpose(1, 2).contiguous(), None
-        result = layer.attend_prompt(own_attention, module, query, key, value, mask, **kwargs)
+        if layer is self.compressed[0]:
+            self._check_padding(mask, layer.seen + query.shape[2])
+        result = layer.attend_prompt(module, query, key, value, mask, **kwargs)
         if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
             self._compact()
         return result
+
+    def _check_padding(self, mask: Any, seen: int) -> None:
+        """Raise ValueError unless transformers' mask for the prompt so far has the padding of the cache's inputs."""
+        length = min(seen, self.prompt.length)
+        if mask is None:
+            same = all(span.start == 0 and span.stop >= length for span in self.prompt.spans)
+        else:
+            # The last query sees every valid key.
+            visible = mask[:, :length] if mask.ndim == 2 else mask[:, 0, -1, :length]
+            visible = visible.bool() if mask.ndim == 2 or mask.dtype == torch.bool else visible == 0
+            same = torch.equal(visible.cpu().expand(len(self.prompt.spans), -1), self.prompt.valid_mask[:, :length])
+        if not same:
+            raise ValueError(
+                "The prompts given to the model are padded otherwise than the inputs that the cache was made for: "
+                "give both the same inputs, attention_mask included."
+            )
 
     @torch.no_grad()
     def _compact(self) -> None:
@@ -139,15 +162,20 @@ class CompressedCache(Cache):
         prefills = [layer.prefill for layer in self.compressed if layer.prefill is not None]
         for prefill in prefills:
             prefill.finish()
-        # Layers may lie on several devices; one copy brings all of their sparsities to the CPU.
-        device = prefills[0].zeroed.device
-        sparsity = torch.stack([prefill.sparsity().to(device) for prefill in prefills]).tolist()
+        sparsity = self._sparsities(prefills)
         plans = []
         for row in range(len(self.prompt.spans)):
             layers = zip(prefills, sparsity, strict=True)
             observed = [Observed(prefill.scores[row], values[row]) for prefill, values in layers]
             plans.append(self.recipe.allocate.shares(observed, self.recipe.budget))
         return sparsity, plans
+
+    def _sparsities(self, prefills: list[Prefill]) -> list[list[float]]:
+        """Sparsity by layer and sequence."""
+        # Layers may lie on several devices; one copy brings all of their counts to the CPU.
+        device = prefills[0].zeroed.device
+        zeroed = torch.stack([prefill.zeroed.to(device) for prefill in prefills]).cpu()
+        return [prefill.sparsity(counts) for prefill, counts in zip(prefills, zeroed.tolist(), strict=True)]
 
     def _foreign_model(self) -> ValueError:
         return ValueError(
@@ -169,16 +197,18 @@ class CompressedCache(Cache):
         """Repeat every sequence ``repeats`` times in a row."""
         self._select_rows(torch.arange(len(self.prompt.spans)).repeat_interleave(repeats))
 
-    def _select_rows(self, index: Any) -> None:
+    def _select_rows(self, indices: Any) -> None:
+        index = torch.as_tensor(indices).cpu()
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         rows = index.tolist()
         self.prompt = self.prompt.select(rows)
         if self._sparsity is not None:
             self._sparsity = [[layer[row] for row in rows] for layer in self._sparsity]
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
-                layer.select_rows(self.prompt, rows, index)
+                layer.select_rows(self.prompt, index)
             else:
-                layer.reorder_cache(index)
+                layer.reorder_cache(torch.LongTensor(rows))
 
     def reset(self) -> None:
         """Forget everything: the cache waits for its prompt again."""
@@ -218,6 +248,7 @@ class CompressedCache(Cache):
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return Report(
             method=self.recipe.name,
+            layers=[index for index, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)],
             budget=self.recipe.budget,
             prompt_tokens=[span.length for span in self.prompt.spans],
             vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
@@ -236,7 +267,7 @@ def _language_part(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: it has none.
     """
-    language = model.get_decoder() if model.can_generate() else None
+    language = model.get_decoder() if getattr(model, "can_generate", lambda: False)() else None
     if language is None or language.config is not model.config.get_text_config(decoder=True):
         raise ValueError(f"{type(model).__name__} has no language part that generates text: nothing to compress.")
     return language

@@ -11,6 +11,9 @@ GROWTH_STEP = 64
 
 VACANT = -1
 
+# Storage that is made in inference mode could not be written to outside of it.
+writable = torch.inference_mode(False)
+
 
 class Entries:
     """Keys and values of one layer, as many for each sequence as it kept.
@@ -30,6 +33,7 @@ class Entries:
         self.used = max(held)
 
     @classmethod
+    @writable
     def allocate(cls, held: list[int], like_keys: Tensor, like_values: Tensor) -> "Entries":
         """Storage for ``held[b]`` entries of each sequence, vacant yet; dtype and shape follow ``[B, H_kv, T, D]``."""
         capacity = max(held) + GROWTH_STEP
@@ -81,6 +85,7 @@ class Entries:
         gone = torch.tensor(dropped, device=slots.device)[:, None, None]
         self.positions.scatter_(2, index, torch.where(gone, VACANT, self.positions.gather(2, index)))
 
+    @writable
     def reserve(self, count: int) -> None:
         """Grow the storage, in steps, until ``count`` more entries fit."""
         missing = self.used + count - self.keys.shape[2]
@@ -99,9 +104,10 @@ class Entries:
         self.held = [held - lost for held, lost in zip(self.held, dropped, strict=True)]
         self.used -= count
 
-    def select_rows(self, rows: list[int], index: Tensor) -> None:
-        """Replace the sequences by those at ``rows`` (the same numbers as a list and as a tensor)."""
-        self.held = [self.held[row] for row in rows]
+    @writable
+    def select_rows(self, index: Tensor) -> None:
+        """Replace the sequences by those at ``index``, a tensor on the CPU."""
+        self.held = [self.held[row] for row in index.tolist()]
         index = index.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         self.positions = self.positions.index_select(0, index)

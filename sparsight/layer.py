@@ -1,12 +1,13 @@
 """One layer of the cache, as transformers sees it: first the whole prompt, then the entries that stay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from sparsight.attention import own_attention
 from sparsight.entries import Entries
 from sparsight.parts import Grow
 from sparsight.prefill import Prefill
@@ -43,14 +44,7 @@ class CompressedLayer(CacheLayerMixin):
         self.record_past = False
 
     def attend_prompt(
-        self,
-        own: Callable[..., tuple[Tensor, Tensor | None]],
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model's own attention over the prompt so far, and observe the queries that matter."""
         if self.prefill is None:
@@ -59,7 +53,7 @@ class CompressedLayer(CacheLayerMixin):
             self.prefill.extend(key, value)
             key, value = self.prefill.keys, self.prefill.values
         self.seen = key.shape[2]
-        output = own(module, query, key, value, attention_mask, **kwargs)
+        output = own_attention(module, query, key, value, attention_mask, **kwargs)
         self.prefill.observe(query, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         return output
 
@@ -71,7 +65,7 @@ class CompressedLayer(CacheLayerMixin):
         self.entries, self.kept = entries, [held - beyond for held in entries.held]
         if not isinstance(self.recipe.decode, Grow):
             padding = [self.prompt.length - span.length for span in self.prompt.spans]
-            self.ring = Ring(self.recipe.decode, self.kept, shares, padding)
+            self.ring = Ring(self.recipe.decode, shares, padding)
             self.ring.fix(entries, self.seen)
 
     def attend_held(
@@ -112,9 +106,11 @@ class CompressedLayer(CacheLayerMixin):
         Raises:
             ValueError: the tokens belong to the compressed prompt, or the decode rule overwrites entries.
         """
-        count = abs(tokens_to_remove)
+        count = -tokens_to_remove
         if count == 0:
             return
+        if count < 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}.")
         if not self.is_croppable:
             self._refuse_crop()
         added = self.seen - self.prompt.length
@@ -131,14 +127,20 @@ class CompressedLayer(CacheLayerMixin):
             "assisted generation and crop need a recipe whose decode rule is 'grow'."
         )
 
-    def select_rows(self, prompt: Prompt, rows: list[int], index: Tensor) -> None:
-        """Replace the sequences by those at ``rows``, whose prompts are ``prompt`` (``index`` holds ``rows`` too)."""
+    def select_rows(self, prompt: Prompt, index: Tensor) -> None:
+        """Replace the sequences by those at ``index``, a tensor on the CPU, whose prompts are ``prompt``.
+
+        Raises:
+            ValueError: the prompt has been seen in part only.
+        """
+        if self.prefill is not None:
+            raise ValueError("The sequences of a cache cannot be reordered before it has seen the whole prompt.")
         self.prompt = prompt
         if self.entries is not None:
-            self.entries.select_rows(rows, index)
-            self.kept = [self.kept[row] for row in rows]
+            self.entries.select_rows(index)
+            self.kept = [self.kept[row] for row in index.tolist()]
         if self.ring is not None:
-            self.ring.select_rows(rows, index)
+            self.ring.select_rows(index)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""

@@ -76,15 +76,21 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"There is no device {device!r}: {_first_sentence(error)}") from error
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint.name, config=checkpoint.config, dtype=dtype, trust_remote_code=False
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.name, config=checkpoint.config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:
         raise ValueError(f"The weights of {checkpoint.name} cannot be loaded: {_first_sentence(error)}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"The weights of {checkpoint.name} are incomplete: {len(missing)} are missing, {missing[0]} first."
+        )
     return model.to(device).eval()
 
 
@@ -107,7 +113,7 @@ def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> Bat
         if processor.chat_template:
             return _with_template(processor, images, prompt)
         return _without_template(processor, images, prompt)
-    except (ValueError, TemplateError) as error:
+    except (ValueError, TypeError, TemplateError) as error:
         raise ValueError(
             f"The processor of {checkpoint.name} refuses the question: {_first_sentence(error)}"
         ) from error

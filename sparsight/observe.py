@@ -25,14 +25,14 @@ def attention_sums(
 
     Returns:
         The column sums ``sum_i A[h, i, j]``, float32 ``[H_kv, S]``; and with a threshold the number of weights that the
-        filter zeroes, ``A[h, i, j] < p * max_j A[h, i, j]``, a mean over heads, float64 scalar.
+        filter zeroes, ``A[h, i, j] < p * max_j A[h, i, j]``, in all query heads, int64 scalar.
     """
     kv_heads, keys, size = key.shape
     rows = query.shape[1]
     query = query.unflatten(0, (kv_heads, -1))
     group = query.shape[1]
     sums = torch.zeros(kv_heads, keys, device=key.device)
-    survivors = torch.zeros((), dtype=torch.float64, device=key.device)
+    survivors = torch.zeros((), dtype=torch.int64, device=key.device)
     for heads, block in _query_blocks(kv_heads, group, rows, min(keys, BLOCK_KEYS), size, key.device):
         first, stop = keys - rows + block.start, keys - rows + block.stop
         queries = (query[heads, :, block].float() * scaling).flatten(1, 2)
@@ -40,12 +40,12 @@ def attention_sums(
         for column, weights, top in _weights(queries, key[heads], first, columns, group):
             sums[heads, column] += weights.sum(1) / group
             if threshold is not None:
-                survivors += weights.ge_(threshold * top).sum()
+                survivors += weights.ge_(threshold * top).sum().long()
     if threshold is None:
         return sums, None
     # Of the causally visible weights the filter zeroes all but the survivors.
     visible = rows * (keys - rows) + rows * (rows + 1) // 2
-    return sums, visible - survivors / (kv_heads * group)
+    return sums, visible * kv_heads * group - survivors
 
 
 def _weights(

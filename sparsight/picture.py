@@ -93,10 +93,17 @@ def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path, format="PNG", optimize=True)
+    try:
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path, format="PNG", optimize=True)
+    except OSError as error:
+        raise ValueError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def printable(text: str, limit: int = 100) -> str:

@@ -18,16 +18,17 @@ class Prefill:
     Attributes:
         keys, values: ``[B, H_kv, seen, D]``.
         scores: ``[H_kv, T_b]`` for each sequence: attention sums, until :meth:`finish` makes scores of them.
-        zeroed: how many weights of each sequence's post-vision rows the threshold filter zeroes, a mean over heads.
+        zeroed: how many weights of each sequence's post-vision rows the threshold filter zeroes in all heads, int64.
     """
 
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
         self.recipe = recipe
         self.prompt = prompt
-        self.keys, self.values = keys.detach(), values.detach()
+        self.keys, self.values = _alone(keys), _alone(values)
+        self.query_heads = 0
         heads, device = keys.shape[1], keys.device
         self.scores = [torch.zeros(heads, span.length, device=device) for span in prompt.spans]
-        self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.float64, device=device)
+        self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.int64, device=device)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of the prompt's next part."""
@@ -38,6 +39,7 @@ class Prefill:
     def observe(self, query: Tensor, scaling: float) -> None:
         """Add the attention that the newest queries ``[B, H, q, D]`` pay to the scores and the sparsity."""
         score, threshold = self.recipe.score, self.recipe.allocate.threshold
+        self.query_heads = query.shape[1]
         for row, span in enumerate(self.prompt.spans):
             post_vision = PostVision().rows(span)
             # Scores and sparsity come from one pass where they come from the same rows.
@@ -69,10 +71,18 @@ class Prefill:
             vision = self.prompt.vision_mask[row, span.start : span.stop].to(self.keys.device)
             self.scores[row] = self.recipe.score.importance(self.scores[row], vision)
 
-    def sparsity(self) -> Tensor:
-        """Sparsity of each sequence's post-vision rows, float64 ``[B]`` (VL-Cache, arXiv 2410.23317, section 4.1)."""
-        visible = [sum(i - span.start + 1 for i in PostVision().rows(span)) for span in self.prompt.spans]
-        return self.zeroed / self.zeroed.new_tensor(visible)
+    def sparsity(self, zeroed: Sequence[int]) -> list[float]:
+        """Sparsity of each sequence's post-vision rows, from its ``zeroed`` (VL-Cache, arXiv 2410.23317, section 4.1).
+
+        Raises:
+            ValueError: the attention holds NaN: the largest weight of a row of numbers always survives.
+        """
+        visible = [
+            self.query_heads * sum(i - span.start + 1 for i in PostVision().rows(span)) for span in self.prompt.spans
+        ]
+        if any(count == every for count, every in zip(zeroed, visible, strict=True)):
+            raise ValueError(f"The attention holds NaN, in {self.keys.dtype}: try a dtype of a wider range.")
+        return [count / every for count, every in zip(zeroed, visible, strict=True)]
 
     def compact(self, shares: Sequence[float]) -> Entries:
         """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one does."""
@@ -89,3 +99,9 @@ class Prefill:
             # Assisted generation brings its first candidates together with the prompt.
             entries.append(self.keys[:, :, length:], self.values[:, :, length:], length)
         return entries
+
+
+def _alone(states: Tensor) -> Tensor:
+    """Keys or values without what they were computed together with: fused projections would be held as a whole."""
+    states = states.detach()
+    return states.clone() if states.untyped_storage().nbytes() > states.nbytes else states

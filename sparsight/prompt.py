@@ -35,10 +35,12 @@ class Prompt:
 
     Args:
         vision_mask: bool ``[B, T]`` on the CPU, the token stands for a piece of an image or a video frame.
+        valid_mask: bool ``[B, T]`` on the CPU, the token is not padding.
         spans: one :class:`Span` a sequence.
     """
 
     vision_mask: Tensor
+    valid_mask: Tensor
     spans: tuple[Span, ...]
 
     @property
@@ -48,7 +50,8 @@ class Prompt:
 
     def select(self, rows: Sequence[int]) -> "Prompt":
         """The sequences at ``rows``, in that order."""
-        return Prompt(self.vision_mask[list(rows)], tuple(self.spans[row] for row in rows))
+        rows = list(rows)
+        return Prompt(self.vision_mask[rows], self.valid_mask[rows], tuple(self.spans[row] for row in rows))
 
 
 def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
@@ -60,18 +63,25 @@ def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
             ``mm_token_type_ids`` of the same shape.
 
     Raises:
-        ValueError: the inputs lack ``input_ids``, have pixels but no image token, a sequence without a valid token, or
-            padding between valid tokens; or the family is unknown and the inputs do not mark its vision tokens.
+        ValueError: the inputs lack ``input_ids``, have masks of another shape, pixels but no image token, a sequence
+            without a valid token, or padding between valid tokens; or the family is unknown and the inputs do not mark
+            its vision tokens.
     """
-    input_ids = inputs.get("input_ids")
-    if input_ids is None or input_ids.ndim != 2:
+    input_ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError("inputs must hold 'input_ids' of shape [batch, tokens], as the processor returns them.")
+    for name in ("attention_mask", "mm_token_type_ids"):
+        mask = inputs.get(name)
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{name!r} must have the shape of 'input_ids', {list(input_ids.shape)}, got {list(mask.shape)}."
+            )
     vision_mask = _vision_mask(config, inputs).cpu()
     if any(inputs.get(name) is not None for name in PIXEL_INPUTS) and not vision_mask.any():
         raise ValueError("The inputs hold an image, but the prompt has no image token to stand for it.")
     attention_mask = inputs.get("attention_mask")
     valid_mask = torch.ones_like(vision_mask) if attention_mask is None else attention_mask.bool().cpu()
-    return Prompt(vision_mask, tuple(_span(*row) for row in zip(vision_mask, valid_mask, strict=True)))
+    return Prompt(vision_mask, valid_mask, tuple(_span(*row) for row in zip(vision_mask, valid_mask, strict=True)))
 
 
 def _vision_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -44,7 +44,8 @@ class Recipe:
     def combined(self, **kinds: str | None) -> "Recipe":
         """The recipe with other parts, by role and kind, with their default numbers.
 
-        ``VLCache().combined(reduce="merge-nearest")`` is VL-Cache that merges what it would evict. Its name then tells what it was made of. None keeps a role's part.
+        ``VLCache().combined(reduce="merge-nearest")`` is VL-Cache that merges what it would evict. Its name then
+        tells what it was made of. None keeps a role's part.
 
         Raises:
             ValueError: a role has no part of that kind.

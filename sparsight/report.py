@@ -13,6 +13,7 @@ class Report:
     Attributes:
         method: the recipe's name.
         budget: the recipe's budget.
+        layers: the model's layers that are compressed; the lists by layer follow them.
         prompt_tokens: valid prompt tokens of each sequence.
         vision_tokens: vision tokens of each sequence's prompt.
         tokens_seen: tokens of each sequence that the model has processed, padding included.
@@ -26,6 +27,7 @@ class Report:
 
     method: str
     budget: float
+    layers: list[int]
     prompt_tokens: list[int]
     vision_tokens: list[int]
     tokens_seen: int
@@ -52,9 +54,9 @@ class Report:
             "layer  kept per head   share  sparsity",
         ]
         length = prompt / len(self.prompt_tokens)
-        for index, kept in enumerate(self.kept_per_layer()):
+        for index, (layer, kept) in enumerate(zip(self.layers, self.kept_per_layer(), strict=False)):
             sparsity = "-" if self.sparsity is None else f"{_mean(self.sparsity[index]):.3f}"
-            lines.append(f"{index:5}  {kept:13.1f}  {kept / length:6.1%}  {sparsity:>8}")
+            lines.append(f"{layer:5}  {kept:13.1f}  {kept / length:6.1%}  {sparsity:>8}")
         return "\n".join(lines)
 
 

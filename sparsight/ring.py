@@ -17,18 +17,16 @@ class Ring:
     conversation is added as it is, raises the allowance by its tokens, and moves the fixed place.
 
     Attributes:
-        kept, shares: entries kept of the prompt, and the share of it that they are.
+        shares: fraction of the tokens seen that may be held.
         padding: padding tokens among those seen.
         turn_tokens: tokens of new turns among those seen.
         indices, positions: index and position (int32 ``[B, H_kv]``) of the entry at the fixed place.
     """
 
-    def __init__(
-        self, rule: FixedPoint | Sliding, kept: Sequence[int], shares: Sequence[float], padding: Sequence[int]
-    ) -> None:
+    def __init__(self, rule: FixedPoint | Sliding, shares: Sequence[float], padding: Sequence[int]) -> None:
         self.rule = rule
-        self.kept, self.shares, self.padding = list(kept), list(shares), list(padding)
-        self.turn_tokens = [0] * len(self.kept)
+        self.shares, self.padding = list(shares), list(padding)
+        self.turn_tokens = [0] * len(self.shares)
         self.indices: list[int] = []
         self.positions = torch.empty(0, dtype=torch.int32)
 
@@ -47,9 +45,9 @@ class Ring:
     def write(self, entries: Entries, keys: Tensor, values: Tensor, position: int) -> None:
         """Take in one new entry a sequence, ``[B, H_kv, 1, D]``."""
         gone = [
-            drops(held, self.rule.allowance(kept, share, position + 1 - padding - turn) + turn, index)
-            for held, kept, share, padding, turn, index in zip(
-                entries.held, self.kept, self.shares, self.padding, self.turn_tokens, self.indices, strict=True
+            drops(held, share * (position + 1 - padding - turn) + turn, index)
+            for held, share, padding, turn, index in zip(
+                entries.held, self.shares, self.padding, self.turn_tokens, self.indices, strict=True
             )
         ]
         entries.reserve(1)
@@ -64,9 +62,9 @@ class Ring:
         """Slot of each sequence and KV head that is vacant, where ``grow``, or else is next to go, ``[B, H_kv]``."""
         return slot_to_write(entries.positions, self.positions, torch.tensor(grow, device=entries.positions.device))
 
-    def select_rows(self, rows: list[int], index: Tensor) -> None:
-        """Replace the sequences by those at ``rows`` (the same numbers as a list and as a tensor)."""
-        self.kept = [self.kept[row] for row in rows]
+    def select_rows(self, index: Tensor) -> None:
+        """Replace the sequences by those at ``index``, a tensor on the CPU."""
+        rows = index.tolist()
         self.shares = [self.shares[row] for row in rows]
         self.padding = [self.padding[row] for row in rows]
         self.turn_tokens = [self.turn_tokens[row] for row in rows]

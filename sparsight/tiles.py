@@ -110,9 +110,13 @@ def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         # Which cells the model keeps is transformers' own arithmetic, run on the cells' numbers.
         numbers = torch.arange(rows * count * columns * count).view(1, rows * count, -1)
         cells = unpad_image(numbers, size)[0]
-        top, left = divmod(int(cells[0, 0]), columns * count)
         height, width = cells.shape
         base = Tile("base", _cut(tiles[0], side, side), _grid(count, count))
+        if not cells.numel():
+            # Of a picture much longer than wide nothing is left but the tokens that end rows.
+            pictures.append(Picture((base,), count * count + height * (width + 1)))
+            continue
+        top, left = divmod(int(cells[0, 0]), columns * count)
         high = Tile(
             "high-res",
             _cut(canvas[:, top * patch :, left * patch :], height * patch, width * patch),

@@ -179,7 +179,6 @@ class Row:
     heads: list[list[Entry]]
     share: float
     fixed: int
-    kept: int
 
 
 @dataclass
@@ -232,10 +231,9 @@ class Twin:
                 fixed = max(kept - self.method.distance, self.method.protect_first)
                 if self.method.name == "streaming-llm":
                     fixed = self.method.sinks
-                self.rows[index].append(Row(heads, shares[index], fixed, kept))
+                self.rows[index].append(Row(heads, shares[index], fixed))
         self.kept = [
-            [Row([list(head) for head in row.heads], row.share, row.fixed, row.kept) for row in rows]
-            for rows in self.rows
+            [Row([list(head) for head in row.heads], row.share, row.fixed) for row in rows] for rows in self.rows
         ]
 
     def score(self, attention: Tensor, post_vision: list[int], vision: list[bool], kv_heads: int) -> list[list[float]]:
@@ -298,9 +296,8 @@ class Twin:
         for b, row in enumerate(self.rows[module.layer_idx]):
             tokens_seen = position + 1 - self.valid[b].index(True)
             for h, entries in enumerate(row.heads):
-                allowance = {"elastic": row.share * tokens_seen, "streaming-llm": row.kept}.get(
-                    self.method.name, math.inf
-                )
+                drops = self.method.name in ("elastic", "streaming-llm")
+                allowance = row.share * tokens_seen if drops else math.inf
                 while len(entries) + 1 > allowance and len(entries) > row.fixed:
                     del entries[row.fixed]
                 entries.append(Entry(position, key[b, h, -1], value[b, h, -1]))

@@ -2,7 +2,11 @@
 
 import copy
 import gc
+import importlib.machinery
+import itertools
+import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -11,13 +15,17 @@ from torch.testing import assert_close
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     TextStreamer,
+    modeling_flash_attention_utils,
 )
 
 from sparsight import CompressedCache, ElasticCache, VLCache
@@ -267,6 +275,59 @@ def test_eager_attention_does_the_prefill_of_a_model_that_was_loaded_with_it():
     )
 
 
+@pytest.mark.parametrize("recipe", [VLCache(budget=1.0), ElasticCache(budget=1.0)], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_flash_attention_does_the_prefill_of_a_model_that_was_loaded_with_it(family, recipe, flash_attention):
+    model, inputs = models.fresh_model(family), models.inputs(family, *BATCH)
+    model.get_decoder().config._attn_implementation_internal = "flash_attention_2"
+    expected = generate(model, inputs, 12)
+    flash_attention.clear()
+    cache = compressed(model, inputs, recipe)
+    assert torch.equal(generate(model, inputs, 12, past_key_values=cache), expected)
+    # The kernel runs once a layer, for the prompt; a padded turn is told of its padding by a mask of two dimensions.
+    assert len(flash_attention) == 3
+    more = {"input_ids": torch.cat([inputs["input_ids"], expected, torch.tensor([[0, 8], [5, 6], [0, 7]])], dim=1)}
+    mask = [inputs["attention_mask"], torch.ones_like(expected), torch.tensor([[0, 1], [1, 1], [0, 1]])]
+    more["attention_mask"] = torch.cat(mask, dim=1)
+    full = DynamicCache(config=model.get_decoder().config)
+    generate(model, inputs, 12, past_key_values=full)
+    assert torch.equal(generate(model, more, 8, past_key_values=cache), generate(model, more, 8, past_key_values=full))
+
+
+@pytest.fixture(scope="module")
+def flash_attention():
+    """A stand-in for the flash-attn package, which needs a GPU: its functions over sdpa, and a log of their calls."""
+    calls = []
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, **_):
+        calls.append(q.shape)
+        q, k, v = (states.transpose(1, 2) for states in (q, k, v))
+        lengths = q.shape[2], k.shape[2]
+        mask = torch.ones(lengths, dtype=torch.bool).tril(lengths[1] - lengths[0]) if causal else None
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        logged = len(calls)
+        bounds = zip(itertools.pairwise(cu_seqlens_q), itertools.pairwise(cu_seqlens_k), strict=True)
+        rows = [flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], **options)[0] for (a, b), (c, d) in bounds]
+        del calls[logged + 1 :]
+        return torch.cat(rows)
+
+    package = types.ModuleType("flash_attn")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    package.flash_attn_with_kvcache = None
+    padding = types.ModuleType("flash_attn.bert_padding")
+    padding.pad_input = modeling_flash_attention_utils._pad_input
+    padding.unpad_input = modeling_flash_attention_utils._unpad_input
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flash_attn", package)
+        patch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+        patch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
+        yield calls
+
+
 def test_layers_spread_by_accelerate():
     model = models.fresh_model("llava")
     inputs = models.inputs("llava", *BATCH)
@@ -299,6 +360,22 @@ def test_a_model_is_as_before_when_its_caches_are_gone():
     assert torch.equal(generate(model, inputs, 8), expected)
 
 
+def test_attention_that_is_chosen_meanwhile_stays_chosen():
+    model, inputs = models.fresh_model("llava"), models.inputs("llava", ONE_IMAGE)
+    cache = compressed(model, inputs)
+    model.set_attn_implementation("eager")
+    del cache
+    gc.collect()
+    assert model.config.text_config._attn_implementation == "eager"
+    first = compressed(model, inputs)
+    model.set_attn_implementation("sdpa")
+    second = compressed(model, inputs)
+    assert generate(model, inputs, 3, past_key_values=second).shape == (1, 3)
+    del first, second
+    gc.collect()
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
 def test_two_models_and_two_caches_in_two_threads_do_not_disturb_each_other():
     jobs = [("llava", RECIPES[0]), ("llava", RECIPES[1]), ("qwen2_5_vl", RECIPES[0]), ("qwen2_5_vl", RECIPES[1])]
 
@@ -321,6 +398,30 @@ def test_two_models_and_two_caches_in_two_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert answers == expected
+
+
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it():
+    model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
+    for recipe in RECIPES:
+        cache = compressed(model, inputs, recipe)
+        with torch.inference_mode():
+            answer = generate(model, inputs, 4, past_key_values=cache, num_beams=2)
+        ids = torch.cat([inputs["input_ids"], answer, torch.tensor([[9, 9]])], dim=1)
+        cache.batch_select_indices([0])
+        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 70, past_key_values=cache)
+
+
+def test_fused_projections_are_not_held():
+    config = Phi3Config(**models.text_config("1:2"))
+    model = Phi3ForCausalLM(config).eval()
+    inputs = models.inputs("llama", NO_IMAGE)
+    cache = compressed(model, inputs)
+    update = cache._compact
+    held = []
+    cache._compact = lambda: held.append([layer.prefill.values for layer in cache.layers]) or update()
+    generate(model, inputs, 1, past_key_values=cache)
+    for values in held[0]:
+        assert values.untyped_storage().nbytes() == values.nbytes
 
 
 def test_a_copied_cache_goes_its_own_way():
@@ -455,6 +556,40 @@ class TestErrors:
         model.set_attn_implementation("eager")
         inputs = models.inputs("llama", NO_IMAGE)
         with pytest.raises(ValueError, match="attends with 'softcap'"):
+            generate(model, inputs, 2, past_key_values=compressed(model, inputs))
+
+    def test_inputs_that_are_padded_otherwise(self):
+        model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE, THREE_IMAGES)
+        cache = compressed(model, {**inputs, **{k: inputs[k].flip(0) for k in ("input_ids", "attention_mask")}})
+        with pytest.raises(ValueError, match="padded otherwise"):
+            generate(model, inputs, 4, past_key_values=cache)
+        without = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        with pytest.raises(ValueError, match="padded otherwise"):
+            generate(model, inputs, 4, past_key_values=compressed(model, without))
+
+    def test_a_cache_serves_its_own_model_after_another_was_refused(self):
+        model, inputs = models.model("llava"), models.inputs("llava", NO_IMAGE)
+        cache = compressed(model, inputs)
+        with pytest.raises(ValueError, match="another model"):
+            generate(models.model("llama"), inputs, 4, past_key_values=cache)
+        assert generate(model, inputs, 4, past_key_values=cache).shape == (1, 4)
+
+    def test_rows_cannot_be_reordered_in_the_middle_of_a_prompt(self):
+        model, inputs = models.model("llama"), models.inputs("llama", NO_IMAGE, NO_IMAGE)
+        cache = compressed(model, inputs)
+        model(input_ids=inputs["input_ids"][:, :7], past_key_values=cache)
+        with pytest.raises(ValueError, match="before it has seen the whole prompt"):
+            cache.reorder_cache(torch.tensor([1, 0]))
+
+    def test_crop_to_a_length(self):
+        with pytest.raises(ValueError, match="negative number, got 5"):
+            compressed(models.model("llava"), models.inputs("llava", ONE_IMAGE)).crop(5)
+
+    def test_attention_that_is_not_a_number(self):
+        model = models.fresh_model("llama")
+        model.model.embed_tokens.weight.data.fill_(float("nan"))
+        inputs = models.inputs("llama", NO_IMAGE)
+        with pytest.raises(ValueError, match=r"holds NaN, in torch.float32"):
             generate(model, inputs, 2, past_key_values=compressed(model, inputs))
 
     def test_another_batch_size_while_decoding(self):

@@ -98,7 +98,7 @@ def test_the_newest_entries_can_be_dropped_padding_included():
 def test_rows_are_selected_in_any_order():
     entries = filled([4, 2, 3])
     keys = entries.keys.clone()
-    entries.select_rows([2, 0, 0], torch.tensor([2, 0, 0]))
+    entries.select_rows(torch.tensor([2, 0, 0]))
     assert entries.held == [3, 4, 4]
     assert torch.equal(entries.keys, keys[[2, 0, 0]])
 

@@ -1,6 +1,7 @@
 """Decode rules: what becomes of each new entry while the answer is generated.
 
-All rules but :class:`Grow` hold no more than an allowance: while a new entry would exceed it, an old one is dropped.
+A layer that kept a share of the prompt may hold that share of all tokens seen, but for :class:`Grow`, which appends
+every entry: while a new entry would exceed the allowance, an old one is dropped.
 Keys carry their rotary position and attention does not care about the order of its entries, so dropping one and
 appending the other is overwriting one slot. The entries of a new turn of a conversation are added as they are and raise
 the allowance.
@@ -27,7 +28,7 @@ class Grow:
 class FixedPoint:
     """Drop the entry at a fixed place (Elastic Cache, arXiv 2407.18121, section 3.3).
 
-    A layer may hold its share of the tokens seen. The fixed place is ``distance`` before the end of the entries kept
+    The fixed place is ``distance`` before the end of the entries kept
     after prefill: the oldest part and the most recent part both stay.
 
     Args:
@@ -43,10 +44,6 @@ class FixedPoint:
         check.count("distance", self.distance)
         check.count("protect_first", self.protect_first)
 
-    def allowance(self, kept: int, share: float, tokens: int) -> float:
-        """Entries that may be held after ``tokens`` tokens, by a layer that kept its ``share`` of the prompt."""
-        return share * tokens
-
     def fixed_index(self, held: int) -> int:
         """Index, in order of position, of the oldest of ``held`` entries that may be dropped from now on."""
         return max(held - self.distance, self.protect_first)
@@ -55,8 +52,6 @@ class FixedPoint:
 @dataclass(frozen=True)
 class Sliding:
     """Drop the oldest entry but the first ones (StreamingLLM, arXiv 2309.17453).
-
-    A layer may hold as many entries as it kept after prefill.
 
     Args:
         sinks: entries at the beginning of the cache that are never dropped.
@@ -67,10 +62,6 @@ class Sliding:
 
     def __post_init__(self) -> None:
         check.count("sinks", self.sinks)
-
-    def allowance(self, kept: int, share: float, tokens: int) -> float:
-        """Entries that may be held after ``tokens`` tokens, by a layer that kept ``kept`` of the prompt."""
-        return kept
 
     def fixed_index(self, held: int) -> int:
         """Index, in order of position, of the oldest of ``held`` entries that may be dropped from now on."""

@@ -29,11 +29,11 @@ def test_overwriting_one_slot_is_dropping_at_the_fixed_point_and_appending(kept,
 
 
 @settings(max_examples=50, deadline=None)
-@given(kept=st.integers(1, 20), sinks=st.integers(0, 6))
-def test_a_sliding_window_keeps_the_sinks_and_the_most_recent_entries(kept, sinks):
-    steps = list(ring(kept, 60, lambda _: kept, sinks))
-    check_slots(Sliding(sinks=sinks), kept, 0.1, steps)
-    assert len(steps[-1]) <= max(kept, sinks + 1)
+@given(kept=st.integers(1, 20), share=st.floats(0.01, 1.0), sinks=st.integers(0, 6))
+def test_a_sliding_window_keeps_the_sinks_and_the_most_recent_entries(kept, share, sinks):
+    steps = list(ring(kept, 60, lambda tokens: share * tokens, sinks))
+    check_slots(Sliding(sinks=sinks), kept, share, steps)
+    assert len(steps[-1]) <= max(share * (kept + 60), sinks + 1)
     recent = len(steps[-1]) - min(sinks, len(steps[-1]))
     assert steps[-1][-recent:] == list(range(kept + 60 - recent, kept + 60))
 
@@ -47,7 +47,7 @@ def check_slots(rule, kept, share, expected_steps):
     for step, expected in enumerate(expected_steps):
         position = kept + step
         entries.reserve(1)
-        gone = drops(entries.held[0], rule.allowance(kept, share, position + 1), fixed)
+        gone = drops(entries.held[0], share * (position + 1), fixed)
         for _ in range(gone - 1):
             entries.vacate(slot_to_write(entries.positions, fixed_positions, torch.tensor([False])), [True])
         slots = slot_to_write(entries.positions, fixed_positions, torch.tensor([gone == 0]))
