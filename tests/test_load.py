@@ -7,6 +7,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig
 
 from sparsight.load import Checkpoint, load_checkpoint, load_model, prepare
@@ -150,4 +151,13 @@ def test_a_model_without_weights_is_named(tmp_path: Path) -> None:
         load_model(load_checkpoint(str(tmp_path)))
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} cannot be loaded: [^\n]+$"):
+        load_model(load_checkpoint(str(tmp_path)))
+
+
+def test_weights_that_are_incomplete_are_refused(tmp_path: Path) -> None:
+    tiny.llava(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.1.mlp." not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} are incomplete: 3 are missing, .*layers.1.mlp"):
         load_model(load_checkpoint(str(tmp_path)))

@@ -239,3 +239,10 @@ def test_a_prompt_with_other_numbers_of_vision_tokens_is_refused(families: dict[
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[family.model.config.image_token_id]])], 1)
     with pytest.raises(ValueError, match=r"have \d+ vision tokens by the layout of .*, but the prompt holds \d+"):
         family.tiles(inputs)
+
+
+def test_a_picture_far_longer_than_wide_has_its_base_tile_only(families: dict[str, Family]) -> None:
+    family = families["llava_next"]
+    assert family.checkpoint is not None
+    inputs = prepare(family.checkpoint, [picture(1, 2000)], "hi")
+    assert [tile.name for tile in family.tiles(inputs)] == ["Base"]

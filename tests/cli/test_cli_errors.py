@@ -17,7 +17,7 @@ def refused(run: Run, llava: str, image: str, tmp_path: Path) -> Callable[..., s
     """Runs ``generate`` or ``inspect`` with options on top of valid ones, and returns its one sentence."""
 
     def call(command: str, *options: object) -> str:
-        output = ("--output", tmp_path / "kept.png") if command == "inspect" else ()
+        output = ("--output", tmp_path / "kept.png") if command == "inspect" and "--output" not in options else ()
         given = {"--model": llava, "--prompt": "hi", "--image": image}
         rest = [argument for name, value in given.items() if name not in options for argument in (name, value)]
         code, out, err = run(command, *rest, *options, *output)
@@ -80,6 +80,18 @@ def test_a_model_that_is_none(refused: Callable[..., str], command: str, tmp_pat
 def test_an_unknown_type_or_device(refused: Callable[..., str], command: str) -> None:
     assert refused(command, "--dtype", "int8").startswith("Unknown dtype 'int8'")
     assert refused(command, "--device", "banana").startswith("There is no device 'banana'")
+    assert refused(command, "--device", "meta").startswith("There is no device 'meta'")
+
+
+@COMMANDS
+def test_a_prompt_that_is_no_text(refused: Callable[..., str], command: str) -> None:
+    assert "refuses the question" in refused(command, "--prompt", "\udcff")
+
+
+def test_a_picture_that_cannot_be_written(refused: Callable[..., str], tmp_path: Path) -> None:
+    taken = tmp_path / "taken.png"
+    taken.mkdir()
+    assert refused("inspect", "--output", taken).startswith(f"Cannot write {taken}")
 
 
 @pytest.mark.parametrize(
