@@ -129,7 +129,7 @@ class Entries:
         return torch.stack(found)
 
     def attend(self, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
-        """Attention of the newest ``q`` tokens, already appended, over all entries held.
+        """Attention of the newest ``q`` tokens, already taken in, over all entries held.
 
         Args:
             query: ``[B, H, q, D]``, ``H`` a multiple of ``H_kv``.
@@ -139,9 +139,37 @@ class Entries:
         Returns:
             ``[B, H, q, D]``.
         """
-        batch, heads, count, size = query.shape
         keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
-        kv_heads = keys.shape[1]
+        mask = self._mask(query, recent_mask)
+        output = functional.scaled_dot_product_attention(self._pack(query), keys, values, attn_mask=mask, scale=scaling)
+        return output.reshape(*query.shape[:-1], -1)
+
+    def attend_and_tell(
+        self, query: Tensor, recent_mask: Tensor | None, scaling: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`attend`, and the attention that each slot got from all queries, float32 ``[B, H_kv, capacity]``.
+
+        Query heads that share a KV head are averaged into it.
+        """
+        keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        packed = self._pack(query)
+        logits = packed.float() @ keys.float().mT * (scaling or query.shape[-1] ** -0.5)
+        mask = self._mask(query, recent_mask)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        weights = logits.softmax(-1)
+        output = (weights.to(values.dtype) @ values).reshape(*query.shape[:-1], -1)
+        got = weights.sum(2) * self.heads / query.shape[1]
+        return output, functional.pad(got, (0, self.positions.shape[2] - self.used))
+
+    def _pack(self, query: Tensor) -> Tensor:
+        """Queries ``[B, H_kv, G * q, D]``: the query heads of a group are rows of one KV head, no key is repeated."""
+        batch, heads, count, size = query.shape
+        return query.reshape(batch, self.heads, heads // self.heads * count, size)
+
+    def _mask(self, query: Tensor, recent_mask: Tensor | None) -> Tensor | None:
+        """Which entries the packed queries see, bool ``[B, 1 or H_kv, 1 or G * q, used]``, None for all."""
+        batch, heads, count, _ = query.shape
         mask = None
         if min(self.held) < self.used:
             mask = (self.positions[:, :, None, : self.used] != VACANT).expand(-1, -1, count, -1)
@@ -152,11 +180,8 @@ class Entries:
                 mask = recent_mask.new_ones(batch, 1, count, self.used)
             recent_mask = recent_mask.expand(batch, mask.shape[1], -1, -1)
             mask = torch.cat([mask[..., :-count], recent_mask], dim=-1)
-            mask = mask.repeat(1, 1, heads // kv_heads, 1)
-        # The query heads of a group become rows of one KV head: keys are not repeated.
-        packed = query.reshape(batch, kv_heads, heads // kv_heads * count, size)
-        output = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
-        return output.reshape(batch, heads, count, -1)
+            mask = mask.repeat(1, 1, heads // self.heads, 1)
+        return mask
 
     @property
     def heads(self) -> int:

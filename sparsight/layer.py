@@ -9,11 +9,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention import own_attention
 from sparsight.entries import Entries
-from sparsight.parts import Grow
+from sparsight.parts import Grow, HeavyHitter
 from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt
 from sparsight.recipe import Recipe
-from sparsight.ring import Ring
+from sparsight.ring import HeavyHitters, Ring
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -60,13 +60,17 @@ class CompressedLayer(CacheLayerMixin):
     def compact(self, shares: Sequence[float]) -> None:
         """Keep ``shares[b]`` of each sequence's prompt, and free the rest."""
         assert self.prefill is not None
-        entries, self.prefill = self.prefill.compact(shares), None
+        prefill, self.prefill = self.prefill, None
+        self.entries = prefill.compact(shares)
         beyond = self.seen - self.prompt.length
-        self.entries, self.kept = entries, [held - beyond for held in entries.held]
-        if not isinstance(self.recipe.decode, Grow):
+        self.kept = [held - beyond for held in self.entries.held]
+        rule = self.recipe.decode
+        if not isinstance(rule, Grow):
             padding = [self.prompt.length - span.length for span in self.prompt.spans]
-            self.ring = Ring(self.recipe.decode, shares, padding)
-            self.ring.fix(entries, self.seen)
+            self.ring = (
+                HeavyHitters(rule, shares, padding) if isinstance(rule, HeavyHitter) else Ring(rule, shares, padding)
+            )
+            self.ring.start(self.entries, prefill, self.seen)
 
     def attend_held(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None
@@ -85,6 +89,8 @@ class CompressedLayer(CacheLayerMixin):
             self.entries.append(key, value, position, None if mask is None else mask[:, 0, -1])
             if self.ring is not None:
                 self.ring.add_turn(self.entries, before, count, self.seen)
+        if self.ring is not None:
+            return self.ring.attend(self.entries, query, mask, scaling)
         return self.entries.attend(query, mask, scaling)
 
     # What generation strategies ask of a cache

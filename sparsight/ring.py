@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.entries import Entries
-from sparsight.parts import FixedPoint, Sliding
-from sparsight.parts.decode import drops, slot_to_write
+from sparsight.parts import FixedPoint, HeavyHitter, Sliding
+from sparsight.parts.decode import drops, slot_of_lowest, slot_to_write
+from sparsight.prefill import Prefill
 
 
 class Ring:
@@ -23,12 +25,22 @@ class Ring:
         indices, positions: index and position (int32 ``[B, H_kv]``) of the entry at the fixed place.
     """
 
-    def __init__(self, rule: FixedPoint | Sliding, shares: Sequence[float], padding: Sequence[int]) -> None:
+    def __init__(
+        self, rule: FixedPoint | Sliding | HeavyHitter, shares: Sequence[float], padding: Sequence[int]
+    ) -> None:
         self.rule = rule
         self.shares, self.padding = list(shares), list(padding)
         self.turn_tokens = [0] * len(self.shares)
         self.indices: list[int] = []
         self.positions = torch.empty(0, dtype=torch.int32)
+
+    def start(self, entries: Entries, prefill: Prefill, seen: int) -> None:
+        """Begin with the entries kept of a prompt, after ``seen`` tokens."""
+        self.fix(entries, seen)
+
+    def attend(self, entries: Entries, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
+        """:meth:`Entries.attend`."""
+        return entries.attend(query, recent_mask, scaling)
 
     def fix(self, entries: Entries, seen: int) -> None:
         """Put the fixed place where it belongs for the entries held now, of ``seen`` tokens."""
@@ -70,3 +82,55 @@ class Ring:
         self.turn_tokens = [self.turn_tokens[row] for row in rows]
         self.indices = [self.indices[row] for row in rows]
         self.positions = self.positions.index_select(0, index.to(self.positions.device))
+
+
+class HeavyHitters(Ring):
+    """A ring whose new entries overwrite the entry that has been attended to least.
+
+    Attributes:
+        scores: float32 ``[B, H_kv, capacity]``, the attention that each slot's entry got so far.
+    """
+
+    def start(self, entries: Entries, prefill: Prefill, seen: int) -> None:
+        """Begin with the entries kept of a prompt, and the scores that they had in it."""
+        self.fix(entries, seen)
+        self.scores = torch.zeros(entries.positions.shape, device=entries.positions.device)
+        for row, (score, span) in enumerate(zip(prefill.scores, prefill.prompt.spans, strict=True)):
+            places = (entries.positions[row] - span.start).long()
+            of_prompt = (places >= 0) & (places < span.length)
+            self.scores[row] = score.gather(1, places.clamp(0, span.length - 1)) * of_prompt
+
+    def fix(self, entries: Entries, seen: int) -> None:
+        """Note how many entries are recent of those held now, and where they begin."""
+        self.indices = [self.rule.fixed_index(held) for held in entries.held]
+        begin = [held - recent for held, recent in zip(entries.held, self.indices, strict=True)]
+        self.positions = entries.positions_at(begin, next_position=seen)
+
+    def write(self, entries: Entries, keys: Tensor, values: Tensor, position: int) -> None:
+        """Take in one new entry a sequence, ``[B, H_kv, 1, D]``."""
+        self.fix(entries, position)
+        super().write(entries, keys, values, position)
+        # What took the place of an entry does not inherit its score.
+        self._fit(entries)
+        self.scores.masked_fill_(entries.positions == position, 0)
+
+    def attend(self, entries: Entries, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
+        """Attend, and remember what was attended to."""
+        output, got = entries.attend_and_tell(query, recent_mask, scaling)
+        self._fit(entries)
+        self.scores += got
+        return output
+
+    def _fit(self, entries: Entries) -> None:
+        """Let the scores grow with the storage."""
+        self.scores = functional.pad(self.scores, (0, entries.positions.shape[2] - self.scores.shape[2]))
+
+    def _slots(self, entries: Entries, grow: list[bool]) -> Tensor:
+        self._fit(entries)
+        may_grow = torch.tensor(grow, device=entries.positions.device)
+        return slot_of_lowest(entries.positions, self.scores, self.positions, may_grow)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Replace the sequences by those at ``index``, a tensor on the CPU."""
+        super().select_rows(index)
+        self.scores = self.scores.index_select(0, index.to(self.scores.device))

@@ -165,11 +165,12 @@ def merged(states: Tensor, anchors: list[int]) -> list[Tensor]:
 # The methods in a running model
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     position: int
     key: Tensor
     value: Tensor
+    score: float = 0.0
 
 
 @dataclass
@@ -287,7 +288,7 @@ class Twin:
             else:
                 positions = vl_cache_positions(score, kept, method.recent)
             pairs = zip(keys[positions], values[positions], strict=True)
-        return [Entry(start + j, key, value) for j, (key, value) in zip(positions, pairs, strict=True)]
+        return [Entry(start + j, key, value, score[j]) for j, (key, value) in zip(positions, pairs, strict=True)]
 
     def decode(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         position = key.shape[2] - 1
@@ -296,9 +297,13 @@ class Twin:
         for b, row in enumerate(self.rows[module.layer_idx]):
             tokens_seen = position + 1 - self.valid[b].index(True)
             for h, entries in enumerate(row.heads):
-                drops = self.method.name in ("elastic", "streaming-llm")
+                drops = self.method.name in ("elastic", "streaming-llm", "h2o")
                 allowance = row.share * tokens_seen if drops else math.inf
-                while len(entries) + 1 > allowance and len(entries) > row.fixed:
+                recent = max(1, round(self.method.recent * len(entries)))
+                while len(entries) + 1 > allowance and self.method.name == "h2o" and len(entries) > recent:
+                    older = entries[: len(entries) - recent]
+                    entries.remove(min(older, key=lambda entry: entry.score))
+                while len(entries) + 1 > allowance and self.method.name != "h2o" and len(entries) > row.fixed:
                     del entries[row.fixed]
                 entries.append(Entry(position, key[b, h, -1], value[b, h, -1]))
                 keys = torch.stack([entry.key for entry in entries]).double()
@@ -306,6 +311,8 @@ class Twin:
                 for q in range(h * group, (h + 1) * group):
                     weights = (keys @ query[b, q, 0].double() * scaling).softmax(0)
                     output[b, q, 0] = (weights @ values).to(query.dtype)
+                    for entry, weight in zip(entries, weights.tolist(), strict=True):
+                        entry.score += weight / group
         return output
 
     def positions(self, layer: int, b: int, h: int) -> list[int]:

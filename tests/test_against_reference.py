@@ -38,6 +38,8 @@ METHODS = {
         ElasticCache(budget=0.001, distance=3, protect_first=4),
         Method("elastic", 0.001, distance=3, protect_first=4),
     ),
+    "h2o": (recipe("h2o", budget=0.2), Method("h2o", 0.2, recent=0.5)),
+    "h2o, half": (recipe("h2o", budget=0.5, recent=0.2), Method("h2o", 0.5, recent=0.2)),
     "streaming-llm": (recipe("streaming-llm", budget=0.2), Method("streaming-llm", 0.2)),
     "streaming-llm, few entries": (recipe("streaming-llm", budget=0.05), Method("streaming-llm", 0.05)),
     "snapkv": (recipe("snapkv", budget=0.6), Method("snapkv", 0.6)),
@@ -113,10 +115,14 @@ def test_every_family_grouping_and_dtype(family, heads, dtype, method):
     check(family, heads, dtype, "padded batch", method)
 
 
-@pytest.mark.parametrize("method", ["streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m"])
+@pytest.mark.parametrize("method", ["h2o", "streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_methods_with_shared_heads_and_other_dtypes(dtype, method):
     check("qwen2_5_vl", "1:8", dtype, "padded batch", method)
+
+
+def test_long_answers_of_heavy_hitters():
+    check("llava", "1:2", torch.float32, "padded batch", "h2o", tokens=60)
 
 
 def test_long_answers_in_a_sliding_window():

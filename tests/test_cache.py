@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from sparsight import CompressedCache, ElasticCache, VLCache
+from sparsight import recipe as recipe_of
 from tests import models
 from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generate
 
@@ -122,7 +123,7 @@ def test_one_beam_of_several_equals_greedy_when_its_rows_are_selected(recipe):
     assert cache.kept_positions(0).shape[0] == 6
 
 
-@by_name
+@pytest.mark.parametrize("recipe", [*RECIPES, recipe_of("h2o", budget=0.2)], ids=lambda recipe: recipe.name)
 def test_rows_can_be_repeated_and_selected_between_steps(recipe):
     model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE, THREE_IMAGES)
     cache = compressed(model, inputs, recipe)

@@ -63,7 +63,7 @@ def test_a_budget_out_of_range_is_refused(name, budget):
 def test_an_unknown_method_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="Unknown method 'vlcache': did you mean 'vl-cache'"):
         recipe("vlcache")
-    with pytest.raises(ValueError, match="Unknown method 'zzz': Known are vl-cache, elastic, streaming-llm"):
+    with pytest.raises(ValueError, match="Unknown method 'zzz': Known are vl-cache, elastic, h2o"):
         recipe("zzz")
 
 

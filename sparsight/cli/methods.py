@@ -19,7 +19,7 @@ def methods(as_json: options.Json = False) -> None:
     if as_json:
         print(json.dumps(listed))
         return
-    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("method", *KINDS, "budget"):
         shown.add_column(column, header_style="bold cyan")
     for method in listed:

@@ -4,7 +4,7 @@ A part is a frozen dataclass of numbers whose methods are pure functions of tens
 """
 
 from sparsight.parts.allocate import Allocate, Pyramid, SharedMass, SparsityAware, Uniform
-from sparsight.parts.decode import DecodeRule, FixedPoint, Grow, Sliding
+from sparsight.parts.decode import DecodeRule, FixedPoint, Grow, HeavyHitter, Sliding
 from sparsight.parts.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.parts.score import Accumulated, LastWindow, PostVision, Random, Recency, Score
 
@@ -15,6 +15,7 @@ __all__ = [
     "Evict",
     "FixedPoint",
     "Grow",
+    "HeavyHitter",
     "LastWindow",
     "MergeNearest",
     "MergeSimilar",

@@ -68,12 +68,33 @@ class Sliding:
         return self.sinks
 
 
-DecodeRule = Grow | FixedPoint | Sliding
+@dataclass(frozen=True)
+class HeavyHitter:
+    """Drop the entry that has been attended to least, but the most recent ones (H2O, arXiv 2306.14048, section 4).
+
+    What an entry got during prefill counts, by the recipe's score, and what it gets from every token of the answer.
+
+    Args:
+        recent: fraction of the entries held that are the most recent ones and stay.
+    """
+
+    kind: ClassVar[str] = "heavy-hitter"
+    recent: float = 0.5
+
+    def __post_init__(self) -> None:
+        check.fraction("recent", self.recent, zero=True)
+
+    def fixed_index(self, held: int) -> int:
+        """How many of ``held`` entries stay whatever they were attended to, at least the last."""
+        return max(1, round(self.recent * held))
 
 
-def drops(held: int, allowance: float, fixed_index: int) -> int:
-    """How many of ``held`` entries, from index ``fixed_index`` on, a new one must replace under ``allowance``."""
-    return max(0, min(math.ceil(held + 1 - allowance), held - fixed_index))
+DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter
+
+
+def drops(held: int, allowance: float, protected: int) -> int:
+    """How many of ``held`` entries, of which ``protected`` stay, a new one must replace under ``allowance``."""
+    return max(0, min(math.ceil(held + 1 - allowance), held - protected))
 
 
 def slot_to_write(positions: Tensor, fixed_positions: Tensor, grow: Tensor) -> Tensor:
@@ -91,7 +112,30 @@ def slot_to_write(positions: Tensor, fixed_positions: Tensor, grow: Tensor) -> T
         int64 ``[B, H_kv]``.
     """
     never = torch.iinfo(positions.dtype).max
-    slots = torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype)
-    vacant = torch.where(positions < 0, slots, never)
     oldest = torch.where(positions >= fixed_positions[..., None], positions, never)
-    return torch.where(grow[:, None, None], vacant, oldest).argmin(-1)
+    return torch.where(grow[:, None], first_vacant(positions), oldest.argmin(-1))
+
+
+def slot_of_lowest(positions: Tensor, scores: Tensor, recent_positions: Tensor, grow: Tensor) -> Tensor:
+    """Slot that a new entry takes under :class:`HeavyHitter`.
+
+    Sequences that may grow take their first vacant slot, the others overwrite the entry with the lowest score of those
+    before the recent ones.
+
+    Args:
+        positions: ``[B, H_kv, capacity]``, the position of each slot's entry, -1 where it is vacant.
+        scores: ``[B, H_kv, capacity]``, the attention that each slot's entry got.
+        recent_positions: ``[B, H_kv]``, the position of the oldest recent entry.
+        grow: bool ``[B]``.
+
+    Returns:
+        int64 ``[B, H_kv]``.
+    """
+    may_go = (positions >= 0) & (positions < recent_positions[..., None])
+    return torch.where(grow[:, None], first_vacant(positions), torch.where(may_go, scores, torch.inf).argmin(-1))
+
+
+def first_vacant(positions: Tensor) -> Tensor:
+    """The first vacant slot, int64 ``[B, H_kv]``, of positions ``[B, H_kv, capacity]``."""
+    slots = torch.arange(positions.shape[-1], device=positions.device)
+    return torch.where(positions < 0, slots, positions.shape[-1]).argmin(-1)

@@ -6,6 +6,7 @@ from typing import Any
 from sparsight.recipe import Recipe
 from sparsight.recipes.elastic import ElasticCache
 from sparsight.recipes.full import Full
+from sparsight.recipes.h2o import H2O
 from sparsight.recipes.look_m import LookM
 from sparsight.recipes.prefixkv import PrefixKV
 from sparsight.recipes.pyramidkv import PyramidKV
@@ -18,6 +19,7 @@ from sparsight.suggest import unknown
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "vl-cache": VLCache,
     "elastic": ElasticCache,
+    "h2o": H2O,
     "streaming-llm": StreamingLLM,
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
@@ -43,6 +45,7 @@ def recipe(name: str, **numbers: Any) -> Recipe:
 
 
 __all__ = [
+    "H2O",
     "RECIPES",
     "ElasticCache",
     "Full",
