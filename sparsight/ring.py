@@ -112,13 +112,13 @@ class HeavyHitters(Ring):
         super().write(entries, keys, values, position)
         # What took the place of an entry does not inherit its score.
         self._fit(entries)
-        self.scores.masked_fill_(entries.positions == position, 0)
+        self.scores = self.scores.masked_fill(entries.positions == position, 0)
 
     def attend(self, entries: Entries, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
         """Attend, and remember what was attended to."""
         output, got = entries.attend_and_tell(query, recent_mask, scaling)
         self._fit(entries)
-        self.scores += got
+        self.scores = self.scores + got
         return output
 
     def _fit(self, entries: Entries) -> None:

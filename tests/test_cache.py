@@ -403,7 +403,7 @@ def test_two_models_and_two_caches_in_two_threads_do_not_disturb_each_other():
 
 def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it():
     model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
-    for recipe in RECIPES:
+    for recipe in (*RECIPES, recipe_of("h2o")):
         cache = compressed(model, inputs, recipe)
         with torch.inference_mode():
             answer = generate(model, inputs, 4, past_key_values=cache, num_beams=2)
