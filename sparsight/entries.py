@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-GROWTH_STEP = 64
-"""Slots by which storage grows when it is full."""
+LEAST_GROWTH = 16
+"""Slots by which storage grows at least when it is full."""
 
 VACANT = -1
 
 # Storage that is made in inference mode could not be written to outside of it.
 writable = torch.inference_mode(False)
+
+
+def growth_step(used: int) -> int:
+    """Slots by which storage of ``used`` slots grows: an eighth, so that copying costs the same for every new token."""
+    return max(LEAST_GROWTH, used // 8)
 
 
 class Entries:
@@ -36,7 +41,7 @@ class Entries:
     @writable
     def allocate(cls, held: list[int], like_keys: Tensor, like_values: Tensor) -> "Entries":
         """Storage for ``held[b]`` entries of each sequence, vacant yet; dtype and shape follow ``[B, H_kv, T, D]``."""
-        capacity = max(held) + GROWTH_STEP
+        capacity = max(held) + growth_step(max(held))
         rows, heads = len(held), like_keys.shape[1]
         # Zeros, because attention multiplies the values of vacant slots by a weight of zero.
         keys = like_keys.new_zeros(rows, heads, capacity, like_keys.shape[-1])
@@ -91,7 +96,7 @@ class Entries:
         missing = self.used + count - self.keys.shape[2]
         if missing <= 0:
             return
-        extra = -(-missing // GROWTH_STEP) * GROWTH_STEP
+        extra = max(missing, growth_step(self.used))
         self.keys = functional.pad(self.keys, (0, 0, 0, extra))
         self.values = functional.pad(self.values, (0, 0, 0, extra))
         self.positions = functional.pad(self.positions, (0, extra), value=VACANT)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sparsight.entries import GROWTH_STEP, Entries
+from sparsight.entries import LEAST_GROWTH, Entries, growth_step
 
 
 def filled(held, kv_heads=2, size=8, dtype=torch.float32, seed=0):
@@ -67,20 +67,21 @@ def test_storage_grows_in_steps_and_keeps_its_entries():
     entries = filled([5, 3])
     storage, before = entries.keys.data_ptr(), entries.keys[:, :, :5].clone()
     new = torch.ones(2, 2, 1, 8)
-    for step in range(GROWTH_STEP):
+    for step in range(LEAST_GROWTH):
         entries.append(new, new, 5 + step)
     # No copy so far: the storage had room for one step.
     assert entries.keys.data_ptr() == storage
-    assert entries.keys.shape[2] == 5 + GROWTH_STEP
+    assert entries.keys.shape[2] == 5 + LEAST_GROWTH
     entries.append(new, new, 99)
-    assert entries.keys.shape[2] == 5 + 2 * GROWTH_STEP
+    assert entries.keys.shape[2] == 5 + 2 * LEAST_GROWTH
     assert torch.equal(entries.keys[:, :, :5], before)
-    assert entries.held == [5 + 65, 3 + 65]
+    assert entries.held == [5 + 17, 3 + 17]
+    assert growth_step(800) == 100
 
 
 def test_bytes_are_those_of_the_tensors():
     entries = filled([5], kv_heads=2, size=8, dtype=torch.bfloat16)
-    assert entries.nbytes == 2 * (5 + GROWTH_STEP) * (2 * 8 * 2 + 4)
+    assert entries.nbytes == 2 * (5 + LEAST_GROWTH) * (2 * 8 * 2 + 4)
 
 
 def test_the_newest_entries_can_be_dropped_padding_included():
