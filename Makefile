@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench train eval-model clean
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m examples.demo
+	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find ND on the page." --compare
+	$(BIN)/sparsight inspect --image examples/receipt-1.png --prompt "Find ND on the page." --output demo.png
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90
@@ -19,8 +20,14 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.core --output bench/results/core-cpu-1-thread.json
-	OMP_NUM_THREADS=2 $(BIN)/python -m bench.core --output bench/results/core-cpu-2-threads.json
+	$(BIN)/python -m bench.core --threads 1 --rounds 12 --output bench/results/core-cpu-1-thread.json
+	$(BIN)/python -m bench.core --threads 2 --rounds 8 --output bench/results/core-cpu-2-threads.json
+
+train: $(VENV)/.ready
+	$(BIN)/python -m training.train
+
+eval-model: $(VENV)/.ready
+	$(BIN)/python -m training.evaluate
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

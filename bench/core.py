@@ -2,7 +2,7 @@
 
 Cases run in turns, so that a machine whose speed drifts slows all of them; ratios are taken within a round.
 
-    python -m bench.core --output bench/results/core-cpu.json
+    python -m bench.core --threads 1 --output bench/results/core-cpu-1-thread.json
 """
 
 import json
@@ -44,10 +44,12 @@ def main(
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 2900,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 64,
     rounds: Annotated[int, typer.Option(help="Counted rounds, after one that is not.")] = 15,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     output: Annotated[Path | None, typer.Option(help="Where the JSON result goes.")] = None,
 ) -> None:
     """Run the benchmark and print its table."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = random_model(getattr(torch, dtype))
     kept = round(0.1 * prompt)

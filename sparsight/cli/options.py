@@ -1,17 +1,26 @@
 """The options that commands share."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sparsight.load import DTYPES
 from sparsight.recipe import KINDS
+from sparsight.zoo import model_path
 
-DEFAULT_MODEL: Any = ...
-"""The model of a command that names none; ``...`` makes the option required."""
+DEFAULT_MODEL = str(model_path())
+"""The model of a command that names none: the small one that ships."""
 
-Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a vision-language model.", metavar="MODEL")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Folder or hub id of a vision-language model; the small one that ships if not given.",
+        metavar="MODEL",
+        show_default=False,
+    ),
+]
 Images = Annotated[
     list[Path] | None,
     typer.Option("--image", help="A picture: PNG, JPEG, WebP, GIF, BMP or TIFF. Repeat for several.", metavar="FILE"),

@@ -97,7 +97,7 @@ def test_a_picture_that_cannot_be_written(refused: Callable[..., str], tmp_path:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "--prompt", "hi"],
+        ["generate"],
         ["generate", "--model", "x"],
         ["generate", "--model", "x", "--prompt", "hi", "--max-new-tokens", "0"],
         ["generate", "--model", "x", "--prompt", "hi", "--budget", "much"],

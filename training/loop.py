@@ -1,0 +1,100 @@
+"""What every stage shares: devices, the optimiser's schedule, saving and resuming."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+SAVE_EVERY_SECONDS = 120.0
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int = 100) -> float:
+    """Short warm-up, then a cosine down to a twentieth."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass
+class Run:
+    """One stage in training: counts steps and seconds, saves every few minutes and when told to stop."""
+
+    path: Path
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    notes: dict[str, float] = field(default_factory=dict)
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        signal.signal(signal.SIGTERM, self.stop)
+        if self.path.exists():
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.notes = saved["step"], saved["notes"]
+            self.seconds, self.cpu_seconds = saved["seconds"], saved.get("cpu_seconds", 0.0)
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None:
+        """Finish the step in hand, save and end."""
+        self.stopping = True
+
+    def save(self) -> None:
+        """Model, optimiser and counters in one file, written whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(".new")
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "notes": self.notes,
+        }
+        torch.save(state, fresh)
+        fresh.replace(self.path)
+
+    def steps(self, total: int, peak: float, warmup: int = 100) -> Iterator[int]:
+        """Step numbers up to `total`, with the learning rate set; saves as it goes and at the end."""
+        saved = time.monotonic()
+        while self.step < total and not self.stopping:
+            began, began_cpu = time.monotonic(), time.process_time()
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, total, peak, warmup)
+            yield self.step
+            self.step += 1
+            self.seconds += time.monotonic() - began
+            self.cpu_seconds += time.process_time() - began_cpu
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        if self.stopping:
+            raise SystemExit(f"stopped at step {self.step}; run again to resume")
+
+
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip: float = 1.0) -> None:
+    """One step down the gradient, its length clipped."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
+
+
+def report(stage: str, step: int, **numbers: float) -> None:
+    """One line of JSON on the standard output."""
+    print(json.dumps({"stage": stage, "step": step, **{k: round(v, 4) for k, v in numbers.items()}}), flush=True)

@@ -1,0 +1,137 @@
+"""Stage: language. The decoder learns every skill on packed pages, the patches' vectors as they ought to be."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from sparsight.zoo.page import GLYPHS, PATCH
+from sparsight.zoo.scene import COLORS, SHAPES
+from sparsight.zoo.tasks import Example, compare, look_at, look_up, plural, read_out
+from training.loop import Run, device, report, update
+from training.model import WIDTH
+from training.prompt import Batch, batch_of, repetition
+from training.targets import FIRST_COLOR, FIRST_SHAPE, SLOTS, basis, features, glyph_feature
+
+LEVELS = ((2, 3), (3, 6), (4, 10), (6, 16), (12, 32), (24, 64))
+"""Patch rows and records of a page; the next level begins when look-up is mastered on the last."""
+
+MASTERED = 0.92
+SKILLS = ("look-up", "reading", "scenes", "two images", "repetition")
+
+
+def weights(level: int) -> list[float]:
+    """How often each skill is drawn."""
+    early = level < 2
+    return [0.46, 0.1, 0.08, 0.06, 0.3] if early else [0.24, 0.46, 0.18, 0.12, 0.0]
+
+
+def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int) -> list[Example]:
+    """Examples of one skill, about `tokens` tokens in all, no harder than the level."""
+    rows, most = LEVELS[level if rng.random() < 0.8 else rng.integers(level + 1)]
+    height = rows * PATCH
+
+    def fill(length: int) -> range:
+        return range(max(1, tokens // length))
+
+    if skill == "look-up":
+        records = int(rng.integers(max(2, most // 2), most + 1))
+        questions = min(12, 2 * records)
+        return [look_up(rng, "train", records, questions, height) for _ in fill(rows * 24 + questions * 17)]
+    if skill == "reading":
+        records = int(rng.integers(1, min(most, 20) + 1))
+        height = max(height, (records * 15 + 12 + PATCH - 1) // PATCH * PATCH)
+        return [read_out(rng, "train", records, height) for _ in fill(height // PATCH * 24 + records * 8)]
+    if skill == "scenes":
+        height = 112 if rng.random() < 0.8 or level < 4 else 336
+        return [look_at(rng, "train", 8, height) for _ in fill(height // PATCH * 24 + 100)]
+    records = int(rng.integers(2, min(most, 16) + 1))
+    rows = max(8, min(rows, 12))
+    return [compare(rng, "train", records, 8, rows * PATCH) for _ in fill(rows * 48 + 160)]
+
+
+def embed(model: Any, ids: torch.Tensor, vectors: torch.Tensor | None, image_token: int) -> torch.Tensor:
+    """Token embeddings `[B, T, WIDTH]` with the patches' `vectors` `[N, WIDTH]` in the images' places."""
+    embedded = model.get_input_embeddings()(ids.clamp(0))
+    if vectors is None:
+        return embedded
+    return embedded.masked_scatter((ids == image_token)[..., None], vectors.to(embedded.dtype))
+
+
+def answer_loss(model: Any, embedded: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Mean loss on the answers' tokens, and the fraction of them foreseen right."""
+    hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    at = labels >= 0
+    logits = model.lm_head(hidden[at]).float()
+    wanted = labels[at]
+    return functional.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean().item()
+
+
+def packed_vectors(rng: np.random.Generator, examples: list[Example], directions: torch.Tensor) -> torch.Tensor:
+    """What perfect eyes would say of the examples' images, with a little noise, `[N, WIDTH]`."""
+    shown = np.concatenate([features(image) for example in examples for image in example.images])
+    exact = torch.from_numpy(shown).to(directions.device) @ directions
+    noise = torch.from_numpy(rng.standard_normal(tuple(exact.shape), dtype=np.float32)).to(exact.device)
+    return exact + rng.uniform(0, 0.02) * noise
+
+
+def learn_to_read(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    total: int,
+    tokens: int,
+    peak: float,
+    seed: int,
+) -> None:
+    """Train the decoder for `total` steps; the eyes do not take part."""
+    decoder = torch.nn.ModuleList([model.model.language_model])
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    run = Run(path, decoder, optimizer)
+    directions = basis(WIDTH).to(device())
+    image_token = model.config.image_token_id
+    for step in run.steps(total, peak):
+        rng = np.random.default_rng([seed, step])
+        level = int(run.notes.get("level", 0))
+        skill = SKILLS[rng.choice(len(SKILLS), p=weights(level))]
+        vectors = None
+        batch: Batch
+        if skill == "repetition":
+            length = int(rng.integers(40, 120))
+            batch = repetition(rng, tokenizer, max(1, tokens // (2 * length)), length)
+        else:
+            examples = draw_examples(rng, skill, level, tokens)
+            batch = batch_of(tokenizer, examples)
+            vectors = packed_vectors(rng, examples, directions)
+        with torch.autocast(device().type, torch.bfloat16):
+            embedded = embed(model, batch.ids.to(device()), vectors, image_token)
+            loss, right = answer_loss(model, embedded, batch.labels.to(device()))
+        update(optimizer, loss)
+        run.notes[skill] = 0.95 * run.notes.get(skill, 0.0) + 0.05 * right
+        if run.notes.get("look-up", 0.0) > MASTERED and level + 1 < len(LEVELS):
+            run.notes |= {"level": level + 1, "look-up": 0.5}
+        if step % 50 == 0:
+            report("read", step, seconds=run.cpu_seconds, loss=loss.item(), **run.notes)
+
+
+def ready_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let a token begin as what the patches that show its meaning have in common: matching is then half done."""
+    directions = basis(WIDTH)
+    table: Any = model.get_input_embeddings().weight
+    with torch.no_grad():
+        table.mul_(WIDTH**-0.5 / table.std())
+        for char in GLYPHS:
+            meaning = torch.stack([directions[glyph_feature(char, slot)] for slot in range(SLOTS)]).sum(0)
+            table[tokenizer.convert_tokens_to_ids(char)] = meaning * SLOTS**-0.5
+        for word, feature in named_features():
+            for spelling in (word, f" {word}"):
+                table[tokenizer.convert_tokens_to_ids(spelling)] += directions[feature]
+
+
+def named_features() -> list[tuple[str, int]]:
+    """Words for shapes and colours, each with the direction that patches have which show it."""
+    shapes = [(word, FIRST_SHAPE + i) for i, shape in enumerate(SHAPES) for word in (shape, plural(shape))]
+    return shapes + [(color, FIRST_COLOR + i) for i, color in enumerate(COLORS)]
