@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
@@ -51,6 +52,14 @@ def own_attention(
         # transformers finds the flash kernel by the config's name for it.
         module = _With(module, config=_With(module.config, _attn_implementation=name))
     return function(module, query, key, value, attention_mask, **kwargs)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Bool of the mask's shape, True where a query may see a key, from any mask that transformers builds.
+
+    They are flash attention's of padding alone, ``[B, n]``, sdpa's of bools, or eager attention's, added to logits.
+    """
+    return mask.bool() if mask.ndim == 2 or mask.dtype == torch.bool else mask == 0
 
 
 class _With:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparsight.attention import lease, mark
+from sparsight.attention import lease, mark, visible
 from sparsight.layer import CompressedLayer
 from sparsight.parts.allocate import Observed
 from sparsight.prefill import Prefill
@@ -139,9 +139,9 @@ class CompressedCache(Cache):
             same = all(span.start == 0 and span.stop >= length for span in self.prompt.spans)
         else:
             # The last query sees every valid key.
-            visible = mask[:, :length] if mask.ndim == 2 else mask[:, 0, -1, :length]
-            visible = visible.bool() if mask.ndim == 2 or mask.dtype == torch.bool else visible == 0
-            same = torch.equal(visible.cpu().expand(len(self.prompt.spans), -1), self.prompt.valid_mask[:, :length])
+            seen_keys = visible(mask) if mask.ndim == 2 else visible(mask[:, :, -1:])[:, 0, 0]
+            seen_keys = seen_keys[:, :length].cpu().expand(len(self.prompt.spans), -1)
+            same = torch.equal(seen_keys, self.prompt.valid_mask[:, :length])
         if not same:
             raise ValueError(
                 "The prompts given to the model are padded otherwise than the inputs that the cache was made for: "

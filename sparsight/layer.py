@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sparsight.attention import own_attention
+from sparsight.attention import own_attention, visible
 from sparsight.entries import Entries
 from sparsight.parts import Grow, HeavyHitter
 from sparsight.prefill import Prefill
@@ -197,7 +197,5 @@ def _recent_mask(attention_mask: Any) -> Tensor | None:
         # Flash attention is given the padding only.
         count = attention_mask.shape[1]
         causal = torch.ones(count, count, dtype=torch.bool, device=attention_mask.device).tril()
-        return causal & attention_mask.bool()[:, None, None]
-    if attention_mask.dtype == torch.bool:
-        return attention_mask
-    return attention_mask == 0
+        return causal & visible(attention_mask)[:, None, None]
+    return visible(attention_mask)

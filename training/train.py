@@ -14,9 +14,9 @@ import typer
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from sparsight.zoo import model_path
+from training.adapt import adapt
 from training.align import align
 from training.export import export
-from training.finetune import finetune
 from training.loop import device
 from training.model import build, config
 from training.prompt import token_ids
@@ -54,7 +54,7 @@ def run_stage(stage: str, work: Path, scale: float) -> None:
     elif stage in ADAPTERS:
         load_parts(model, work)
         path, seed = work / f"{stage}.pt", SEED + 1 + ADAPTERS.index(stage)
-        finetune(model, words, path, 1950, int(2400 * scale), 2.5e-4, 0, 0.0, seed, work / "align.pt")
+        adapt(model, words, path, 1950, int(2400 * scale), 2.5e-4, seed, work / "align.pt")
     elif stage == "average":
         torch.save({"model": average([work / f"{name}.pt" for name in ADAPTERS])}, work / "average.pt")
     else:

@@ -1,4 +1,4 @@
-"""Stage: eyes and language together, on pictures, every skill."""
+"""Stage: the decoder gets used to what the eyes really see, on pictures, every skill."""
 
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from training.targets import basis, features
 SKILLS = ("look-up", "reading", "scenes", "two images")
 WEIGHTS = (0.48, 0.26, 0.14, 0.12)
 RELOAD_EVERY = 200
+LOW_SHARE = 0.15
+"""Share of the examples whose pictures have few rows."""
+
 LOW_LEVEL = 3
-"""Pictures of few rows come from this level of the language stage's curriculum."""
+"""They come from this level of the language stage's curriculum."""
 
 
 def full_examples(rng: np.random.Generator, skill: str, tokens: int) -> list[Example]:
@@ -56,44 +59,41 @@ def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:
     torch.nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector]).load_state_dict(saved)
 
 
-def finetune(
+def adapt(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     path: Path,
     total: int,
     tokens: int,
     peak: float,
-    low_until: int,
-    keep_seeing: float,
     seed: int,
-    eyes: Path | None = None,
+    eyes: Path,
 ) -> None:
-    """Train everything for `total` steps; pictures are low for the first `low_until` and sometimes later.
+    """Train the decoder for `total` steps on what the eyes see whose stage saves itself in the file `eyes`.
 
-    `keep_seeing` weighs the loss of the alignment stage, which the same pictures give for nothing. With `eyes`, that
-    stage's file, the decoder alone learns, from what those eyes see: the two stages may then run at the same time.
+    They are read again from time to time: the two stages may run at the same time.
     """
-    learning = model.model.language_model if eyes else model
-    optimizer = torch.optim.AdamW(learning.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    decoder = model.model.language_model.parameters()
+    optimizer = torch.optim.AdamW(decoder, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     run = Run(path, model, optimizer)
     directions = basis(WIDTH).to(device())
     for step in run.steps(total, peak, warmup=40):
-        if eyes and step % RELOAD_EVERY == 0:
+        if step % RELOAD_EVERY == 0:
             load_eyes(model, eyes)
         rng = np.random.default_rng([seed, step])
         skill = SKILLS[rng.choice(len(SKILLS), p=WEIGHTS)]
-        if step < low_until or rng.random() < 0.15:
+        if rng.random() < LOW_SHARE:
             examples = draw_examples(rng, skill, LOW_LEVEL, tokens)
         else:
             examples = full_examples(rng, skill, tokens)
         batch = batch_of(tokenizer, examples)
         with torch.autocast(device().type, torch.bfloat16):
-            with torch.set_grad_enabled(eyes is None):
+            with torch.no_grad():
                 vectors, blur = patch_vectors(model, examples, directions)
             embedded = embed(model, batch.ids.to(device()), vectors, model.config.image_token_id)
             loss, right = answer_loss(model, embedded, batch.labels.to(device()))
-        update(optimizer, loss if eyes else loss + keep_seeing * blur)
+        update(optimizer, loss)
         run.notes[skill] = 0.95 * run.notes.get(skill, right) + 0.05 * right
         run.notes["blur"] = 0.95 * run.notes.get("blur", blur.item()) + 0.05 * blur.item()
         if step % 20 == 0:
-            report("finetune", step, seconds=run.cpu_seconds, loss=loss.item(), **run.notes)
+            report("adapt", step, seconds=run.cpu_seconds, loss=loss.item(), **run.notes)
