@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsight.attention import lease, mark, visible
 from sparsight.layer import CompressedLayer
-from sparsight.parts.allocate import Observed
+from sparsight.parts import VisualHeads
+from sparsight.parts.observed import Share
 from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt, locate
 from sparsight.recipe import Recipe
@@ -58,6 +59,8 @@ class CompressedCache(Cache):
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if not self.compressed:
             raise ValueError(f"{type(model).__name__} has no layer to compress: all are bounded by a sliding window.")
+        if isinstance(recipe.allocate, VisualHeads):
+            recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
         self._model_name = type(model).__name__
         self._lease = lease(language.config)
         self._located = prompt
@@ -157,7 +160,7 @@ class CompressedCache(Cache):
         if self.recipe.allocate.threshold is not None:
             self._sparsity = sparsity
 
-    def _plan(self) -> tuple[list[list[float]], list[list[float]]]:
+    def _plan(self) -> tuple[list[list[float]], list[list[Share]]]:
         """Sparsity by layer and sequence, and the share that each layer keeps by sequence and layer."""
         prefills = [layer.prefill for layer in self.compressed if layer.prefill is not None]
         for prefill in prefills:
@@ -166,7 +169,7 @@ class CompressedCache(Cache):
         plans = []
         for row in range(len(self.prompt.spans)):
             layers = zip(prefills, sparsity, strict=True)
-            observed = [Observed(prefill.scores[row], values[row]) for prefill, values in layers]
+            observed = [prefill.observed(row, values[row], self.recipe.budget) for prefill, values in layers]
             plans.append(self.recipe.allocate.shares(observed, self.recipe.budget))
         return sparsity, plans
 
@@ -232,7 +235,7 @@ class CompressedCache(Cache):
         if held.entries is None:
             raise ValueError("Nothing is compressed yet: the model has not seen the whole prompt.")
         length = self.prompt.length
-        positions = held.entries.positions.long()
+        positions = held.entries.positions.long().view(len(self.prompt.spans), held.entries.heads, -1)
         of_prompt = (positions >= 0) & (positions < length)
         ordered = positions.masked_fill(~of_prompt, length).sort(-1).values[..., : int(of_prompt.sum(-1).max())]
         return ordered.masked_fill(ordered == length, -1)
@@ -253,8 +256,8 @@ class CompressedCache(Cache):
             prompt_tokens=[span.length for span in self.prompt.spans],
             vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
             tokens_seen=self.compressed[0].seen,
-            kept=[[[kept] * held.heads for kept in layer.kept] for layer, held in compacted],
-            held=[[[count] * held.heads for count in held.held] for _, held in compacted],
+            kept=[held.by_head(layer.kept) for layer, held in compacted],
+            held=[held.by_head(held.held) for _, held in compacted],
             sparsity=self._sparsity,
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(_layer_bytes, others)),

@@ -133,6 +133,14 @@ class Entries:
         ]
         return torch.stack(found)
 
+    def rows_of(self, index: Tensor) -> Tensor:
+        """The rows of the sequences at ``index``: each sequence is one."""
+        return index
+
+    def by_head(self, counts: Sequence[int]) -> list[list[int]]:
+        """A number of each sequence, by sequence and KV head."""
+        return [[count] * self.heads for count in counts]
+
     def attend(self, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
         """Attention of the newest ``q`` tokens, already taken in, over all entries held.
 
@@ -192,6 +200,11 @@ class Entries:
     def heads(self) -> int:
         """KV heads."""
         return self.keys.shape[1]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all sequences."""
+        return self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes
 
     @property
     def nbytes(self) -> int:

@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention import own_attention, visible
-from sparsight.entries import Entries
 from sparsight.parts import Grow, HeavyHitter
+from sparsight.parts.observed import Share
 from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt
+from sparsight.ragged import Held
 from sparsight.recipe import Recipe
 from sparsight.ring import HeavyHitters, Ring
 
@@ -23,7 +24,7 @@ class CompressedLayer(CacheLayerMixin):
         seen: tokens seen, padding included; positions follow it.
         prefill: the prompt so far, until it is compacted.
         entries: what is held from then on.
-        kept: how many prompt entries each sequence kept.
+        kept: how many prompt entries each row of the entries kept.
     """
 
     is_sliding = False
@@ -38,7 +39,7 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt = prompt
         self.seen = 0
         self.prefill: Prefill | None = None
-        self.entries: Entries | None = None
+        self.entries: Held | None = None
         self.kept: list[int] = []
         self.ring: Ring | None = None
         self.record_past = False
@@ -57,7 +58,7 @@ class CompressedLayer(CacheLayerMixin):
         self.prefill.observe(query, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         return output
 
-    def compact(self, shares: Sequence[float]) -> None:
+    def compact(self, shares: Sequence[Share]) -> None:
         """Keep ``shares[b]`` of each sequence's prompt, and free the rest."""
         assert self.prefill is not None
         prefill, self.prefill = self.prefill, None
@@ -66,10 +67,11 @@ class CompressedLayer(CacheLayerMixin):
         self.kept = [held - beyond for held in self.entries.held]
         rule = self.recipe.decode
         if not isinstance(rule, Grow):
+            by_row = [row for share in shares for row in (share if isinstance(share, list) else [share])]
             padding = [self.prompt.length - span.length for span in self.prompt.spans]
-            self.ring = (
-                HeavyHitters(rule, shares, padding) if isinstance(rule, HeavyHitter) else Ring(rule, shares, padding)
-            )
+            padding = [tokens for tokens in padding for _ in range(len(by_row) // len(padding))]
+            kind = HeavyHitters if isinstance(rule, HeavyHitter) else Ring
+            self.ring = kind(rule, by_row, padding)
             self.ring.start(self.entries, prefill, self.seen)
 
     def attend_held(
@@ -143,10 +145,11 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError("The sequences of a cache cannot be reordered before it has seen the whole prompt.")
         self.prompt = prompt
         if self.entries is not None:
-            self.entries.select_rows(index)
-            self.kept = [self.kept[row] for row in index.tolist()]
-        if self.ring is not None:
-            self.ring.select_rows(index)
+            rows = self.entries.rows_of(index)
+            self.entries.select_rows(rows)
+            self.kept = [self.kept[row] for row in rows.tolist()]
+            if self.ring is not None:
+                self.ring.select_rows(rows)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -186,7 +189,7 @@ class CompressedLayer(CacheLayerMixin):
     def full_bytes(self) -> int:
         """Bytes that the full cache's keys and values would occupy for the tokens seen."""
         states = self.entries or self.prefill
-        return 0 if states is None else self.seen * (states.keys[:, :, 0].nbytes + states.values[:, :, 0].nbytes)
+        return 0 if states is None else self.seen * states.token_bytes
 
 
 def _recent_mask(attention_mask: Any) -> Tensor | None:

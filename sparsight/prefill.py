@@ -1,14 +1,16 @@
 """One layer during prefill: the whole prompt's keys and values, and what its queries told about them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsight.entries import Entries
 from sparsight.observe import attention_sums
-from sparsight.parts import PostVision
+from sparsight.parts import EliteWindow, PostVision
+from sparsight.parts.observed import Observed, Share
 from sparsight.prompt import Prompt, Span
+from sparsight.ragged import Held, RaggedEntries
 from sparsight.recipe import Recipe
 
 
@@ -28,6 +30,7 @@ class Prefill:
         self.query_heads = 0
         heads, device = keys.shape[1], keys.device
         self.scores = [torch.zeros(heads, span.length, device=device) for span in prompt.spans]
+        self.queries: list[list[Tensor]] = [[] for _ in prompt.spans]
         self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.int64, device=device)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
@@ -41,10 +44,14 @@ class Prefill:
         score, threshold = self.recipe.score, self.recipe.allocate.threshold
         self.query_heads = query.shape[1]
         for row, span in enumerate(self.prompt.spans):
-            post_vision = PostVision().rows(span)
+            post_vision, sums, zeroed = PostVision().rows(span), None, None
             # Scores and sparsity come from one pass where they come from the same rows.
             together = score.rows(span) == post_vision
-            sums, zeroed = self._sums(row, span, score.rows(span), query, scaling, threshold if together else None)
+            if isinstance(score, EliteWindow):
+                together = False
+                self.queries[row].append(self._newest(row, score.rows(span), query).float() * scaling)
+            else:
+                sums, zeroed = self._sums(row, span, score.rows(span), query, scaling, threshold if together else None)
             if threshold is not None and not together:
                 _, zeroed = self._sums(row, span, post_vision, query, scaling, threshold)
             if sums is not None:
@@ -56,20 +63,39 @@ class Prefill:
         self, row: int, span: Span, rows: range, query: Tensor, scaling: float, threshold: float | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """:func:`attention_sums` of those of a sequence's ``rows`` that are among the newest queries."""
-        seen = self.keys.shape[2]
-        first = seen - query.shape[2]
-        start, stop = max(rows.start, first), min(rows.stop, seen)
-        if start >= stop:
+        queries = self._newest(row, rows, query)
+        if not queries.shape[1]:
             return None, None
-        queries = query[row, :, start - first : stop - first]
+        stop = min(rows.stop, self.keys.shape[2])
         return attention_sums(queries, self.keys[row, :, span.start : stop], scaling, threshold)
+
+    def _newest(self, row: int, rows: range, query: Tensor) -> Tensor:
+        """Those of the newest queries ``[B, H, q, D]`` that are at a sequence's ``rows``, ``[H, R, D]``."""
+        first = self.keys.shape[2] - query.shape[2]
+        return query[row, :, max(rows.start - first, 0) : max(rows.stop - first, 0)]
 
     @torch.no_grad()
     def finish(self) -> None:
         """Turn the sums into scores, once the whole prompt has been observed."""
         for row, span in enumerate(self.prompt.spans):
-            vision = self.prompt.vision_mask[row, span.start : span.stop].to(self.keys.device)
-            self.scores[row] = self.recipe.score.importance(self.scores[row], vision)
+            vision = self.vision(row).to(self.keys.device)
+            score = self.recipe.score
+            if isinstance(score, EliteWindow):
+                keys = self.keys[row, :, span.start : span.stop]
+                self.scores[row] = score.sums(torch.cat(self.queries[row], dim=1), keys, vision)
+            self.scores[row] = score.importance(self.scores[row], vision)
+
+    def observed(self, row: int, sparsity: float, budget: float) -> Observed:
+        """What one sequence showed, as allocations see it."""
+        score = self.scores[row]
+        length = score.shape[1]
+        always = self.recipe.reduce.always(max(1, round(budget * length)), length)
+        return Observed(score, sparsity, self.vision(row), always)
+
+    def vision(self, row: int) -> Tensor:
+        """Bool ``[T]``, on the CPU: which of a sequence's tokens stand for vision."""
+        span = self.prompt.spans[row]
+        return self.prompt.vision_mask[row, span.start : span.stop]
 
     def sparsity(self, zeroed: Sequence[int]) -> list[float]:
         """Sparsity of each sequence's post-vision rows, from its ``zeroed`` (VL-Cache, arXiv 2410.23317, section 4.1).
@@ -84,21 +110,36 @@ class Prefill:
             raise ValueError(f"The attention holds NaN, in {self.keys.dtype}: try a dtype of a wider range.")
         return [count / every for count, every in zip(zeroed, visible, strict=True)]
 
-    def compact(self, shares: Sequence[float]) -> Entries:
-        """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one does."""
-        spans, reduce = self.prompt.spans, self.recipe.reduce
-        kept = [min(max(1, round(share * span.length)), span.length) for share, span in zip(shares, spans, strict=True)]
-        entries = Entries.allocate(kept, self.keys, self.values)
-        for row, span in enumerate(spans):
-            valid = slice(span.start, span.stop)
-            positions = reduce.select(self.scores[row], kept[row])
-            keys, values = reduce.apply(self.keys[row, :, valid], self.values[row, :, valid], positions)
-            entries.fill(row, keys, values, positions + span.start)
+    def compact(self, shares: Sequence[Share]) -> Held:
+        """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one of a KV head does."""
+        rows = list(self._rows(shares))
+        kept = [min(max(1, round(share * span.length)), span.length) for share, span, *_ in rows]
+        storage = RaggedEntries if self.recipe.allocate.head_wise else Entries
+        entries: Held = storage.allocate(kept, self.keys, self.values)
+        for row, (_, span, score, keys, values) in enumerate(rows):
+            positions = self.recipe.reduce.select(score, kept[row])
+            entries.fill(row, *self.recipe.reduce.apply(keys, values, positions), positions + span.start)
         length, seen = self.prompt.length, self.keys.shape[2]
         if seen > length:
             # Assisted generation brings its first candidates together with the prompt.
             entries.append(self.keys[:, :, length:], self.values[:, :, length:], length)
         return entries
+
+    def _rows(self, shares: Sequence[Share]) -> Iterator[tuple[float, Span, Tensor, Tensor, Tensor]]:
+        """What selection works on: share, span, scores, keys and values of a sequence, or of each of its KV heads."""
+        for row, (share, span) in enumerate(zip(shares, self.prompt.spans, strict=True)):
+            valid = slice(span.start, span.stop)
+            score, keys, values = self.scores[row], self.keys[row, :, valid], self.values[row, :, valid]
+            if isinstance(share, list):
+                for head, own_share in enumerate(share):
+                    yield own_share, span, score[head, None], keys[head, None], values[head, None]
+            else:
+                yield share, span, score, keys, values
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all sequences."""
+        return self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes
 
 
 def _alone(states: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Recipe:
         decode: what becomes of each new entry.
 
     Raises:
-        ValueError: the budget is not in (0, 1].
+        ValueError: the budget is not in (0, 1], or the allocation and the reduction cannot go together.
     """
 
     name: str
@@ -40,6 +40,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check.fraction("budget", self.budget)
+        if self.allocate.head_wise and not self.reduce.per_head:
+            raise ValueError(
+                f"Allocation {self.allocate.kind!r} gives each KV head its own number of entries, but under reduction "
+                f"{self.reduce.kind!r} as it is set the heads share one choice: give the reduction per_head=True, or "
+                "take another."
+            )
 
     def combined(self, **kinds: str | None) -> "Recipe":
         """The recipe with other parts, by role and kind, with their default numbers.

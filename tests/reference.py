@@ -15,6 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 
+WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
+"""Methods whose scores are SnapKV's."""
+
+
 @dataclass
 class Method:
     """A published method and its numbers."""
@@ -32,6 +36,10 @@ class Method:
     pool: int = 7
     steepness: float = 20.0
     sinks: int = 4
+    floor_of_heads: float = 0.2
+    elite: float = 0.9
+    head_scores: tuple[tuple[float, ...], ...] = ()
+    equal: float = 0.1
 
 
 # Definitions, over one sequence: attention matrices ``[H, T, T]`` of float
@@ -140,6 +148,102 @@ def prefix_shares(scores: list[list[float]], budget: float) -> list[float]:
     return fitting[-1] if fitting else [1 / len(m) for m in masses]
 
 
+def adakv_counts(scores: list[list[float]], equal: int, always: int, floor: float) -> list[int]:
+    """AdaKV, algorithm 1: one selection over all heads of a layer, then every head is brought nearer to its floor."""
+    length = len(scores[0])
+    everyone = [
+        (math.inf if j >= length - always else score, h)
+        for h, head in enumerate(scores)
+        for j, score in enumerate(head)
+    ]
+    winners = [h for _, h in sorted(everyone, key=lambda one: -one[0])[: equal * len(scores)]]
+    exact = [floor * equal + (1 - floor) * winners.count(h) for h in range(len(scores))]
+    return largest_remainders(exact, equal * len(scores))
+
+
+def largest_remainders(exact: list[float], total: int) -> list[int]:
+    """Whole numbers that sum to ``total``: the largest remainders are rounded up, of equal ones the first."""
+    whole = [math.floor(number) for number in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: -round(exact[index] - whole[index], 9))
+    for index in by_remainder[: total - sum(whole)]:
+        whole[index] += 1
+    return whole
+
+
+def elite_scores(
+    attention: Tensor, post_vision: list[int], vision: list[bool], kv_heads: int, threshold: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """AirCache, section 3.3: what selection goes by, and the importance of vision tokens, for every KV head."""
+    attention = attention.double()
+    heads, length = len(attention), len(vision)
+    last = [sum(head[-1, j] / head[-1, post_vision].sum() for head in attention) / heads for j in post_vision]
+    elite = [i for i, weight in zip(post_vision, last, strict=True) if weight >= threshold * max(last)]
+    importance = torch.zeros(heads, length, dtype=torch.float64)
+    for h, head in enumerate(attention):
+        for i in elite:
+            among = sum(head[i, j] for j in range(i + 1) if vision[j] or j in elite)
+            for j in range(i + 1):
+                importance[h, j] += (head[i, j] / among if vision[j] else head[i, j]) / len(elite)
+    grouped = importance.unflatten(0, (kv_heads, -1)).mean(1).tolist()
+    scores = [[s + (0 if seen else max(head)) for s, seen in zip(head, vision, strict=True)] for head in grouped]
+    return scores, [[s for s, seen in zip(head, vision, strict=True) if seen] for head in grouped]
+
+
+def aircache_shares(importance: list[list[list[float]]], vision: list[bool], budget: float) -> list[float]:
+    """AirCache, section 3.4: layers share the vision tokens' budget by strength and skewness; all hold the text."""
+    length, seen = len(vision), sum(vision)
+    text = length - seen
+    if not seen or budget * length <= text:
+        return [budget] * len(importance)
+    strengths, skews = [], []
+    for layer in importance:
+        mean_head = [sum(head[i] for head in layer) / len(layer) for i in range(seen)]
+        mean = sum(mean_head) / seen
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in mean_head) / (seen - 1))
+        cubes = sum(((value - mean) / deviation) ** 3 for value in mean_head) if deviation else 0.0
+        strengths.append(sum(mean_head))
+        skews.append(max(0.0, seen / ((seen - 1) * (seen - 2)) * cubes))
+    weights = [(s + k) / 2 for s, k in zip(over_mean(strengths), over_mean(skews), strict=True)]
+    ratio = (budget * length - text) / seen
+    return [(text + share * seen) / length for share in capped(weights, ratio * len(weights))]
+
+
+def over_mean(numbers: list[float]) -> list[float]:
+    return [number * len(numbers) / sum(numbers) for number in numbers] if any(numbers) else [1.0] * len(numbers)
+
+
+def sparsemm_shares(
+    scores: tuple[tuple[float, ...], ...], length: int, budget: float, window: int, equal: float
+) -> Any:
+    """SparseMM, section 3.3: a window, an equal part and a part by score for every head; what a full one cannot hold
+    goes to the others by their scores."""
+    flat = [score for layer in scores for score in layer]
+    window = min(window / length, budget)
+    least = window + equal * (budget - window)
+    extra = (
+        capped([score / (1 - least) for score in flat], (budget - least) / (1 - least) * len(flat)) if least < 1 else 0
+    )
+    shares = [least + (1 - least) * share for share in extra] if least < 1 else [1.0] * len(flat)
+    width = len(scores[0])
+    return [shares[start : start + width] for start in range(0, len(flat), width)]
+
+
+def capped(weights: list[float], total: float) -> list[float]:
+    """Shares in proportion to ``weights``, none above 1, that sum to ``total``: full ones are settled one by one."""
+    shares = [0.0] * len(weights)
+    open_ones = list(range(len(weights)))
+    while open_ones:
+        rest = total - sum(shares)
+        if not any(weights[i] for i in open_ones):
+            weights = [1.0] * len(weights)
+        scale = rest / sum(weights[i] for i in open_ones)
+        full = [i for i in open_ones if scale * weights[i] > 1]
+        for i in full or open_ones:
+            shares[i] = 1.0 if full else scale * weights[i]
+        open_ones = [i for i in open_ones if i not in full] if full else []
+    return shares
+
+
 def most_similar(keys: Tensor, kept: list[int], j: int) -> int:
     """The kept position whose key has the largest cosine with key ``j``; a kept entry is its own."""
     if j in kept:
@@ -175,11 +279,11 @@ class Entry:
 
 @dataclass
 class Row:
-    """What one sequence holds in one layer: entries in order of position, for every KV head."""
+    """What one sequence holds in one layer, for every KV head: entries in order of position, and its numbers."""
 
     heads: list[list[Entry]]
-    share: float
-    fixed: int
+    shares: list[float]
+    fixed: list[int]
 
 
 @dataclass
@@ -195,7 +299,8 @@ class Twin:
     rows: list[list[Row]] = field(default_factory=list)
     kept: list[list[Row]] = field(default_factory=list)
     sparsity: list[list[float]] = field(default_factory=list)
-    shares: list[list[float]] = field(default_factory=list)
+    shares: list[list[list[float]]] = field(default_factory=list)
+    importance: list[list[list[float]]] = field(default_factory=list)
     layers: int = 0
 
     def prefill(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -219,22 +324,24 @@ class Twin:
             rows = post_vision_rows(self.vision[b][start:stop])
             gammas = [sparsity(layer, rows, self.method.threshold) for layer in attention]
             vision = self.vision[b][start:stop]
+            self.importance = []
             scores = [
                 self.score(layer, rows, vision, keys.shape[1]) for layer, keys in zip(attention, self.keys, strict=True)
             ]
-            shares = self.layer_shares(gammas, scores)
+            shares = self.layer_shares(gammas, scores, vision)
             for index in range(self.layers):
-                kept = entries_to_keep(shares[index], stop - start)
+                by_head = shares[index] if isinstance(shares[index], list) else [shares[index]] * len(scores[index])
+                kept = [entries_to_keep(share, stop - start) for share in by_head]
                 self.sparsity[index].append(gammas[index])
-                self.shares[index].append(shares[index])
+                self.shares[index].append(by_head)
                 keys, values = self.keys[index][b, :, start:stop], self.values[index][b, :, start:stop]
-                heads = [self.reduced(keys[h], values[h], s, kept, start) for h, s in enumerate(scores[index])]
-                fixed = max(kept - self.method.distance, self.method.protect_first)
+                heads = [self.reduced(keys[h], values[h], s, kept[h], start) for h, s in enumerate(scores[index])]
+                fixed = [max(count - self.method.distance, self.method.protect_first) for count in kept]
                 if self.method.name == "streaming-llm":
-                    fixed = self.method.sinks
-                self.rows[index].append(Row(heads, shares[index], fixed))
+                    fixed = [self.method.sinks] * len(kept)
+                self.rows[index].append(Row(heads, by_head, fixed))
         self.kept = [
-            [Row([list(head) for head in row.heads], row.share, row.fixed) for row in rows] for rows in self.rows
+            [Row([list(head) for head in row.heads], row.shares, row.fixed) for row in rows] for rows in self.rows
         ]
 
     def score(self, attention: Tensor, post_vision: list[int], vision: list[bool], kv_heads: int) -> list[list[float]]:
@@ -245,13 +352,17 @@ class Twin:
         rows = list(range(length))
         if method.name == "vl-cache":
             rows = post_vision
-        elif method.name in ("snapkv", "pyramidkv"):
+        elif method.name == "aircache":
+            scores, importance = elite_scores(attention, post_vision, vision, kv_heads, method.elite)
+            self.importance.append(importance)
+            return scores
+        elif method.name in WINDOWED:
             rows = rows[-method.window :]
         sums = column_sums(attention, rows, kv_heads)
         if method.name in ("elastic", "prefixkv") or not method.per_head:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = sums.tolist()
-        if method.name in ("snapkv", "pyramidkv"):
+        if method.name in WINDOWED:
             return [window_pooled(score, method.window, method.pool) for score in scores]
         if method.name == "look-m":
             # More than any attention that a position of this prompt can receive.
@@ -260,8 +371,16 @@ class Twin:
             ]
         return scores
 
-    def layer_shares(self, gammas: list[float], scores: list[list[list[float]]]) -> list[float]:
-        method = self.method
+    def layer_shares(self, gammas: list[float], scores: list[list[list[float]]], vision: list[bool]) -> list[Any]:
+        method, length = self.method, len(vision)
+        if method.name == "aircache":
+            return aircache_shares(self.importance, vision, method.budget)
+        if method.name == "sparsemm":
+            return sparsemm_shares(method.head_scores, length, method.budget, method.window, method.equal)
+        if method.name == "adakv":
+            equal = entries_to_keep(method.budget, length)
+            counts = [adakv_counts(layer, equal, min(method.window, equal), method.floor_of_heads) for layer in scores]
+            return [[count / length for count in layer] for layer in counts]
         if method.name == "vl-cache":
             return layer_shares(gammas, method.budget, method.floor, method.water_fill)
         if method.name == "pyramidkv":
@@ -283,7 +402,7 @@ class Twin:
             if method.name == "streaming-llm":
                 sinks = min(method.sinks, kept - 1)
                 positions = sorted(set(range(sinks)) | set(range(length - kept + sinks, length)))
-            elif method.name in ("snapkv", "pyramidkv"):
+            elif method.name in WINDOWED:
                 positions = sorted(best(score, list(range(length)), kept))
             else:
                 positions = vl_cache_positions(score, kept, method.recent)
@@ -298,13 +417,13 @@ class Twin:
             tokens_seen = position + 1 - self.valid[b].index(True)
             for h, entries in enumerate(row.heads):
                 drops = self.method.name in ("elastic", "streaming-llm", "h2o")
-                allowance = row.share * tokens_seen if drops else math.inf
+                allowance = row.shares[h] * tokens_seen if drops else math.inf
                 recent = max(1, round(self.method.recent * len(entries)))
                 while len(entries) + 1 > allowance and self.method.name == "h2o" and len(entries) > recent:
                     older = entries[: len(entries) - recent]
                     entries.remove(min(older, key=lambda entry: entry.score))
-                while len(entries) + 1 > allowance and self.method.name != "h2o" and len(entries) > row.fixed:
-                    del entries[row.fixed]
+                while len(entries) + 1 > allowance and self.method.name != "h2o" and len(entries) > row.fixed[h]:
+                    del entries[row.fixed[h]]
                 entries.append(Entry(position, key[b, h, -1], value[b, h, -1]))
                 keys = torch.stack([entry.key for entry in entries]).double()
                 values = torch.stack([entry.value for entry in entries]).double()

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from sparsight import CompressedCache, ElasticCache, VLCache, recipe
 from sparsight.prompt import locate
+from sparsight.ragged import RaggedEntries
 from tests import models, reference
 from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
 from tests.reference import Method
@@ -18,6 +19,7 @@ BATCHES = {
     "padded batch": (ONE_IMAGE, THREE_IMAGES, NO_TEXT_AFTER),
     "padded batch with text only": (NO_IMAGE, ONE_IMAGE, THREE_IMAGES),
 }
+VISUAL_HEADS = ((0.1, 3.0), (0.5, 0.2), (0.9, 0.4))
 METHODS = {
     "vl-cache": (VLCache(budget=0.1), Method("vl-cache", 0.1)),
     "vl-cache at 40 %": (VLCache(budget=0.4), Method("vl-cache", 0.4)),
@@ -51,6 +53,24 @@ METHODS = {
     ),
     "prefixkv": (recipe("prefixkv", budget=0.2), Method("prefixkv", 0.2)),
     "look-m": (recipe("look-m", budget=0.2), Method("look-m", 0.2, recent=0.5)),
+    "adakv": (recipe("adakv", budget=0.3, window=4, pool=3), Method("adakv", 0.3, window=4, pool=3)),
+    "adakv, no floor": (
+        recipe("adakv", budget=0.5, floor=0, window=6),
+        Method("adakv", 0.5, floor_of_heads=0, window=6),
+    ),
+    "aircache": (recipe("aircache", budget=0.5), Method("aircache", 0.5, recent=0)),
+    "aircache, small elite": (
+        recipe("aircache", budget=0.7, threshold=1.0),
+        Method("aircache", 0.7, recent=0, elite=1.0),
+    ),
+    "sparsemm": (
+        recipe("sparsemm", budget=0.4, heads=VISUAL_HEADS, window=4),
+        Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5),
+    ),
+    "sparsemm, full heads": (
+        recipe("sparsemm", budget=0.8, heads=VISUAL_HEADS, window=4, pool=3, equal=0.3),
+        Method("sparsemm", 0.8, head_scores=VISUAL_HEADS, window=4, pool=3, equal=0.3),
+    ),
 }
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
 LOGITS = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.1, "atol": 0.25}}
@@ -87,18 +107,28 @@ def check_entries(cache, twin, rows, dtype):
         if cache.report().sparsity is not None:
             assert_close(cache.report().sparsity[index], twin.sparsity[index], rtol=0, atol=1e-6)
         if layer.ring is not None:
-            assert layer.ring.shares == twin.shares[index]
-        entries = layer.entries
+            assert layer.ring.shares == [share[0] for share in twin.shares[index]]
+        held = layer.entries.by_head(layer.entries.held)
         for b, row in enumerate(rows[index]):
             for h, head in enumerate(row.heads):
-                held = entries.positions[b, h, : entries.used]
-                slots = [slot for slot in held.argsort().tolist() if held[slot] >= 0]
-                assert held[slots].tolist() == [entry.position for entry in head]
-                assert entries.held[b] == len(head)
-                assert_close(entries.keys[b, h, slots], torch.stack([entry.key for entry in head]), **TOLERANCE[dtype])
-                assert_close(
-                    entries.values[b, h, slots], torch.stack([entry.value for entry in head]), **TOLERANCE[dtype]
-                )
+                positions, keys, values = entries_of(layer.entries, b, h)
+                assert positions == [entry.position for entry in head]
+                assert held[b][h] == len(head)
+                assert_close(keys, torch.stack([entry.key for entry in head]), **TOLERANCE[dtype])
+                assert_close(values, torch.stack([entry.value for entry in head]), **TOLERANCE[dtype])
+
+
+def entries_of(entries, b, h):
+    """Positions, keys and values that a KV head of a sequence holds, in order of position."""
+    if isinstance(entries, RaggedEntries):
+        row = b * entries.heads + h
+        slots = slice(entries.starts[row], entries.starts[row] + entries.used[row])
+        held, keys, values = entries.flat_positions[slots], entries.keys[slots], entries.values[slots]
+    else:
+        held = entries.positions[b, h, : entries.used]
+        keys, values = entries.keys[b, h], entries.values[b, h]
+    slots = [slot for slot in held.argsort().tolist() if held[slot] >= 0]
+    return held[slots].tolist(), keys[slots], values[slots]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,10 +145,17 @@ def test_every_family_grouping_and_dtype(family, heads, dtype, method):
     check(family, heads, dtype, "padded batch", method)
 
 
-@pytest.mark.parametrize("method", ["h2o", "streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m"])
+@pytest.mark.parametrize(
+    "method", ["h2o", "streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m", "adakv", "aircache"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_methods_with_shared_heads_and_other_dtypes(dtype, method):
     check("qwen2_5_vl", "1:8", dtype, "padded batch", method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_visual_heads_in_other_dtypes(dtype):
+    check("qwen2_5_vl", "1:2", dtype, "padded batch", "sparsemm")
 
 
 def test_long_answers_of_heavy_hitters():

@@ -4,7 +4,17 @@ import json
 import pytest
 
 from sparsight import RECIPES, ElasticCache, Recipe, VLCache, recipe
-from sparsight.parts import Accumulated, Evict, FixedPoint, Grow, MergeNearest, PostVision, SparsityAware, Uniform
+from sparsight.parts import (
+    Accumulated,
+    AcrossHeads,
+    Evict,
+    FixedPoint,
+    Grow,
+    MergeNearest,
+    PostVision,
+    SparsityAware,
+    Uniform,
+)
 
 
 def test_vl_cache_has_its_papers_parts_and_numbers():
@@ -26,7 +36,7 @@ def test_elastic_has_its_papers_parts_and_numbers():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_json(name):
-    made = recipe(name, budget=0.25)
+    made = recipe(name, budget=0.25, **({"heads": [[0.5, 1.0]]} if name == "sparsemm" else {}))
     assert made.name == name
     assert Recipe.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["score"]["kind"] == made.score.kind
@@ -48,6 +58,18 @@ def test_parts_combine_by_kind():
         VLCache().combined(reduce="merge-nerest")
 
 
+def test_heads_that_choose_together_cannot_hold_different_numbers():
+    with pytest.raises(ValueError, match=r"'across-heads' .* under reduction 'merge-nearest' as it is set the heads"):
+        ElasticCache().combined(allocate="across-heads")
+    assert recipe("adakv").combined(score="post-vision").allocate == AcrossHeads()
+
+
+@pytest.mark.parametrize("heads", [[[0.1, 0.2], [0.3]], [[0.1, -1.0]], [[float("nan")]]])
+def test_head_scores_that_are_none_are_refused(heads):
+    with pytest.raises(ValueError, match="scores must be as many numbers of at least 0 for every layer"):
+        recipe("sparsemm", heads=heads)
+
+
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         VLCache().budget = 0.5
@@ -65,6 +87,10 @@ def test_an_unknown_method_is_refused_with_the_nearest():
         recipe("vlcache")
     with pytest.raises(ValueError, match="Unknown method 'zzz': Known are vl-cache, elastic, h2o"):
         recipe("zzz")
+
+
+def test_local_is_another_name_of_streaming_llm():
+    assert recipe("local", budget=0.2) == recipe("streaming-llm", budget=0.2)
 
 
 def test_an_unknown_number_is_refused():

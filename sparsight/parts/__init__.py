@@ -3,15 +3,22 @@
 A part is a frozen dataclass of numbers whose methods are pure functions of tensors: no model, no cache, no state.
 """
 
-from sparsight.parts.allocate import Allocate, Pyramid, SharedMass, SparsityAware, Uniform
+from sparsight.parts.allocate import Pyramid, SharedMass, SparsityAware, StrengthSkewness, Uniform
+from sparsight.parts.allocate_heads import AcrossHeads, VisualHeads
 from sparsight.parts.decode import DecodeRule, FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.parts.elite import EliteWindow
 from sparsight.parts.reduce import Evict, MergeNearest, MergeSimilar, Reduce
-from sparsight.parts.score import Accumulated, LastWindow, PostVision, Random, Recency, Score
+from sparsight.parts.score import Accumulated, LastWindow, PostVision, Random, Recency
+
+Score = PostVision | Accumulated | LastWindow | EliteWindow | Recency | Random
+Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | AcrossHeads | VisualHeads
 
 __all__ = [
     "Accumulated",
+    "AcrossHeads",
     "Allocate",
     "DecodeRule",
+    "EliteWindow",
     "Evict",
     "FixedPoint",
     "Grow",
@@ -28,5 +35,7 @@ __all__ = [
     "SharedMass",
     "Sliding",
     "SparsityAware",
+    "StrengthSkewness",
     "Uniform",
+    "VisualHeads",
 ]

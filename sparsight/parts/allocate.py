@@ -8,19 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsight.parts import check
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What the prefill of one sequence showed in one layer.
-
-    Args:
-        score: importance of each position, float32 ``[H_kv, T]``.
-        sparsity: of the post-vision rows; 0 where the allocation has no threshold to measure it with.
-    """
-
-    score: Tensor
-    sparsity: float
+from sparsight.parts.observed import Observed, Share
 
 
 @dataclass(frozen=True)
@@ -28,9 +16,10 @@ class Uniform:
     """Every layer keeps the same share."""
 
     kind: ClassVar[str] = "uniform"
+    head_wise: ClassVar[bool] = False
     threshold: ClassVar[float | None] = None
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
         """Share of the prompt's entries that each layer keeps."""
         return [budget] * len(layers)
 
@@ -48,6 +37,7 @@ class SparsityAware:
     """
 
     kind: ClassVar[str] = "sparsity"
+    head_wise: ClassVar[bool] = False
     threshold: float = 0.01
     floor: float = 0.01
     water_fill: bool = True
@@ -56,7 +46,7 @@ class SparsityAware:
         check.fraction("threshold", self.threshold)
         check.fraction("floor", self.floor, zero=True)
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
         """Share of the prompt's entries that each layer keeps."""
         density = torch.tensor([1 - layer.sparsity for layer in layers], dtype=torch.float64)
         total = budget * len(density)
@@ -77,6 +67,7 @@ class Pyramid:
     """
 
     kind: ClassVar[str] = "pyramid"
+    head_wise: ClassVar[bool] = False
     threshold: ClassVar[float | None] = None
     steepness: float = 20.0
 
@@ -84,7 +75,7 @@ class Pyramid:
         if not isinstance(self.steepness, int | float) or self.steepness < 1:
             raise ValueError(f"steepness must be a number of at least 1, got {self.steepness!r}.")
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
         """Share of the prompt's entries that each layer keeps."""
         last = budget / self.steepness
         weights = torch.linspace(2 * budget - last, last, len(layers), dtype=torch.float64)
@@ -102,9 +93,10 @@ class SharedMass:
     """
 
     kind: ClassVar[str] = "shared-mass"
+    head_wise: ClassVar[bool] = False
     threshold: ClassVar[float | None] = None
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[float]:
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
         """Share of the prompt's entries that each layer keeps."""
         masses = []
         for layer in layers:
@@ -114,10 +106,33 @@ class SharedMass:
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (low, middle) if sum(_prefixes(masses, middle)) > budget * len(masses) else (middle, high)
-        return _prefixes(masses, low) if budget < 1 else [1.0] * len(masses)
+        return [*_prefixes(masses, low)] if budget < 1 else [1.0] * len(masses)
 
 
-Allocate = Uniform | SparsityAware | Pyramid | SharedMass
+@dataclass(frozen=True)
+class StrengthSkewness:
+    """Layers that look at vision much, or sharply, keep more of it (AirCache, arXiv 2503.23956, section 3.4).
+
+    Strength is a layer's importance summed over vision tokens, skewness that of its distribution over them. Each is
+    divided by its mean over the layers; a layer's share of vision is their mean times the average share. Every layer has
+    room for the text. A distribution that leans to the left counts as not skewed.
+    """
+
+    kind: ClassVar[str] = "strength-skewness"
+    head_wise: ClassVar[bool] = False
+    threshold: ClassVar[float | None] = None
+
+    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+        """Share of the prompt's entries that each layer keeps."""
+        vision = layers[0].vision
+        seen = int(vision.sum())
+        text = 1 - seen / len(vision)
+        if not seen or budget <= text:
+            return [budget] * len(layers)
+        importance = torch.stack([layer.score[:, vision].mean(0).double().cpu() for layer in layers])
+        weights = (relative(importance.sum(1)) + relative(skewness(importance).clamp(min=0))) / 2
+        of_vision = water_fill(weights, (budget - text) / (1 - text) * len(layers), 0.0)
+        return (text + (1 - text) * of_vision).tolist()
 
 
 def _prefixes(masses: list[Tensor], threshold: float) -> list[float]:
@@ -125,8 +140,25 @@ def _prefixes(masses: list[Tensor], threshold: float) -> list[float]:
     return [(int((mass < threshold).sum()) + 1) / len(mass) if threshold < 1 else 1.0 for mass in masses]
 
 
+def skewness(samples: Tensor) -> Tensor:
+    """Sample skewness of each row, ``[L]`` of ``[L, n]``; 0 where it has none."""
+    count = samples.shape[1]
+    if count < 3:
+        return samples.new_zeros(len(samples))
+    spread = samples.std(1, keepdim=True)
+    cubes = ((samples - samples.mean(1, keepdim=True)) / spread.clamp(min=torch.finfo(samples.dtype).tiny)) ** 3
+    return count / ((count - 1) * (count - 2)) * cubes.sum(1)
+
+
+def relative(numbers: Tensor) -> Tensor:
+    """Numbers of at least 0 divided by their mean, ``[L]``; all 1 where that is 0."""
+    return numbers / numbers.mean() if numbers.any() else torch.ones_like(numbers)
+
+
 def water_fill(weights: Tensor, total: float, floor: float) -> Tensor:
     """Shares in proportion to ``weights``, float64 ``[L]``, each in ``[floor, 1]``, that sum to ``total``."""
+    # What weighs nothing cannot be scaled up, but it must take what is left once all others are full.
+    weights = relative(weights).clamp(min=1e-9)
     # The sum of clamp(scale * weights) rises with the scale and bends only where a layer meets a bound: the scale lies
     # between two bends, and between them the sum is linear.
     bends = torch.cat([floor / weights, 1 / weights]).sort().values

@@ -32,10 +32,13 @@ class Evict:
         check.count("first", self.first)
         check.count("last", self.last, least=1)
 
+    def always(self, kept: int, length: int) -> Tensor:
+        """Which of ``length`` positions stay whatever their score when ``kept`` do, bool ``[T]``."""
+        return ends(kept, length, first=self.first, last=max(self.last, round(self.recent * kept)))
+
     def select(self, score: Tensor, kept: int) -> Tensor:
         """Positions that stay, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
-        last = max(self.last, round(self.recent * kept))
-        return top_positions(score, kept, first=self.first, last=last, per_head=self.per_head)
+        return top_positions(score, kept, self.always(kept, score.shape[1]), per_head=self.per_head)
 
     def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values that stay, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
@@ -61,9 +64,13 @@ class MergeNearest:
     def __post_init__(self) -> None:
         check.count("protect_first", self.protect_first)
 
+    def always(self, kept: int, length: int) -> Tensor:
+        """Which of ``length`` positions are anchors whatever their score when ``kept`` are, bool ``[T]``."""
+        return ends(kept, length, first=self.protect_first, last=1)
+
     def select(self, score: Tensor, kept: int) -> Tensor:
         """Positions of the anchors, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
-        return top_positions(score, kept, first=self.protect_first, last=1, per_head=self.per_head)
+        return top_positions(score, kept, self.always(kept, score.shape[1]), per_head=self.per_head)
 
     def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the anchors after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
@@ -91,9 +98,13 @@ class MergeSimilar:
     def __post_init__(self) -> None:
         check.fraction("recent", self.recent, zero=True)
 
+    def always(self, kept: int, length: int) -> Tensor:
+        """Which of ``length`` positions stay whatever their score when ``kept`` do, bool ``[T]``."""
+        return ends(kept, length, first=0, last=max(1, round(self.recent * kept)))
+
     def select(self, score: Tensor, kept: int) -> Tensor:
         """Positions that stay, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
-        return top_positions(score, kept, first=0, last=max(1, round(self.recent * kept)), per_head=self.per_head)
+        return top_positions(score, kept, self.always(kept, score.shape[1]), per_head=self.per_head)
 
     def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values that stay after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
@@ -105,8 +116,18 @@ class MergeSimilar:
 Reduce = Evict | MergeNearest | MergeSimilar
 
 
-def top_positions(score: Tensor, kept: int, *, first: int, last: int, per_head: bool) -> Tensor:
-    """Choose ``kept`` positions: the ``last`` ones, the ``first`` ones, then the highest scores, ties to the later.
+def ends(kept: int, length: int, *, first: int, last: int) -> Tensor:
+    """The ``last`` of ``length`` positions, then the ``first``, as far as ``kept`` suffice, bool ``[T]``."""
+    # The end goes before the beginning: the model decodes from the last token.
+    last = min(last, kept)
+    always = torch.zeros(length, dtype=torch.bool)
+    always[: min(first, kept - last)] = True
+    always[length - last :] = True
+    return always
+
+
+def top_positions(score: Tensor, kept: int, always: Tensor, *, per_head: bool) -> Tensor:
+    """Choose ``kept`` positions: those in ``always``, bool ``[T]``, then the highest scores, ties to the later.
 
     Returns:
         int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``.
@@ -114,11 +135,7 @@ def top_positions(score: Tensor, kept: int, *, first: int, last: int, per_head: 
     heads, length = score.shape
     if not per_head:
         score = score.mean(0, keepdim=True)
-    score = score.clone()
-    # Where not all protected positions fit, the end goes before the beginning: the model decodes from the last token.
-    last = min(last, kept)
-    score[:, : min(first, kept - last)] = torch.inf
-    score[:, length - last :] = torch.inf
+    score = score.masked_fill(always.to(score.device), torch.inf)
     # One integer holds score and position, so that of two equal scores the later position is the greater: the bits of
     # floats are in the order of the floats, for negative ones once all but the sign are flipped.
     bits = score.float().view(torch.int32).long()

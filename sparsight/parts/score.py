@@ -131,9 +131,6 @@ class Random:
         return torch.rand(sums.shape, generator=torch.Generator().manual_seed(self.seed)).to(sums.device)
 
 
-Score = PostVision | Accumulated | LastWindow | Recency | Random
-
-
 def max_pool(score: Tensor, width: int) -> Tensor:
     """The largest score within ``width // 2`` positions of each, ``[H, T]`` of ``[H, T]``."""
     if width == 1 or score.shape[-1] == 0:

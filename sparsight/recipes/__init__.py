@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sparsight.recipe import Recipe
+from sparsight.recipes.adakv import AdaKV
+from sparsight.recipes.aircache import AirCache
 from sparsight.recipes.elastic import ElasticCache
 from sparsight.recipes.full import Full
 from sparsight.recipes.h2o import H2O
@@ -12,6 +14,7 @@ from sparsight.recipes.prefixkv import PrefixKV
 from sparsight.recipes.pyramidkv import PyramidKV
 from sparsight.recipes.random import RandomCache
 from sparsight.recipes.snapkv import SnapKV
+from sparsight.recipes.sparsemm import SparseMM
 from sparsight.recipes.streaming_llm import StreamingLLM
 from sparsight.recipes.vl_cache import VLCache
 from sparsight.suggest import unknown
@@ -23,11 +26,17 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "streaming-llm": StreamingLLM,
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
+    "adakv": AdaKV,
     "prefixkv": PrefixKV,
     "look-m": LookM,
+    "aircache": AirCache,
+    "sparsemm": SparseMM,
     "random": RandomCache,
     "full": Full,
 }
+
+ALIASES = {"local": "streaming-llm"}
+"""Other names that papers give a method."""
 
 
 def recipe(name: str, **numbers: Any) -> Recipe:
@@ -36,6 +45,7 @@ def recipe(name: str, **numbers: Any) -> Recipe:
     Raises:
         ValueError: no method has this name, or it has no such number, or a number is out of range.
     """
+    name = ALIASES.get(name, name)
     if name not in RECIPES:
         raise unknown("method", name, RECIPES)
     try:
@@ -46,7 +56,10 @@ def recipe(name: str, **numbers: Any) -> Recipe:
 
 __all__ = [
     "H2O",
+    "ALIASES",
     "RECIPES",
+    "AdaKV",
+    "AirCache",
     "ElasticCache",
     "Full",
     "LookM",
@@ -54,6 +67,7 @@ __all__ = [
     "PyramidKV",
     "RandomCache",
     "SnapKV",
+    "SparseMM",
     "StreamingLLM",
     "VLCache",
     "recipe",

@@ -7,13 +7,21 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.parts import Pyramid, SharedMass, SparsityAware, Uniform
-from sparsight.parts.allocate import Observed
+from sparsight.parts.observed import Observed
 from tests import reference
+
+
+def scored(*scores, vision=(), always=()):
+    """Layers of these scores ``[H_kv, T]``, with positions of vision tokens and some that always stay."""
+    places = torch.arange(scores[0].shape[1])
+    seen, stay = torch.isin(places, torch.tensor(vision)), torch.isin(places, torch.tensor(always))
+    return [Observed(score, 0.0, seen, stay) for score in scores]
 
 
 def sparse(*sparsities):
     """Layers of these sparsities."""
-    return [Observed(torch.ones(1, 4), sparsity) for sparsity in sparsities]
+    nothing = torch.zeros(4, dtype=torch.bool)
+    return [Observed(torch.ones(1, 4), sparsity, nothing, nothing) for sparsity in sparsities]
 
 
 SPARSITIES = st.lists(st.floats(0, 0.9999), min_size=1, max_size=40)
@@ -72,7 +80,7 @@ def test_the_last_layer_of_a_pyramid_keeps_a_twentieth_of_the_mean():
     budget=st.floats(0.01, 0.999),
 )
 def test_shared_mass_equals_the_brute_force_and_fits_the_budget(scores, budget):
-    layers = [Observed(torch.tensor([score, score]), 0) for score in scores]
+    layers = scored(*[torch.tensor([score, score]) for score in scores])
     shares = SharedMass().shares(layers, budget)
     assert fmean(shares) <= max(budget, 1 / 6) + 1e-9
     # Masses that tie up to rounding may fall on either side of the threshold.
@@ -81,8 +89,8 @@ def test_shared_mass_equals_the_brute_force_and_fits_the_budget(scores, budget):
 
 def test_layers_whose_attention_is_spread_keep_more_of_it():
     peaked, spread = torch.tensor([[8.0, 1, 1, 0, 0, 0]]), torch.ones(1, 6)
-    assert_close(SharedMass().shares([Observed(peaked, 0), Observed(spread, 0)], 0.5), [1 / 6, 5 / 6])
-    assert SharedMass().shares([Observed(peaked, 0), Observed(spread, 0)], 1.0) == [1, 1]
+    assert_close(SharedMass().shares(scored(peaked, spread), 0.5), [1 / 6, 5 / 6])
+    assert SharedMass().shares(scored(peaked, spread), 1.0) == [1, 1]
 
 
 @pytest.mark.parametrize("numbers", [{"threshold": 0}, {"threshold": 1.5}, {"floor": -0.1}, {"floor": "much"}])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.parts import Evict, MergeNearest, MergeSimilar
-from sparsight.parts.reduce import nearest_anchor, top_positions
+from sparsight.parts.reduce import ends, nearest_anchor, top_positions
 from tests import reference
 
 
@@ -45,7 +45,7 @@ def test_heads_share_one_choice_unless_they_choose_for_themselves(case):
 
 def test_negative_scores_rank_below_positive_ones():
     score = torch.tensor([[-1.0, 3.0, -0.5, 0.0, -2.0, 9.0]])
-    assert top_positions(score, 4, first=0, last=1, per_head=True).tolist() == [[1, 2, 3, 5]]
+    assert top_positions(score, 4, ends(4, 6, first=0, last=1), per_head=True).tolist() == [[1, 2, 3, 5]]
 
 
 @settings(deadline=None)
