@@ -160,7 +160,7 @@ class Entries:
     def attend_and_tell(
         self, query: Tensor, recent_mask: Tensor | None, scaling: float | None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`attend`, and the attention that each slot got from all queries, float32 ``[B, H_kv, capacity]``.
+        """:meth:`attend`, and the attention that each slot got from tokens, float32 ``[B, H_kv, capacity]``.
 
         Query heads that share a KV head are averaged into it.
         """
@@ -172,6 +172,10 @@ class Entries:
             logits = logits.masked_fill(~mask, -torch.inf)
         weights = logits.softmax(-1)
         output = (weights.to(values.dtype) @ values).reshape(*query.shape[:-1], -1)
+        if recent_mask is not None:
+            # The last token sees every other but padding, whose queries do not count.
+            tokens = recent_mask[:, :, -1].repeat(1, 1, query.shape[1] // self.heads)
+            weights = weights * tokens[..., None]
         got = weights.sum(2) * self.heads / query.shape[1]
         return output, functional.pad(got, (0, self.positions.shape[2] - self.used))
 

@@ -87,16 +87,16 @@ class RaggedEntries:
     @writable
     def reserve(self, count: int) -> None:
         """Grow every row's storage, in steps, until ``count`` more entries fit."""
-        missing = max(used + count - capacity for used, capacity in zip(self.used, self.capacities, strict=True))
-        if missing <= 0:
+        missing = [used + count - capacity for used, capacity in zip(self.used, self.capacities, strict=True)]
+        if max(missing) <= 0:
             return
-        # Rows grow by the same number of slots: in decoding all are full at the same time.
-        extra = max(missing, growth_step(sum(self.used) // len(self.used)))
-        self.keys = torch.cat([functional.pad(row, (0, 0, 0, extra)) for row in self.keys.split(self.capacities)])
-        self.values = torch.cat([functional.pad(row, (0, 0, 0, extra)) for row in self.values.split(self.capacities)])
-        rows = self.flat_positions.split(self.capacities)
-        self.flat_positions = torch.cat([functional.pad(row, (0, extra), value=VACANT) for row in rows])
-        self._lay_out([capacity + extra for capacity in self.capacities])
+        # Rows grow by the same number of slots: where all take every new entry, all are full at the same time.
+        step = growth_step(sum(self.used) // len(self.used))
+        extra = [max(slots, step) if slots > 0 else 0 for slots in missing]
+        self.keys = self._padded(self.keys, extra)
+        self.values = self._padded(self.values, extra)
+        self.flat_positions = self._padded(self.flat_positions, extra, VACANT)
+        self._lay_out([capacity + more for capacity, more in zip(self.capacities, extra, strict=True)])
 
     def drop_newest(self, count: int) -> None:
         """Forget the ``count`` entries appended last."""
@@ -170,6 +170,13 @@ class RaggedEntries:
     def _slots(self, places: Tensor) -> Tensor:
         """Slots of the storage for ``places`` ``[R, n]`` that count from the first of each row."""
         return places + torch.tensor(self.starts, device=places.device)[:, None]
+
+    def _padded(self, states: Tensor, extra: list[int], value: int = 0) -> Tensor:
+        """``states`` ``[slots, ...]`` with ``extra[r]`` slots of ``value`` behind each row."""
+        rows = zip(states.split(self.capacities), extra, strict=True)
+        return torch.cat(
+            [functional.pad(row, (0, 0) * (states.ndim - 1) + (0, more), value=value) for row, more in rows]
+        )
 
     def _row(self, row: int) -> Entries:
         """One row in the same storage."""

@@ -40,6 +40,13 @@ class Method:
     elite: float = 0.9
     head_scores: tuple[tuple[float, ...], ...] = ()
     equal: float = 0.1
+    decode: str = ""
+
+    @property
+    def rule(self) -> str:
+        """The decode rule: the method's own, or the one that it is combined with."""
+        own = {"elastic": "fixed-point", "streaming-llm": "sliding", "h2o": "heavy-hitter"}
+        return self.decode or own.get(self.name, "grow")
 
 
 # Definitions, over one sequence: attention matrices ``[H, T, T]`` of float
@@ -337,7 +344,7 @@ class Twin:
                 keys, values = self.keys[index][b, :, start:stop], self.values[index][b, :, start:stop]
                 heads = [self.reduced(keys[h], values[h], s, kept[h], start) for h, s in enumerate(scores[index])]
                 fixed = [max(count - self.method.distance, self.method.protect_first) for count in kept]
-                if self.method.name == "streaming-llm":
+                if self.method.rule == "sliding":
                     fixed = [self.method.sinks] * len(kept)
                 self.rows[index].append(Row(heads, by_head, fixed))
         self.kept = [
@@ -416,13 +423,13 @@ class Twin:
         for b, row in enumerate(self.rows[module.layer_idx]):
             tokens_seen = position + 1 - self.valid[b].index(True)
             for h, entries in enumerate(row.heads):
-                drops = self.method.name in ("elastic", "streaming-llm", "h2o")
-                allowance = row.shares[h] * tokens_seen if drops else math.inf
+                rule = self.method.rule
+                allowance = row.shares[h] * tokens_seen if rule != "grow" else math.inf
                 recent = max(1, round(self.method.recent * len(entries)))
-                while len(entries) + 1 > allowance and self.method.name == "h2o" and len(entries) > recent:
+                while len(entries) + 1 > allowance and rule == "heavy-hitter" and len(entries) > recent:
                     older = entries[: len(entries) - recent]
                     entries.remove(min(older, key=lambda entry: entry.score))
-                while len(entries) + 1 > allowance and self.method.name != "h2o" and len(entries) > row.fixed[h]:
+                while len(entries) + 1 > allowance and rule != "heavy-hitter" and len(entries) > row.fixed[h]:
                     del entries[row.fixed[h]]
                 entries.append(Entry(position, key[b, h, -1], value[b, h, -1]))
                 keys = torch.stack([entry.key for entry in entries]).double()

@@ -58,6 +58,10 @@ METHODS = {
         recipe("adakv", budget=0.5, floor=0, window=6),
         Method("adakv", 0.5, floor_of_heads=0, window=6),
     ),
+    "adakv in a ring": (
+        recipe("adakv", budget=0.4, window=4).combined(decode="sliding"),
+        Method("adakv", 0.4, window=4, decode="sliding"),
+    ),
     "aircache": (recipe("aircache", budget=0.5), Method("aircache", 0.5, recent=0)),
     "aircache, small elite": (
         recipe("aircache", budget=0.7, threshold=1.0),
@@ -107,7 +111,8 @@ def check_entries(cache, twin, rows, dtype):
         if cache.report().sparsity is not None:
             assert_close(cache.report().sparsity[index], twin.sparsity[index], rtol=0, atol=1e-6)
         if layer.ring is not None:
-            assert layer.ring.shares == [share[0] for share in twin.shares[index]]
+            heads = {len(row.heads) if layer.recipe.allocate.head_wise else 1 for row in rows[index]}
+            assert layer.ring.shares == [share for shares in twin.shares[index] for share in shares[: max(heads)]]
         held = layer.entries.by_head(layer.entries.held)
         for b, row in enumerate(rows[index]):
             for h, head in enumerate(row.heads):
@@ -164,6 +169,7 @@ def test_long_answers_of_heavy_hitters():
 
 def test_long_answers_in_a_sliding_window():
     check("llava", "1:2", torch.float32, "padded batch", "streaming-llm", tokens=60)
+    check("llava", "1:2", torch.float32, "padded batch", "adakv in a ring", tokens=60)
 
 
 def test_long_answers_under_the_fixed_point():

@@ -14,6 +14,8 @@ from accelerate import dispatch_model
 from torch.testing import assert_close
 from transformers import (
     DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -30,7 +32,12 @@ from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, gener
 
 BATCH = (ONE_IMAGE, THREE_IMAGES, NO_TEXT_AFTER)
 RECIPES = [VLCache(budget=0.1), ElasticCache(budget=0.1)]
-by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+HEAD_WISE = recipe_of("adakv", budget=0.3, window=4)
+by_name = pytest.mark.parametrize(
+    "recipe",
+    [*RECIPES, recipe_of("h2o", budget=0.2), HEAD_WISE, HEAD_WISE.combined(decode="heavy-hitter")],
+    ids=lambda recipe: recipe.name,
+)
 
 
 def compressed(model, inputs, recipe=RECIPES[0]):
@@ -118,7 +125,7 @@ def test_one_beam_of_several_equals_greedy_when_its_rows_are_selected(recipe):
     assert cache.kept_positions(0).shape[0] == 6
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, recipe_of("h2o", budget=0.2)], ids=lambda recipe: recipe.name)
+@by_name
 def test_rows_can_be_repeated_and_selected_between_steps(recipe):
     model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE, THREE_IMAGES)
     cache = compressed(model, inputs, recipe)
@@ -147,9 +154,10 @@ def test_assisted_generation_is_refused_where_entries_are_overwritten():
         generate(model, inputs, 5, past_key_values=compressed(model, inputs, RECIPES[1]), prompt_lookup_num_tokens=3)
 
 
-def test_crop_takes_back_tokens_added_since_compression():
+@pytest.mark.parametrize("recipe", [VLCache(budget=0.1), HEAD_WISE], ids=lambda recipe: recipe.name)
+def test_crop_takes_back_tokens_added_since_compression(recipe):
     model, inputs = models.model("llava"), models.inputs("llava", *BATCH)
-    cache = compressed(model, inputs)
+    cache = compressed(model, inputs, recipe)
     logits = models.logits(model, inputs, 6, past_key_values=cache)
     held, seen = cache.report().held, cache.get_seq_length()
     cache.crop(-3)
@@ -207,7 +215,7 @@ def test_a_new_turn_is_added_as_it_is(recipe):
     added = [new[0] - old[0] for new, old in zip(cache.report().held[0], held[0], strict=True)]
     # The last answer token of the first turn comes with the new turn.
     assert added == [3, 5, 4]
-    positions = cache.layers[0].entries.positions
+    positions = cache.layers[0].entries.positions.view(3, 2, -1)
     newest = cache.get_seq_length() - 5
     assert [sorted(p for p in row[0].tolist() if p > newest) for row in positions] == [
         [newest + 3, newest + 4],
@@ -253,7 +261,7 @@ def test_streamers_and_dict_outputs(capsys):
 
 def test_chunked_prefill_observes_what_one_prefill_does():
     model, inputs = models.model("llama"), models.inputs("llama", models.Prompt(0, 50, 0), models.Prompt(0, 20, 0))
-    for recipe in RECIPES:
+    for recipe in [*RECIPES, HEAD_WISE, recipe_of("aircache", budget=0.2)]:
         whole, chunked = compressed(model, inputs, recipe), compressed(model, inputs, recipe)
         answer = generate(model, inputs, 10, past_key_values=whole)
         assert torch.equal(generate(model, inputs, 10, past_key_values=chunked, prefill_chunk_size=17), answer)
@@ -398,7 +406,7 @@ def test_two_models_and_two_caches_in_two_threads_do_not_disturb_each_other():
 
 def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it():
     model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
-    for recipe in (*RECIPES, recipe_of("h2o")):
+    for recipe in (*RECIPES, recipe_of("h2o"), HEAD_WISE):
         cache = compressed(model, inputs, recipe)
         with torch.inference_mode():
             answer = generate(model, inputs, 4, past_key_values=cache, num_beams=2)
@@ -458,6 +466,36 @@ def test_bytes_held_are_those_of_the_kept_entries_and_one_growth_step():
     room = sum(growth_step(layer[0][0]) for layer in report.kept)
     assert report.bytes_held == (kept + room) * 2 * (entry + 4)
     assert all(layer.prefill is None for layer in cache.layers)
+
+
+@pytest.mark.parametrize("prompts", [[2000], [2000, 1300, 600]], ids=["alone", "padded batch"])
+def test_head_wise_budgets_free_the_memory_of_heads_that_keep_less(prompts):
+    model = models.model("llama")
+    inputs = models.inputs("llama", *[models.Prompt(0, length, 0) for length in prompts])
+    cache = compressed(model, inputs, recipe_of("adakv", budget=0.1))
+    generate(model, inputs, 1, past_key_values=cache)
+    report = cache.report()
+    assert any(len(set(heads)) > 1 for layer in report.kept for heads in layer)
+    entry = 2 * 16 * 4
+    step = sum(len(prompts) * 2 * growth_step(sum(prompts) // len(prompts) // 10) * (entry + 4) for _ in report.kept)
+    assert report.bytes_held <= 0.105 * sum(prompts) * entry * 2 * 3 + step
+
+
+@pytest.mark.parametrize(
+    ("allocate", "rule"),
+    [("uniform", "fixed-point"), ("uniform", "sliding"), ("uniform", "heavy-hitter"), ("across-heads", "sliding")],
+)
+def test_rules_that_drop_stay_within_the_allowance_for_long_answers(rule, allocate):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**models.text_config("1:2", layers=1))).eval()
+    inputs = models.inputs("llama", models.Prompt(0, 60, 0))
+    cache = compressed(model, inputs, VLCache(budget=0.05).combined(allocate=allocate, decode=rule))
+    generate(model, inputs, 4001, past_key_values=cache)
+    report = cache.report()
+    assert cache.get_seq_length() == 4060
+    # Two KV heads, each with its share of all tokens seen.
+    assert sum(report.held[0][0]) <= 2 * 0.05 * 4060
+    assert report.bytes_held <= (2 * 0.05 * 4060 + 2 * growth_step(203)) * (2 * 16 * 4 + 4)
 
 
 def test_kept_positions_are_those_of_the_prompt_and_padded_with_minus_one():

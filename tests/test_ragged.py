@@ -119,7 +119,9 @@ def test_any_sequence_of_changes_leaves_what_lists_would_hold(held, steps, seed)
             entries.reserve(1)
             slots = slot_to_write(entries.positions, torch.zeros(4, 1), torch.tensor(grow))
             entries.overwrite(keys, values, position, slots, grow)
-            kept = [row if grows else sorted(row, key=lambda e: e[0])[1:] for row, grows in zip(rows, grow, strict=True)]
+            kept = [
+                row if grows else sorted(row, key=lambda e: e[0])[1:] for row, grows in zip(rows, grow, strict=True)
+            ]
             rows = [[*row, entry] for row, entry in zip(kept, new, strict=True)]
             position, appended = position + 1, 0
         elif step == "vacate" and all(len(row) > 1 for row in rows):
