@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-
 WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
 """Methods whose scores are SnapKV's."""
 

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.cli.answer import Answer, agreement, answer
+from sparsight.cli.chosen import chosen_recipe
 from sparsight.cli.ready import get_ready, read_question
 from sparsight.images import MAX_PIXELS
-from sparsight.recipes import recipe
 from sparsight.report import Report, mebibytes
 
 
@@ -27,6 +27,7 @@ def generate(
     allocate: options.Allocate = None,
     reduce: options.Reduce = None,
     decode: options.Decode = None,
+    heads: options.Heads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     compare: Annotated[bool, typer.Option("--compare", help="Run the full cache too, and show both.")] = False,
     as_json: options.Json = False,
@@ -35,7 +36,8 @@ def generate(
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Answer a question about pictures, and show what the KV cache held."""
-    chosen = recipe(method, budget=budget).combined(score=score, allocate=allocate, reduce=reduce, decode=decode)
+    parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
+    chosen = chosen_recipe(model, method, budget, heads, **parts)
     ready = get_ready(read_question(model, image or [], prompt, max_pixels), device, dtype)
     if compare:
         # Neither of the two runs shall be the one that warms up.

@@ -11,11 +11,11 @@ from torch import Tensor
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.cli.answer import answer
+from sparsight.cli.chosen import chosen_recipe
 from sparsight.cli.ready import Question, get_ready, read_question
 from sparsight.families import FAMILIES
 from sparsight.images import MAX_PIXELS
 from sparsight.picture import Kept, draw, save
-from sparsight.recipes import recipe
 from sparsight.report import Report, mebibytes
 from sparsight.suggest import unknown
 from sparsight.tiles import Tile, find_tiles
@@ -31,6 +31,7 @@ def inspect(
     allocate: options.Allocate = None,
     reduce: options.Reduce = None,
     decode: options.Decode = None,
+    heads: options.Heads = None,
     output: Annotated[Path, typer.Option(help="The PNG to write.", metavar="FILE")] = Path("inspect.png"),
     as_json: options.Json = False,
     device: options.Device = "auto",
@@ -38,7 +39,8 @@ def inspect(
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Paint which parts of the pictures stay in the KV cache."""
-    chosen = recipe(method, budget=budget).combined(score=score, allocate=allocate, reduce=reduce, decode=decode)
+    parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
+    chosen = chosen_recipe(model, method, budget, heads, **parts)
     if not image:
         raise ValueError("There is nothing to inspect without a picture: give --image.")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():

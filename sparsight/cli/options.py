@@ -32,6 +32,10 @@ Score = Annotated[str | None, typer.Option(help=f"Another score for the method: 
 Allocate = Annotated[str | None, typer.Option(help=f"Another allocation: {', '.join(KINDS['allocate'])}.")]
 Reduce = Annotated[str | None, typer.Option(help=f"Another reduction: {', '.join(KINDS['reduce'])}.")]
 Decode = Annotated[str | None, typer.Option(help=f"Another decode rule: {', '.join(KINDS['decode'])}.")]
+Heads = Annotated[
+    Path | None,
+    typer.Option(help="Head scores that `sparsight calibrate` wrote, for sparsemm.", metavar="FILE"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="A torch device; auto is the first GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")]

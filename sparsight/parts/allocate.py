@@ -113,9 +113,9 @@ class SharedMass:
 class StrengthSkewness:
     """Layers that look at vision much, or sharply, keep more of it (AirCache, arXiv 2503.23956, section 3.4).
 
-    Strength is a layer's importance summed over vision tokens, skewness that of its distribution over them. Each is
-    divided by its mean over the layers; a layer's share of vision is their mean times the average share. Every layer has
-    room for the text. A distribution that leans to the left counts as not skewed.
+    Strength is a layer's importance summed over vision tokens, skewness that of its distribution over them; what leans
+    to the left counts as not skewed. Each is divided by its mean over the layers, and the mean of both says how much
+    more than the average share of its vision tokens a layer keeps. Every layer has room for the text.
     """
 
     kind: ClassVar[str] = "strength-skewness"

@@ -55,8 +55,8 @@ def recipe(name: str, **numbers: Any) -> Recipe:
 
 
 __all__ = [
-    "H2O",
     "ALIASES",
+    "H2O",
     "RECIPES",
     "AdaKV",
     "AirCache",

@@ -7,3 +7,8 @@ from pathlib import Path
 def model_path() -> Path:
     """Folder of the shipped checkpoint, for `AutoProcessor.from_pretrained` and its like."""
     return Path(str(files("sparsight.zoo") / "reader"))
+
+
+def head_scores_path() -> Path:
+    """The shipped model's head scores, as `sparsight calibrate` measured them."""
+    return model_path() / "heads.json"
