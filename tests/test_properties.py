@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparsight import RECIPES, CompressedCache, recipe
 from sparsight.recipe import KINDS
-from tests import models
+from tests import families, models
 
 PROMPTS = st.builds(
     models.Prompt, images=st.integers(0, 2), before=st.integers(1, 20), after=st.one_of(st.just(0), st.integers(1, 40))
@@ -21,7 +21,7 @@ any_case = given(
     name=st.sampled_from(list(RECIPES)),
     budget=BUDGETS,
     family=st.sampled_from(models.FAMILIES),
-    heads=st.sampled_from(list(models.HEADS)),
+    heads=st.sampled_from(list(families.HEADS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 
