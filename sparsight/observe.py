@@ -62,9 +62,7 @@ def visible_pairs(rows: int, keys: int, visible: Tensor | None = None) -> Tensor
     return rows * (keys - rows) + rows * (rows + 1) // 2 if visible is None else visible.sum()
 
 
-def _weights(
-    queries: Tensor, key: Tensor, hide: Hide, columns: list[slice]
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _weights(queries: Tensor, key: Tensor, hide: Hide, columns: list[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Attention weights of a block of queries, some columns of keys at a time, and the largest weight of each row."""
     if len(columns) == 1:
         weights = _logits(queries, key, hide, columns[0]).softmax(-1)

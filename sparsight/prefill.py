@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsight.entries import Entries
 from sparsight.observe import attention_sums, visible_pairs
 from sparsight.parts import PostVision
-from sparsight.prompt import Prompt, Span
+from sparsight.prompt import Prompt
 from sparsight.recipe import Recipe
 
 

@@ -64,8 +64,8 @@ def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
 
     Raises:
         ValueError: the inputs lack ``input_ids``, have masks of another shape, pixels but no image token, a sequence
-            without a valid token, or padding between valid tokens; or the family cannot be compressed, or is unknown and
-            the inputs do not mark its vision tokens.
+            without a valid token, or padding between valid tokens; or the family cannot be compressed, or is unknown
+            and the inputs do not mark its vision tokens.
     """
     input_ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():

@@ -161,12 +161,9 @@ def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         seams = (_seams(rows, count, top, height), _seams(columns, count, left, width))
         ratio = sqrt(height * width / count**2 / _most_tiles(config))
         if ratio > 1.1:
-            small = int(height // ratio), int(width // ratio)
-            seams = tuple(
-                tuple(round(seam * new / old) for seam in each)
-                for each, new, old in zip(seams, small, (height, width), strict=True)
-            )
-            height, width = small
+            old_height, old_width = height, width
+            height, width = int(height // ratio), int(width // ratio)
+            seams = (_scaled(seams[0], height / old_height), _scaled(seams[1], width / old_width))
             seen = _resize(seen, height * patch, width * patch)
         high = Tile("high-res", seen, _grid(height, width, count * count, row_length=width + 1), seams)
         pictures.append(Picture((base, high), count * count + height * (width + 1)))
@@ -232,6 +229,11 @@ def _grid(rows: int, columns: int, first: int = 0, row_length: int | None = None
 def _seams(tiles: int, cells: int, start: int, length: int) -> tuple[int, ...]:
     """Where tiles of ``cells`` cells begin, in a view of ``length`` cells from ``start`` on; not at its edges."""
     return tuple(place for place in (tile * cells - start for tile in range(1, tiles)) if 0 < place < length)
+
+
+def _scaled(seams: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    """The cells that seams are nearest to when there are ``factor`` as many cells."""
+    return tuple(round(seam * factor) for seam in seams)
 
 
 def _unnormalise(pixels: Tensor, image_processor: Any) -> Tensor:

@@ -351,9 +351,7 @@ def _mistral3(heads: str) -> tr.PreTrainedModel:
         vision_config=tr.PixtralVisionConfig(
             **_tower(), image_size=4 * SIDE, patch_size=PATCH, head_dim=16, initializer_range=0.3
         ).to_dict(),
-        text_config=tr.MistralConfig(
-            **text_config(heads), head_dim=head_dim(heads), sliding_window=None
-        ).to_dict(),
+        text_config=tr.MistralConfig(**text_config(heads), head_dim=head_dim(heads), sliding_window=None).to_dict(),
         image_token_index=IMAGE_TOKEN,
     )
     return tr.Mistral3ForConditionalGeneration(config)

@@ -42,7 +42,9 @@ def test_spans_equal_the_definition(vision, padding):
 
 def test_token_types_tell_where_vision_is_for_any_family():
     types = torch.tensor([[0, 1, 2, 0, 0]])
-    prompt = locate(SimpleNamespace(model_type="unheard_of"), {"input_ids": torch.ones(1, 5), "mm_token_type_ids": types})
+    prompt = locate(
+        SimpleNamespace(model_type="unheard_of"), {"input_ids": torch.ones(1, 5), "mm_token_type_ids": types}
+    )
     assert prompt.vision_mask.tolist() == [[False, True, True, False, False]]
 
 
