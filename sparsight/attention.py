@@ -62,6 +62,15 @@ def visible(mask: Tensor) -> Tensor:
     return mask.bool() if mask.ndim == 2 or mask.dtype == torch.bool else mask == 0
 
 
+def is_causal(mask: Tensor | None) -> bool:
+    """Whether no query sees a later key, by a mask ``[B, 1, q, n]`` that transformers built for the newest queries."""
+    # Flash attention is given the padding only and attends causally; so does sdpa without a mask.
+    if mask is None or mask.ndim == 2:
+        return True
+    count, keys = mask.shape[-2:]
+    return not visible(mask).triu(1 + keys - count).any()
+
+
 class _With:
     """An object as it is but for some attributes."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparsight.attention import lease, mark, visible
+from sparsight.attention import is_causal, lease, mark, visible
 from sparsight.layer import CompressedLayer
 from sparsight.parts import VisualHeads
 from sparsight.parts.observed import Share
@@ -32,7 +32,7 @@ class CompressedCache(Cache):
         print(cache.report())
 
     A second ``generate`` with the same cache and more tokens continues the conversation: the new turn's entries are
-    added as they are. Layers with a sliding window are bounded already and stay as they are.
+    added as they are. Layers with a sliding window or linear attention are bounded already and stay as they are.
 
     Args:
         model: an unmodified transformers model. While the cache lives, attention of its language part goes through
@@ -58,7 +58,7 @@ class CompressedCache(Cache):
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if not self.compressed:
-            raise ValueError(f"{type(model).__name__} has no layer to compress: all are bounded by a sliding window.")
+            raise ValueError(f"{type(model).__name__} has no layer to compress: none of them is plain full attention.")
         if isinstance(recipe.allocate, VisualHeads):
             recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
         self._model_name = type(model).__name__
@@ -70,6 +70,7 @@ class CompressedCache(Cache):
         """Forget everything and wait for ``prompt``."""
         self.prompt = prompt
         self._unattended = False
+        self._causal = True
         self._sparsity: list[list[float]] | None = None
         for layer in self.compressed:
             layer.start(prompt)
@@ -130,7 +131,8 @@ class CompressedCache(Cache):
             return output.transpose(1, 2).contiguous(), None
         if layer is self.compressed[0]:
             self._check_padding(mask, layer.seen + query.shape[2])
-        result = layer.attend_prompt(module, query, key, value, mask, **kwargs)
+            self._causal = is_causal(mask)
+        result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, **kwargs)
         if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
             self._compact()
         return result
@@ -177,8 +179,8 @@ class CompressedCache(Cache):
         """Sparsity by layer and sequence."""
         # Layers may lie on several devices; one copy brings all of their counts to the CPU.
         device = prefills[0].zeroed.device
-        zeroed = torch.stack([prefill.zeroed.to(device) for prefill in prefills]).cpu()
-        return [prefill.sparsity(counts) for prefill, counts in zip(prefills, zeroed.tolist(), strict=True)]
+        counts = torch.stack([torch.stack([prefill.zeroed, prefill.visible]).to(device) for prefill in prefills]).cpu()
+        return [prefill.sparsity(*layer) for prefill, layer in zip(prefills, counts.tolist(), strict=True)]
 
     def _foreign_model(self) -> ValueError:
         return ValueError(
@@ -231,7 +233,7 @@ class CompressedCache(Cache):
         """
         held = self.layers[layer]
         if not isinstance(held, CompressedLayer):
-            raise ValueError(f"Layer {layer} has a sliding window and is not compressed.")
+            raise ValueError(f"Layer {layer} is not compressed: it is not one of plain full attention.")
         if held.entries is None:
             raise ValueError("Nothing is compressed yet: the model has not seen the whole prompt.")
         length = self.prompt.length
@@ -280,4 +282,7 @@ def _layer_bytes(layer: Any) -> int:
     """Bytes that one layer's tensors occupy."""
     if isinstance(layer, CompressedLayer):
         return layer.nbytes
-    return sum(states.nbytes for states in (layer.keys, layer.values) if states is not None)
+    states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for name in ("conv_states", "recurrent_states"):
+        states += getattr(layer, name, {}).values()
+    return sum(state.nbytes for state in states if state is not None)

@@ -43,19 +43,33 @@ class CompressedLayer(CacheLayerMixin):
         self.kept: list[int] = []
         self.ring: Ring | None = None
         self.record_past = False
+        # Some models ask whether their prompt's prefix has been seen.
+        self.is_initialized = False
 
     def attend_prompt(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *,
+        causal: bool,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the model's own attention over the prompt so far, and observe the queries that matter."""
+        """Run the model's own attention over the prompt so far, and observe the queries that matter.
+
+        ``causal`` tells that they see the keys before them only, whatever padding the mask has.
+        """
         if self.prefill is None:
             self.prefill = Prefill(self.recipe, self.prompt, key, value)
         else:
             self.prefill.extend(key, value)
             key, value = self.prefill.keys, self.prefill.values
-        self.seen = key.shape[2]
+        self.seen, self.is_initialized = key.shape[2], True
         output = own_attention(module, query, key, value, attention_mask, **kwargs)
-        self.prefill.observe(query, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        self.prefill.observe(query, scaling, None if causal else visible(attention_mask))
         return output
 
     def compact(self, shares: Sequence[Share]) -> None:

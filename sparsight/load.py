@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparsight.families import FAMILIES
+from sparsight.families import family_of
 from sparsight.suggest import unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -139,9 +139,8 @@ def _placeholders(checkpoint: Checkpoint) -> set[str]:
     """Texts that the processor or the tokenizer takes for a piece of a picture or a video."""
     processor, config = checkpoint.processor, checkpoint.config
     texts = {getattr(processor, name, None) for name in ("image_token", "video_token")}
-    family = FAMILIES.get(config.model_type)
-    ids = [getattr(config, field) for field in family.token_fields] if family else []
-    texts.update(processor.tokenizer.convert_ids_to_tokens(ids))
+    family = family_of(config)
+    texts.update(processor.tokenizer.convert_ids_to_tokens(family.token_ids(config) if family else []))
     return {text for text in texts if text}
 
 

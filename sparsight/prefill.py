@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.entries import Entries
-from sparsight.observe import attention_sums
+from sparsight.observe import attention_sums, visible_pairs
 from sparsight.parts import EliteWindow, PostVision
 from sparsight.parts.observed import Observed, Share
 from sparsight.prompt import Prompt, Span
@@ -21,17 +22,21 @@ class Prefill:
         keys, values: ``[B, H_kv, seen, D]``.
         scores: ``[H_kv, T_b]`` for each sequence: attention sums, until :meth:`finish` makes scores of them.
         zeroed: how many weights of each sequence's post-vision rows the threshold filter zeroes in all heads, int64.
+        visible: how many weights those rows have, int64.
+        queries, query_sees: for a score that waits for the whole prompt, its queries (scaled, ``[H, r, D]`` of each
+            part of the prompt) and which keys each sees, bool ``[r, T_b]``.
     """
 
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
         self.recipe = recipe
         self.prompt = prompt
         self.keys, self.values = _alone(keys), _alone(values)
-        self.query_heads = 0
         heads, device = keys.shape[1], keys.device
         self.scores = [torch.zeros(heads, span.length, device=device) for span in prompt.spans]
         self.queries: list[list[Tensor]] = [[] for _ in prompt.spans]
+        self.query_sees: list[list[Tensor]] = [[] for _ in prompt.spans]
         self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.int64, device=device)
+        self.visible = torch.zeros_like(self.zeroed)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of the prompt's next part."""
@@ -39,40 +44,64 @@ class Prefill:
         self.values = torch.cat([self.values, values.detach()], dim=2)
 
     @torch.no_grad()
-    def observe(self, query: Tensor, scaling: float) -> None:
-        """Add the attention that the newest queries ``[B, H, q, D]`` pay to the scores and the sparsity."""
+    def observe(self, query: Tensor, scaling: float, visible: Tensor | None = None) -> None:
+        """Add the attention that the newest queries ``[B, H, q, D]`` pay to the scores and the sparsity.
+
+        ``visible`` ``[B or 1, 1, q, seen]`` tells the keys that each query sees, where it is not those before it.
+        """
         score, threshold = self.recipe.score, self.recipe.allocate.threshold
-        self.query_heads = query.shape[1]
         for row, span in enumerate(self.prompt.spans):
-            post_vision, sums, zeroed = PostVision().rows(span), None, None
-            # Scores and sparsity come from one pass where they come from the same rows.
-            together = score.rows(span) == post_vision
+            seen = None if visible is None else visible[min(row, len(visible) - 1), 0]
+            post_vision = PostVision().rows(span)
             if isinstance(score, EliteWindow):
+                self._keep(row, score.rows(span), query, scaling, seen)
                 together = False
-                self.queries[row].append(self._newest(row, score.rows(span), query).float() * scaling)
             else:
-                sums, zeroed = self._sums(row, span, score.rows(span), query, scaling, threshold if together else None)
+                # Scores and sparsity come from one pass where they come from the same rows.
+                together = score.rows(span) == post_vision
+                sums = self._sums(row, score.rows(span), query, scaling, threshold if together else None, seen)
+                if sums is not None:
+                    self.scores[row][:, : sums.shape[1]] += sums
             if threshold is not None and not together:
-                _, zeroed = self._sums(row, span, post_vision, query, scaling, threshold)
-            if sums is not None:
-                self.scores[row][:, : sums.shape[1]] += sums
-            if zeroed is not None:
-                self.zeroed[row] += zeroed
+                self._sums(row, post_vision, query, scaling, threshold, seen)
 
     def _sums(
-        self, row: int, span: Span, rows: range, query: Tensor, scaling: float, threshold: float | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """:func:`attention_sums` of those of a sequence's ``rows`` that are among the newest queries."""
-        queries = self._newest(row, rows, query)
-        if not queries.shape[1]:
-            return None, None
-        stop = min(rows.stop, self.keys.shape[2])
-        return attention_sums(queries, self.keys[row, :, span.start : stop], scaling, threshold)
+        self, row: int, rows: range, query: Tensor, scaling: float, threshold: float | None, visible: Tensor | None
+    ) -> Tensor | None:
+        """:func:`attention_sums` of those of a sequence's ``rows`` that are among the newest queries.
 
-    def _newest(self, row: int, rows: range, query: Tensor) -> Tensor:
-        """Those of the newest queries ``[B, H, q, D]`` that are at a sequence's ``rows``, ``[H, R, D]``."""
+        With a threshold, what it zeroes is counted.
+        """
+        span, newest = self.prompt.spans[row], self._newest(rows, query)
+        count = newest.stop - newest.start
+        if count <= 0:
+            return None
+        end = min(rows.stop if visible is None else span.stop, self.keys.shape[2])
+        if visible is not None:
+            visible = visible[newest, span.start : end]
+        keys = self.keys[row, :, span.start : end]
+        sums, zeroed = attention_sums(query[row, :, newest], keys, scaling, threshold, visible)
+        if zeroed is not None:
+            self.zeroed[row] += zeroed
+            self.visible[row] += visible_pairs(count, end - span.start, visible) * query.shape[1]
+        return sums
+
+    def _keep(self, row: int, rows: range, query: Tensor, scaling: float, visible: Tensor | None) -> None:
+        """Keep those of a sequence's ``rows`` that are among the newest queries, and which keys they see."""
+        span, newest = self.prompt.spans[row], self._newest(rows, query)
+        if visible is None:
+            keys = torch.arange(self.keys.shape[2], device=query.device)
+            seen = keys <= keys[-query.shape[2] :][newest, None]
+        else:
+            seen = visible[newest]
+        seen = seen[:, span.start : span.stop]
+        self.queries[row].append(query[row, :, newest].float() * scaling)
+        self.query_sees[row].append(functional.pad(seen, (0, span.length - seen.shape[1])))
+
+    def _newest(self, rows: range, query: Tensor) -> slice:
+        """Where ``rows`` are among the newest queries ``[B, H, q, D]``."""
         first = self.keys.shape[2] - query.shape[2]
-        return query[row, :, max(rows.start - first, 0) : max(rows.stop - first, 0)]
+        return slice(max(rows.start - first, 0), max(min(rows.stop - first, query.shape[2]), 0))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -82,7 +111,8 @@ class Prefill:
             score = self.recipe.score
             if isinstance(score, EliteWindow):
                 keys = self.keys[row, :, span.start : span.stop]
-                self.scores[row] = score.sums(torch.cat(self.queries[row], dim=1), keys, vision)
+                queries, visible = torch.cat(self.queries[row], dim=1), torch.cat(self.query_sees[row])
+                self.scores[row] = score.sums(queries, keys, vision, visible)
             self.scores[row] = score.importance(self.scores[row], vision)
 
     def observed(self, row: int, sparsity: float, budget: float) -> Observed:
@@ -97,18 +127,17 @@ class Prefill:
         span = self.prompt.spans[row]
         return self.prompt.vision_mask[row, span.start : span.stop]
 
-    def sparsity(self, zeroed: Sequence[int]) -> list[float]:
-        """Sparsity of each sequence's post-vision rows, from its ``zeroed`` (VL-Cache, arXiv 2410.23317, section 4.1).
+    def sparsity(self, zeroed: Sequence[int], visible: Sequence[int]) -> list[float]:
+        """Sparsity of each sequence's post-vision rows, from :attr:`zeroed` and :attr:`visible`; 0 where not measured.
+
+        VL-Cache, arXiv 2410.23317, section 4.1.
 
         Raises:
             ValueError: the attention holds NaN: the largest weight of a row of numbers always survives.
         """
-        visible = [
-            self.query_heads * sum(i - span.start + 1 for i in PostVision().rows(span)) for span in self.prompt.spans
-        ]
-        if any(count == every for count, every in zip(zeroed, visible, strict=True)):
+        if any(count == every > 0 for count, every in zip(zeroed, visible, strict=True)):
             raise ValueError(f"The attention holds NaN, in {self.keys.dtype}: try a dtype of a wider range.")
-        return [count / every for count, every in zip(zeroed, visible, strict=True)]
+        return [count / max(every, 1) for count, every in zip(zeroed, visible, strict=True)]
 
     def compact(self, shares: Sequence[Share]) -> Held:
         """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one of a KV head does."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsight.families import FAMILIES
+from sparsight.families import CROSS_ATTENTION, family_of
 
 LAST_WINDOW = 32
 """Queries that stand in for the post-vision ones when no text follows the last image, or there is no image."""
@@ -64,8 +64,8 @@ def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
 
     Raises:
         ValueError: the inputs lack ``input_ids``, have masks of another shape, pixels but no image token, a sequence
-            without a valid token, or padding between valid tokens; or the family is unknown and the inputs do not mark
-            its vision tokens.
+            without a valid token, or padding between valid tokens; or the family cannot be compressed, or is unknown
+            and the inputs do not mark its vision tokens.
     """
     input_ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
@@ -87,17 +87,10 @@ def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
 def _vision_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Bool ``[B, T]``, from the processor's token types or else from the family's token ids."""
     token_types = inputs.get("mm_token_type_ids")
-    if token_types is not None:
+    if token_types is not None and config.model_type not in CROSS_ATTENTION:
         return token_types != 0
-    input_ids = inputs["input_ids"]
-    family = FAMILIES.get(config.model_type)
-    if family is None and config.get_text_config() is not config:
-        raise ValueError(
-            f"The vision tokens of model type {config.model_type!r} are not known: "
-            f"known types are {', '.join(FAMILIES)}; for others the inputs must hold 'mm_token_type_ids'."
-        )
-    ids = [getattr(config, field) for field in family.token_fields] if family else []
-    return torch.isin(input_ids, input_ids.new_tensor(ids))
+    input_ids, family = inputs["input_ids"], family_of(config)
+    return torch.isin(input_ids, input_ids.new_tensor(family.token_ids(config) if family else []))
 
 
 def _span(vision: Tensor, valid: Tensor) -> Span:

@@ -7,10 +7,12 @@ outputs for one prompt, and gives back one :class:`Picture` for each picture.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import isqrt, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,11 @@ def find_tiles(layout: Layout, config: Any, inputs: Mapping[str, Any], image_pro
 
 
 def whole_grid(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
-    """Every picture is one grid of patches, row by row (Llava), after tokens without a place such as CLS."""
-    patch = config.vision_config.patch_size
+    """Every picture is one grid of patches, row by row, after tokens without a place such as CLS (Llava).
+
+    Patches may be merged in squares, and pictures may differ in size (Mistral3).
+    """
+    patch = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     pixels = inputs["pixel_values"]
     # Where pictures differ in size (Pixtral's encoder) they are padded to the largest.
     sizes = inputs.get("image_sizes", torch.tensor([pixels.shape[-2:]] * len(pixels)))
@@ -92,10 +97,41 @@ def whole_grid(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
     ]
 
 
+def square_pictures(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+    """Every picture is a square that is seen as a square grid of tokens, row by row (Gemma3)."""
+    return [Picture((tile,), tile.tokens.numel()) for tile in _squares(config, inputs)]
+
+
+def square_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+    """Pictures are cut into square tiles, each a square grid of tokens, row by row (InternVL, Idefics3).
+
+    Tiles come one after another, and not all families tell how many belong to a picture: each is shown on its own.
+    """
+    squares = _squares(config, inputs)
+    if len(squares) == 1:
+        return [Picture(tuple(squares), squares[0].tokens.numel())]
+    count = squares[0].tokens.numel()
+    tiles = [
+        replace(tile, name=f"tile {number}", tokens=tile.tokens + (number - 1) * count)
+        for number, tile in enumerate(squares, start=1)
+    ]
+    return [Picture(tuple(tiles), len(tiles) * count)]
+
+
+def _squares(config: Any, inputs: Mapping[str, Any]) -> list[Tile]:
+    """All pixels ``[.., N, 3, H, W]`` as squares of equally many tokens."""
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    side = isqrt(int((inputs["input_ids"][0] == config.image_token_id).sum()) // len(pixels))
+    # What is left over at the edges is in no patch.
+    sides = [side * (length // max(side, 1)) for length in pixels.shape[-2:]]
+    return [Tile("", _cut(image, *sides), _grid(side, side)) for image in pixels]
+
+
 def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
     """A base tile of the whole picture, then a canvas of high-resolution tiles without its padding (LlavaNext).
 
-    A token that stands for no place ends every row of the canvas.
+    A token that stands for no place ends every row of the canvas. A canvas of too many tokens is scaled down
+    (LlavaOnevision), and of several pictures there are base tiles only, with one such token each.
     """
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
@@ -103,7 +139,11 @@ def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
     patch = config.vision_config.patch_size
     count = side // patch
     pictures = []
+    several = "batch_num_images" in inputs and int(inputs["batch_num_images"][0]) > 1
     for tiles, size in zip(inputs["pixel_values"], inputs["image_sizes"].tolist(), strict=True):
+        if several:
+            pictures.append(Picture((Tile("", _cut(tiles[0], side, side), _grid(count, count)),), count * count + 1))
+            continue
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
         canvas = tiles[1 : 1 + rows * columns].unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
         canvas = canvas.flatten(1, 2).flatten(2, 3)
@@ -117,18 +157,27 @@ def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
             pictures.append(Picture((base,), count * count + height * (width + 1)))
             continue
         top, left = divmod(int(cells[0, 0]), columns * count)
-        high = Tile(
-            "high-res",
-            _cut(canvas[:, top * patch :, left * patch :], height * patch, width * patch),
-            _grid(height, width, count * count, row_length=width + 1),
-            seams=(_seams(rows, count, top, height), _seams(columns, count, left, width)),
-        )
+        seen = _cut(canvas[:, top * patch :, left * patch :], height * patch, width * patch)
+        seams = (_seams(rows, count, top, height), _seams(columns, count, left, width))
+        ratio = sqrt(height * width / count**2 / _most_tiles(config))
+        if ratio > 1.1:
+            old_height, old_width = height, width
+            height, width = int(height // ratio), int(width // ratio)
+            seams = (_scaled(seams[0], height / old_height), _scaled(seams[1], width / old_width))
+            seen = _resize(seen, height * patch, width * patch)
+        high = Tile("high-res", seen, _grid(height, width, count * count, row_length=width + 1), seams)
         pictures.append(Picture((base, high), count * count + height * (width + 1)))
     return pictures
 
 
+def _most_tiles(config: Any) -> float:
+    """How many tiles' tokens a canvas may have before LlavaOnevision scales it down; others do not."""
+    aspect = getattr(config, "vision_aspect_ratio", None)
+    return int(aspect.removeprefix("anyres_max_")) if aspect else torch.inf
+
+
 def merged_patches(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
-    """Every picture is a grid of squares of merged patches, row by row; pixels come patch by patch (Qwen2.5-VL)."""
+    """Every picture is a grid of squares of merged patches, row by row; pixels come square by square (Qwen2.5-VL)."""
     patch = config.vision_config.patch_size
     merge = config.vision_config.spatial_merge_size
     grids = inputs["image_grid_thw"].tolist()
@@ -144,9 +193,32 @@ def merged_patches(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
     return pictures
 
 
+def packed_slices(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+    """Pictures and slices of them are grids of merged patches, whose patches come side by side (MiniCPM-V)."""
+    patch = config.vision_config.patch_size
+    mode = inputs.get("downsample_mode") or config.downsample_mode
+    # Patches are merged once inside the vision tower, and behind it.
+    merge = config.merge_kernel_size[0] ** config.merger_times * (1 if mode == "4x" else 2)
+    grids = inputs["target_sizes"].tolist()
+    packed = inputs["pixel_values"][0].split([height * width * patch for height, width in grids], dim=-1)
+    tiles, first = [], 0
+    for number, (pixels, (height, width)) in enumerate(zip(packed, grids, strict=True), start=1):
+        image = pixels.view(3, patch, height, width, patch).transpose(1, 2).reshape(3, height * patch, width * patch)
+        tokens = _grid(height // merge, width // merge, first)
+        tiles.append(Tile(f"slice {number}" if len(grids) > 1 else "", _cut(image, *image.shape[1:]), tokens))
+        first += tokens.numel()
+    return [Picture(tuple(tiles), first)]
+
+
 def _cut(image: Tensor, height: int, width: int) -> Tensor:
     """The top left ``[height, width, 3]`` of an image ``[3, H, W]``."""
     return image[:, :height, :width].permute(1, 2, 0).float()
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    """An image ``[H, W, 3]`` at another size."""
+    resized = functional.interpolate(image.permute(2, 0, 1)[None], (height, width), mode="bilinear")
+    return resized[0].permute(1, 2, 0)
 
 
 def _grid(rows: int, columns: int, first: int = 0, row_length: int | None = None) -> Tensor:
@@ -157,6 +229,11 @@ def _grid(rows: int, columns: int, first: int = 0, row_length: int | None = None
 def _seams(tiles: int, cells: int, start: int, length: int) -> tuple[int, ...]:
     """Where tiles of ``cells`` cells begin, in a view of ``length`` cells from ``start`` on; not at its edges."""
     return tuple(place for place in (tile * cells - start for tile in range(1, tiles)) if 0 < place < length)
+
+
+def _scaled(seams: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    """The cells that seams are nearest to when there are ``factor`` as many cells."""
+    return tuple(round(seam * factor) for seam in seams)
 
 
 def _unnormalise(pixels: Tensor, image_processor: Any) -> Tensor:

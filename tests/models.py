@@ -1,4 +1,4 @@
-"""Tiny random models of each family, and prompts for them."""
+"""Tiny random models, prompts for them, and plain generation."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,119 +7,44 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-VOCABULARY = 120
-IMAGE_TOKEN = 110
-VIDEO_TOKEN = 111
-VISION_START = 112
-PAD = 0
-HEADS = {"1:1": (4, 4), "1:2": (4, 2), "1:8": (8, 1)}
+from tests.families import PAD, TINY, VISION_START, head_dim, text_config
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: how many images it has, and how many text tokens come before and after them."""
+    """One prompt: how many images and videos it has, and how many text tokens come before and after them."""
 
     images: int
     before: int
     after: int
+    videos: int = 0
 
 
 ONE_IMAGE = Prompt(images=1, before=5, after=9)
 THREE_IMAGES = Prompt(images=3, before=2, after=12)
 NO_TEXT_AFTER = Prompt(images=1, before=7, after=0)
 NO_IMAGE = Prompt(images=0, before=11, after=12)
+ONE_VIDEO = Prompt(images=0, before=5, after=9, videos=1)
 
-
-def text_config(heads: str, layers: int = 3) -> dict[str, Any]:
-    query_heads, kv_heads = HEADS[heads]
-    return {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": query_heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": VOCABULARY,
-        # Large weights make attention as peaked, and layers as different, as trained ones do.
-        "initializer_range": 0.25,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-
-
-def vision_config() -> dict[str, Any]:
-    return CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=7,
-        initializer_range=0.3,
-    ).to_dict()
-
-
-def _llava(heads: str) -> PreTrainedModel:
-    text = LlamaConfig(**text_config(heads)).to_dict()
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision_config(), text_config=text, image_token_index=IMAGE_TOKEN)
-    )
-
-
-def _llava_next(heads: str) -> PreTrainedModel:
-    text = LlamaConfig(**text_config(heads)).to_dict()
-    return LlavaNextForConditionalGeneration(
-        LlavaNextConfig(
-            vision_config=vision_config(),
-            text_config=text,
-            image_token_index=IMAGE_TOKEN,
-            image_grid_pinpoints=[[28, 56], [56, 28]],
-        )
-    )
-
-
-def _qwen2_5_vl(heads: str) -> PreTrainedModel:
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3] if heads != "1:8" else [1, 1, 2], "rope_theta": 10000.0}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "patch_size": 7,
-        "window_size": 28,
-        "fullatt_block_indexes": [1],
-        "initializer_range": 0.3,
-    }
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={**text_config(heads), "rope_parameters": rope},
-            vision_config=vision,
-            image_token_id=IMAGE_TOKEN,
-            video_token_id=VIDEO_TOKEN,
-            vision_start_token_id=VISION_START,
-        )
-    )
-
-
-def _llama(heads: str) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**text_config(heads)))
-
-
-BUILDERS = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "llama": _llama}
+BUILDERS = {
+    **{name: tiny.build for name, tiny in TINY.items()},
+    "llama": lambda heads: LlamaForCausalLM(LlamaConfig(**text_config(heads))),
+    "qwen3": lambda heads: Qwen3ForCausalLM(Qwen3Config(**text_config(heads), head_dim=head_dim(heads))),
+    "mistral": lambda heads: MistralForCausalLM(MistralConfig(**text_config(heads), sliding_window=None)),
+}
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
+"""One family of each kind: one grid, tiles, any size with positions in three dimensions. The matrix has them all."""
+
+TEXT_ONLY = ("llama", "qwen3", "mistral")
 
 
 @cache
@@ -136,42 +61,34 @@ def fresh_model(family: str, heads: str = "1:2") -> PreTrainedModel:
     return model.__wrapped__(family, heads)
 
 
-def _images(
-    family: str, count: int, generator: torch.Generator, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], list[int]]:
-    """Pixel inputs of ``count`` images, and the number of tokens of each."""
-    if family == "llava":
-        return {"pixel_values": torch.randn(count, 3, 28, 28, generator=generator, dtype=dtype)}, [16] * count
-    if family == "llava_next":
-        pixels = torch.randn(count, 3, 3, 28, 28, generator=generator, dtype=dtype)
-        # 28 x 56 pixels: a base tile of 4 x 4 patches, and two tiles side by side whose 4 rows end in a newline token.
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([[28, 56]] * count)}, [16 + 4 * 9] * count
-    grid = torch.tensor([[1, 4, 8]] * count)
-    pixels = torch.randn(count * 32, 3 * 2 * 7 * 7, generator=generator, dtype=dtype)
-    return {"pixel_values": pixels, "image_grid_thw": grid}, [8] * count
-
-
 def inputs(family: str, *prompts: Prompt, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What a processor returns for a batch of prompts, padded on the left."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, pixel_inputs = [], []
-    for prompt in prompts:
-        pixels, lengths = _images(family, prompt.images, generator, dtype) if prompt.images else ({}, [])
-        row = torch.randint(1, 100, (prompt.before,), generator=generator).tolist()
-        for length in lengths:
-            row += [VISION_START, *[IMAGE_TOKEN] * length]
-        row += torch.randint(1, 100, (prompt.after,), generator=generator).tolist()
+    """What a processor returns for a batch of prompts, padded on the left.
+
+    The prompt with index ``i`` is drawn from ``seed + i``, so that each can be had alone.
+    """
+    tiny = TINY.get(family)
+    rows, pixels = [], []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed + index)
+        media = [tiny.image(generator, dtype) for _ in range(prompt.images)]
+        media += [tiny.video(generator, dtype) for _ in range(prompt.videos)]
+        row = [(token, 0) for token in torch.randint(1, 90, (prompt.before,), generator=generator).tolist()]
+        for medium in media:
+            row += [(VISION_START, 0), *zip(medium.ids, medium.types, strict=True)]
+        row += [(token, 0) for token in torch.randint(1, 90, (prompt.after,), generator=generator).tolist()]
         rows.append(row)
-        if pixels:
-            pixel_inputs.append(pixels)
+        pixels.append([medium.pixels for medium in media])
     longest = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+    ids, types = torch.tensor([[(PAD, 0)] * (longest - len(row)) + row for row in rows]).unbind(-1)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     batch = {"input_ids": ids, "attention_mask": mask}
-    if family == "qwen2_5_vl":
-        batch["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
-    if pixel_inputs:
-        batch |= {name: torch.cat([pixels[name] for pixels in pixel_inputs]) for name in pixel_inputs[0]}
+    if tiny is None:
+        return batch
+    batch |= {name: make(ids, types) for name, make in tiny.token_types.items()}
+    # A sequence may have pictures, another one videos.
+    kinds = {tuple(each) for row in pixels for each in row}
+    for kind in sorted(kinds):
+        batch |= tiny.collate([[each for each in row if tuple(each) == kind] for row in pixels])
     return batch
 
 

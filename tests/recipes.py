@@ -1,6 +1,8 @@
 """Recipes by name with what they need to know of a tiny random model."""
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from sparsight import recipe
 from sparsight.parts import VisualHeads
@@ -9,8 +11,9 @@ from sparsight.parts import VisualHeads
 def head_scores(model):
     """Scores for every KV head of a model, as a calibration would measure them."""
     config = model.get_decoder().config
+    layers = sum(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     generator = torch.Generator().manual_seed(5)
-    return torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=generator).tolist()
+    return torch.rand(layers, config.num_key_value_heads, generator=generator).tolist()
 
 
 def recipe_for(model, name, **numbers):

@@ -59,12 +59,17 @@ def post_vision_rows(vision: list[bool]) -> list[int]:
     return list(range(last + 1, length))
 
 
-def sparsity(attention: Tensor, rows: list[int], threshold: float) -> float:
-    """VL-Cache, section 4.1: share of visible weights below ``p`` times their row's maximum, averaged over heads."""
+def sparsity(attention: Tensor, rows: list[int], threshold: float, visible: Tensor | None = None) -> float:
+    """VL-Cache, section 4.1: share of visible weights below ``p`` times their row's maximum, averaged over heads.
+
+    A query sees the keys up to its own, or those that ``visible`` ``[T, T]`` tells.
+    """
+    length = attention.shape[-1]
+    visible = torch.ones(length, length, dtype=torch.bool).tril() if visible is None else visible
     shares = []
     for head in attention.double():
-        zeroed = sum(int((head[i, : i + 1] < threshold * head[i, : i + 1].max()).sum()) for i in rows)
-        shares.append(zeroed / sum(i + 1 for i in rows))
+        zeroed = sum(int((head[i, visible[i]] < threshold * head[i, visible[i]].max()).sum()) for i in rows)
+        shares.append(zeroed / sum(int(visible[i].sum()) for i in rows))
     return sum(shares) / len(shares)
 
 
@@ -187,8 +192,8 @@ def elite_scores(
     importance = torch.zeros(heads, length, dtype=torch.float64)
     for h, head in enumerate(attention):
         for i in elite:
-            among = sum(head[i, j] for j in range(i + 1) if vision[j] or j in elite)
-            for j in range(i + 1):
+            among = sum(head[i, j] for j in range(length) if vision[j] or j in elite)
+            for j in range(length):
                 importance[h, j] += (head[i, j] / among if vision[j] else head[i, j]) / len(elite)
     grouped = importance.unflatten(0, (kv_heads, -1)).mean(1).tolist()
     scores = [[s + (0 if seen else max(head)) for s, seen in zip(head, vision, strict=True)] for head in grouped]
@@ -294,11 +299,15 @@ class Row:
 
 @dataclass
 class Twin:
-    """One run of a method by brute force."""
+    """One run of a method by brute force.
+
+    Tokens with the same number in ``blocks``, but for -1, see each other in both directions.
+    """
 
     method: Method
     vision: list[list[bool]]
     valid: list[list[bool]]
+    blocks: list[list[int]] | None = None
     attention: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -310,10 +319,10 @@ class Twin:
     layers: int = 0
 
     def prefill(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.attention.append(full_attention(query, key, self.valid, scaling))
+        self.attention.append(full_attention(query, key, self.valid, scaling, self.blocks))
         self.keys.append(key)
         self.values.append(value)
-        mask = causal_mask(self.valid, query.shape[2])
+        mask = visibility(self.valid, query.shape[2], self.blocks)
         output = sdpa(query, key, value, mask if not mask.all() else None, scaling)
         if len(self.keys) == self.layers:
             self.compress()
@@ -328,7 +337,8 @@ class Twin:
             start, stop = positions[0], positions[-1] + 1
             attention = [layer[b, :, start:stop, start:stop] for layer in self.attention]
             rows = post_vision_rows(self.vision[b][start:stop])
-            gammas = [sparsity(layer, rows, self.method.threshold) for layer in attention]
+            seen = visibility(self.valid, len(valid), self.blocks)[b, 0, start:stop, start:stop]
+            gammas = [sparsity(layer, rows, self.method.threshold, seen) for layer in attention]
             vision = self.vision[b][start:stop]
             self.importance = []
             scores = [
@@ -444,17 +454,24 @@ class Twin:
         return [entry.position for entry in self.rows[layer][b].heads[h]]
 
 
-def causal_mask(valid: list[list[bool]], length: int) -> Tensor:
-    """Bool ``[B, 1, T, T]``: key ``j`` is valid and not later than query ``i``."""
-    keys = torch.tensor(valid)[:, None, None, :]
-    return keys & torch.ones(length, length, dtype=torch.bool).tril()
+def visibility(valid: list[list[bool]], length: int, blocks: list[list[int]] | None = None) -> Tensor:
+    """Bool ``[B, 1, T, T]``: key ``j`` is valid, and not later than query ``i`` or in its block."""
+    seen = torch.zeros(len(valid), 1, length, length, dtype=torch.bool)
+    for b, row in enumerate(valid):
+        for i in range(length):
+            for j in range(length):
+                together = blocks is not None and blocks[b][i] == blocks[b][j] != -1
+                seen[b, 0, i, j] = row[j] and (j <= i or together)
+    return seen
 
 
-def full_attention(query: Tensor, key: Tensor, valid: list[list[bool]], scaling: float) -> Tensor:
+def full_attention(
+    query: Tensor, key: Tensor, valid: list[list[bool]], scaling: float, blocks: list[list[int]] | None = None
+) -> Tensor:
     """Post-softmax attention ``[B, H, T, T]`` in float32."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = query.float() @ key.float().mT * scaling
-    return logits.masked_fill(~causal_mask(valid, query.shape[2]), -math.inf).softmax(-1)
+    return logits.masked_fill(~visibility(valid, query.shape[2], blocks), -math.inf).softmax(-1)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -486,10 +503,15 @@ def attention_by(model: PreTrainedModel, twin: Twin) -> Iterator[None]:
 
 @torch.no_grad()
 def run(
-    model: PreTrainedModel, inputs: dict[str, Tensor], method: Method, tokens: int, vision: Tensor
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    method: Method,
+    tokens: int,
+    vision: Tensor,
+    blocks: list[list[int]] | None = None,
 ) -> tuple[Twin, Any]:
     """Greedy generation under a method by brute force: the twin, and ``generate``'s output with its scores."""
-    twin = Twin(method, vision.tolist(), inputs["attention_mask"].bool().tolist())
+    twin = Twin(method, vision.tolist(), inputs["attention_mask"].bool().tolist(), blocks)
     with attention_by(model, twin):
         output = model.generate(
             **inputs,

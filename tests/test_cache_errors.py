@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from sparsight import CompressedCache, VLCache
-from tests import models
+from tests import families, models
 from tests.models import NO_IMAGE, ONE_IMAGE, THREE_IMAGES, generate
 
 
@@ -14,13 +14,13 @@ def compressed(model, inputs, recipe=None):
 
 
 def test_a_model_without_a_language_part():
-    clip = CLIPModel(CLIPConfig(vision_config=models.vision_config()))
+    clip = CLIPModel(CLIPConfig(vision_config=families.vision_config()))
     with pytest.raises(ValueError, match="CLIPModel has no language part"):
         compressed(clip, models.inputs("llava", ONE_IMAGE))
 
 
 def test_a_model_whose_layers_are_all_bounded():
-    config = MistralConfig(**models.text_config("1:2"), sliding_window=16)
+    config = MistralConfig(**families.text_config("1:2"), sliding_window=16)
     with pytest.raises(ValueError, match="no layer to compress"):
         compressed(MistralForCausalLM(config), models.inputs("llama", NO_IMAGE))
 
@@ -75,7 +75,7 @@ def test_inputs_that_are_longer_than_the_caches():
 
 
 def test_attention_that_the_statistics_do_not_know():
-    config = Gemma2Config(**models.text_config("1:2"), head_dim=16, layer_types=["full_attention"] * 3)
+    config = Gemma2Config(**families.text_config("1:2"), head_dim=16, layer_types=["full_attention"] * 3)
     model = Gemma2ForCausalLM(config).eval()
     model.set_attn_implementation("eager")
     inputs = models.inputs("llama", NO_IMAGE)

@@ -109,3 +109,28 @@ def test_transient_memory_stays_under_64_mebibytes(heads, kv_heads, rows, keys, 
     with PeakMemory(query, key) as memory:
         attention_sums(query, key, 0.1, threshold=0.01)
     assert 2**18 < memory.peak < 64 * 2**20
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 8]),
+    keys=st.integers(1, 70),
+    rows=st.integers(1, 70),
+    block_keys=st.sampled_from([16, 4096]),
+    seed=st.integers(0, 1000),
+)
+def test_sums_over_the_keys_that_each_query_sees_equal_the_full_matrix(kv_heads, group, keys, rows, block_keys, seed):
+    rows = min(rows, keys)
+    query, key = random_states(kv_heads * group, kv_heads, rows, keys, 8, torch.float32, seed)
+    visible = torch.rand(rows, keys, generator=torch.Generator().manual_seed(seed)) < 0.5
+    visible[torch.arange(rows), torch.arange(rows)] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observe, "BLOCK_KEYS", block_keys)
+        sums, zeroed = attention_sums(query, key, 0.5, threshold=0.02, visible=visible)
+    logits = query @ key.repeat_interleave(group, dim=0).mT * 0.5
+    attention = torch.where(visible, logits, -torch.inf).softmax(-1)
+    assert_close(sums.double(), reference.column_sums(attention, list(range(rows)), kv_heads), rtol=1e-5, atol=1e-5)
+    low = attention < 0.02 * attention.amax(-1, keepdim=True)
+    assert abs(zeroed.item() - int((low & visible).sum())) <= 1
+    assert observe.visible_pairs(rows, keys, visible) == visible.sum()

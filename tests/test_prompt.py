@@ -1,12 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlavaConfig
 
 from sparsight.prompt import Span, locate
 from tests import models, reference
-from tests.models import IMAGE_TOKEN, NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
+from tests.families import IMAGE_TOKEN
+from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
 
 CONFIG = models.model("llava").config
 
@@ -40,7 +42,9 @@ def test_spans_equal_the_definition(vision, padding):
 
 def test_token_types_tell_where_vision_is_for_any_family():
     types = torch.tensor([[0, 1, 2, 0, 0]])
-    prompt = locate(object(), {"input_ids": torch.ones(1, 5), "mm_token_type_ids": types})
+    prompt = locate(
+        SimpleNamespace(model_type="unheard_of"), {"input_ids": torch.ones(1, 5), "mm_token_type_ids": types}
+    )
     assert prompt.vision_mask.tolist() == [[False, True, True, False, False]]
 
 
@@ -67,10 +71,3 @@ def test_rows_are_selected_with_their_spans():
 def test_inputs_that_are_no_prompts_are_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         locate(CONFIG, inputs)
-
-
-def test_a_family_that_is_not_in_the_table_is_refused():
-    config = LlavaConfig()
-    config.model_type = "llama_with_eyes"
-    with pytest.raises(ValueError, match="'llama_with_eyes' are not known: known types are llava"):
-        locate(config, {"input_ids": torch.ones(1, 3)})

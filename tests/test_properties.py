@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sparsight import RECIPES, CompressedCache, Recipe
 from sparsight.parts import VisualHeads
 from sparsight.recipe import KINDS
-from tests import models
+from tests import families, models
 from tests.recipes import head_scores, recipe_for
 
 PROMPTS = st.builds(
@@ -24,7 +24,7 @@ any_case = given(
     name=st.sampled_from(list(RECIPES)),
     budget=BUDGETS,
     family=st.sampled_from(models.FAMILIES),
-    heads=st.sampled_from(list(models.HEADS)),
+    heads=st.sampled_from(list(families.HEADS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 

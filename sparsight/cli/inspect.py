@@ -13,11 +13,10 @@ from sparsight.cli import options
 from sparsight.cli.answer import answer
 from sparsight.cli.chosen import chosen_recipe
 from sparsight.cli.ready import Question, get_ready, read_question
-from sparsight.families import FAMILIES
+from sparsight.families import family_of
 from sparsight.images import MAX_PIXELS
 from sparsight.picture import Kept, draw, save
 from sparsight.report import Report, mebibytes
-from sparsight.suggest import unknown
 from sparsight.tiles import Tile, find_tiles
 
 
@@ -61,12 +60,11 @@ def tiles_of(question: Question) -> list[Tile]:
     """The tiles of a question's pictures, ``tokens`` as positions in the prompt.
 
     Raises:
-        ValueError: the model's family is not in the table.
+        ValueError: the model's family is not in the table, or the prompt does not fit its layout.
     """
     checkpoint = question.checkpoint
-    family = FAMILIES.get(checkpoint.config.model_type)
-    if family is None:
-        raise unknown("model type", checkpoint.config.model_type, FAMILIES)
+    family = family_of(checkpoint.config)
+    assert family is not None
     return find_tiles(family.layout, checkpoint.config, question.inputs, checkpoint.processor.image_processor)
 
 

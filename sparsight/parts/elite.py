@@ -35,13 +35,14 @@ class EliteWindow:
         """Query positions of which some are looked at."""
         return range(span.post_vision, span.stop)
 
-    def sums(self, query: Tensor, key: Tensor, vision: Tensor) -> Tensor:
+    def sums(self, query: Tensor, key: Tensor, vision: Tensor, visible: Tensor) -> Tensor:
         """Mean attention that the elite pay each position.
 
         Args:
             query: ``[H, R, D]``, the post-vision queries, scaled, the last of the ``T`` positions.
             key: ``[H_kv, T, D]``.
             vision: bool ``[T]``.
+            visible: bool ``[R, T]``, the keys that each query sees.
 
         Returns:
             float32 ``[H_kv, T]``; query heads that share a KV head are averaged.
@@ -57,8 +58,7 @@ class EliteWindow:
         sums = torch.zeros(kv_heads, length, device=key.device)
         for rows in elite.split(BLOCK_ROWS):
             logits = query[:, :, rows] @ key[:, None].mT
-            later = torch.arange(length, device=key.device) > (first + rows)[:, None]
-            weights = logits.masked_fill(later, -torch.inf).softmax(-1)
+            weights = logits.masked_fill(~visible[rows], -torch.inf).softmax(-1)
             among_looked_at = weights / (weights * looked_at).sum(-1, keepdim=True)
             sums += torch.where(vision, among_looked_at, weights).mean(1).sum(1)
         return sums / len(elite)

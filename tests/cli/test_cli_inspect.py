@@ -159,11 +159,3 @@ def test_there_is_nothing_to_inspect_without_a_picture(run: Callable[..., tuple[
         "",
         "Error: There is nothing to inspect without a picture: give --image.\n",
     )
-
-
-def test_a_family_whose_layout_is_unknown_is_refused(
-    run: Callable[..., tuple[int, str, str]], llava: str, image: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "FAMILIES", {"llava_next": None})
-    code, _, err = run("inspect", "--model", llava, "--image", image, "--prompt", "hi")
-    assert (code, err) == (2, "Error: Unknown model type 'llava': did you mean 'llava_next'? Known are llava_next.\n")
