@@ -50,7 +50,7 @@ class CompressedCache(Cache):
             raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got {recipe!r}.")
         language = _language_part(model)
         self.recipe = recipe
-        prompt = locate(model.config, inputs)
+        prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
         layers = [
             CompressedLayer(recipe, prompt) if type(layer) is DynamicLayer else layer
             for layer in DynamicCache(config=language.config).layers

@@ -113,7 +113,8 @@ class Prefill:
                 keys = self.keys[row, :, span.start : span.stop]
                 queries, visible = torch.cat(self.queries[row], dim=1), torch.cat(self.query_sees[row])
                 self.scores[row] = score.sums(queries, keys, vision, visible)
-            self.scores[row] = score.importance(self.scores[row], vision)
+            grids = [grid.to(vision.device) - span.start for grid in self.prompt.grids[row]]
+            self.scores[row] = score.importance(self.scores[row], vision, grids)
 
     def observed(self, row: int, sparsity: float, budget: float) -> Observed:
         """What one sequence showed, as allocations see it."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsight.families import CROSS_ATTENTION, family_of
+from sparsight.families import CROSS_ATTENTION, FAMILIES, family_of
+from sparsight.tiles import find_grids
 
 LAST_WINDOW = 32
 """Queries that stand in for the post-vision ones when no text follows the last image, or there is no image."""
@@ -37,11 +38,14 @@ class Prompt:
         vision_mask: bool ``[B, T]`` on the CPU, the token stands for a piece of an image or a video frame.
         valid_mask: bool ``[B, T]`` on the CPU, the token is not padding.
         spans: one :class:`Span` a sequence.
+        grids: for each sequence, where known, the positions of the vision tokens of each of its images' tiles, int64
+            ``[rows, columns]`` on the CPU.
     """
 
     vision_mask: Tensor
     valid_mask: Tensor
     spans: tuple[Span, ...]
+    grids: tuple[tuple[Tensor, ...], ...]
 
     @property
     def length(self) -> int:
@@ -51,16 +55,18 @@ class Prompt:
     def select(self, rows: Sequence[int]) -> "Prompt":
         """The sequences at ``rows``, in that order."""
         rows = list(rows)
-        return Prompt(self.vision_mask[rows], self.valid_mask[rows], tuple(self.spans[row] for row in rows))
+        spans = tuple(self.spans[row] for row in rows)
+        return Prompt(self.vision_mask[rows], self.valid_mask[rows], spans, tuple(self.grids[row] for row in rows))
 
 
-def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
+def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Prompt:
     """Find the vision tokens, the padding and the post-vision queries of a batch of prompts.
 
     Args:
         config: the model's config.
         inputs: what the processor returned: ``input_ids`` ``[B, T]``, and where present ``attention_mask`` and
             ``mm_token_type_ids`` of the same shape.
+        grids: find the images' grids too, for which the inputs must hold the pixels.
 
     Raises:
         ValueError: the inputs lack ``input_ids``, have masks of another shape, pixels but no image token, a sequence
@@ -81,7 +87,15 @@ def locate(config: Any, inputs: Mapping[str, Any]) -> Prompt:
         raise ValueError("The inputs hold an image, but the prompt has no image token to stand for it.")
     attention_mask = inputs.get("attention_mask")
     valid_mask = torch.ones_like(vision_mask) if attention_mask is None else attention_mask.bool().cpu()
-    return Prompt(vision_mask, valid_mask, tuple(_span(*row) for row in zip(vision_mask, valid_mask, strict=True)))
+    spans = tuple(_span(*row) for row in zip(vision_mask, valid_mask, strict=True))
+    return Prompt(vision_mask, valid_mask, spans, _grids(config, inputs) if grids else ((),) * len(spans))
+
+
+def _grids(config: Any, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], ...]:
+    """The grids of each sequence's images, none where the family is unknown."""
+    family = FAMILIES.get(config.model_type)
+    found = find_grids(family.layout, config, inputs) if family else [[] for _ in inputs["input_ids"]]
+    return tuple(tuple(grids) for grids in found)
 
 
 def _vision_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor:

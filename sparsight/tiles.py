@@ -76,6 +76,36 @@ def find_tiles(layout: Layout, config: Any, inputs: Mapping[str, Any], image_pro
     ]
 
 
+def find_grids(layout: Layout, config: Any, inputs: Mapping[str, Any]) -> list[list[Tensor]]:
+    """Which positions of each prompt of a batch lie beside and above each other in a picture.
+
+    Args:
+        layout: the family's.
+        config: the model's config.
+        inputs: what the processor returned for the batch.
+
+    Returns:
+        For each prompt the grids of its tiles, int64 ``[rows, columns]`` on the CPU. None where the layout does not
+        apply: to videos, and to batches whose pixels are padded.
+    """
+    ids = inputs["input_ids"].cpu()
+    batch, length = ids.shape
+    grids: list[list[Tensor]] = [[] for _ in range(batch)]
+    if inputs.get("pixel_values") is None:
+        return grids
+    together = {**inputs, "input_ids": ids.reshape(1, -1)}
+    positions = (together["input_ids"][0] == config.image_token_id).nonzero()[:, 0]
+    pictures = layout(config, together)
+    if sum(picture.token_count for picture in pictures) != len(positions):
+        return grids
+    first = accumulate((picture.token_count for picture in pictures), initial=0)
+    for picture, offset in zip(pictures, first, strict=False):
+        for tile in picture.tiles:
+            places = positions[offset + tile.tokens]
+            grids[int(places[0, 0]) // length].append(places % length)
+    return grids
+
+
 def whole_grid(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
     """Every picture is one grid of patches, row by row, after tokens without a place such as CLS (Llava).
 
@@ -120,7 +150,11 @@ def square_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
 
 def _squares(config: Any, inputs: Mapping[str, Any]) -> list[Tile]:
     """All pixels ``[.., N, 3, H, W]`` as squares of equally many tokens."""
-    pixels = inputs["pixel_values"].flatten(0, -4)
+    pixels = inputs["pixel_values"]
+    if pixels.ndim > 4:
+        # Prompts with fewer squares than others of the batch are filled up with zeros (Idefics3), as the model knows.
+        pixels = pixels.flatten(0, -4)
+        pixels = pixels[pixels.flatten(1).any(1)]
     side = isqrt(int((inputs["input_ids"][0] == config.image_token_id).sum()) // len(pixels))
     # What is left over at the edges is in no patch.
     sides = [side * (length // max(side, 1)) for length in pixels.shape[-2:]]

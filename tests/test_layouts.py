@@ -199,3 +199,25 @@ def test_slices_that_are_merged_less():
     inputs["pixel_values"] = inputs["pixel_values"].clamp(-2, 2) / 4 + 0.5
     assert [tuple(tile.tokens.shape) for tile in tiles_of(model, inputs)] == [(4, 4), (2, 4)]
     assert all(tokens == shown for tokens, shown in changes(model, inputs))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_each_prompt_of_a_batch_has_the_grids_that_it_has_alone(family):
+    model = models.model(family)
+    prompts = (models.ONE_IMAGE, models.THREE_IMAGES, models.NO_TEXT_AFTER, models.NO_IMAGE)
+    together = locate(model.config, models.inputs(family, *prompts), grids=True)
+    for row, prompt in enumerate(prompts):
+        inputs = models.inputs(family, prompt)
+        alone = locate(model.config, inputs, grids=True)
+        start = together.spans[row].start
+        assert [(grid - start).tolist() for grid in together.grids[row]] == [grid.tolist() for grid in alone.grids[0]]
+        tokens = [tile.tokens.flatten().tolist() for tile in tiles_of(model, inputs)] if prompt.images else []
+        assert [grid.flatten().tolist() for grid in alone.grids[0]] == tokens
+        assert alone.vision_mask[0, [place for grid in tokens for place in grid]].all()
+
+
+def test_a_text_model_and_a_video_have_no_grids():
+    text = locate(models.model("llama").config, models.inputs("llama", models.NO_IMAGE), grids=True)
+    assert text.grids == ((),)
+    config = models.model("qwen2_vl").config
+    assert locate(config, models.inputs("qwen2_vl", models.ONE_VIDEO), grids=True).grids == ((),)

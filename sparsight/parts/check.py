@@ -14,7 +14,8 @@ def count(name: str, value: int, *, least: int = 0) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
-def odd(name: str, value: int) -> None:
-    """Raise ValueError unless ``value`` is an odd whole number of at least 1."""
-    if not isinstance(value, int) or value < 1 or value % 2 == 0:
-        raise ValueError(f"{name} must be an odd whole number of at least 1, got {value!r}.")
+def window(name: str, value: int | tuple[int, int]) -> None:
+    """Raise ValueError unless ``value`` is an odd whole number of at least 1, or two of them."""
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    if not all(isinstance(side, int) and side >= 1 and side % 2 for side in sides):
+        raise ValueError(f"{name} must be an odd whole number of at least 1, or a pair of them, got {value!r}.")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsight.parts import check
+from sparsight.parts.score import Grids
 from sparsight.prompt import Span
 
 BLOCK_ROWS = 16
@@ -63,6 +64,6 @@ class EliteWindow:
             sums += torch.where(vision, among_looked_at, weights).mean(1).sum(1)
         return sums / len(elite)
 
-    def importance(self, sums: Tensor, vision: Tensor) -> Tensor:
-        """Score ``[H_kv, T]`` from :meth:`sums` and the vision mask ``[T]``."""
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
+        """Score ``[H_kv, T]`` from :meth:`sums`, the vision mask ``[T]`` and the images' grids."""
         return sums + sums.amax(-1, keepdim=True) * ~vision

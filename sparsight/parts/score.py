@@ -5,8 +5,9 @@ importance that selection goes by. Pooling is a property of a score: a position 
 one near it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,28 +16,34 @@ from torch.nn import functional
 from sparsight.parts import check
 from sparsight.prompt import Span
 
+Window = int | tuple[int, int]
+"""Width along the sequence, or height and width on a grid."""
+
+Grids = Sequence[Tensor]
+"""Positions of the vision tokens of images, ``[rows, columns]`` each."""
+
 
 @dataclass(frozen=True)
 class PostVision:
     """Attention summed over the post-vision queries (VL-Cache, arXiv 2410.23317, section 4.2).
 
     Args:
-        pool: width of the max pooling along the sequence, an odd number; 1 for none.
+        pool: width of the max pooling along the sequence, or height and width on the images' patch grids; odd numbers.
     """
 
     kind: ClassVar[str] = "post-vision"
-    pool: int = 1
+    pool: Window = 1
 
     def __post_init__(self) -> None:
-        check.odd("pool", self.pool)
+        object.__setattr__(self, "pool", as_window(self.pool))
 
     def rows(self, span: Span) -> range:
         """Query positions whose attention is summed."""
         return range(span.post_vision, span.stop)
 
-    def importance(self, sums: Tensor, vision: Tensor) -> Tensor:
-        """Score ``[H_kv, T]`` from the attention sums ``[H_kv, T]`` and the vision mask ``[T]``."""
-        return max_pool(sums, self.pool)
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
+        """Score ``[H_kv, T]`` from attention sums ``[H_kv, T]``, the vision mask ``[T]`` and the images' grids."""
+        return pooled(sums, self.pool, grids)
 
 
 @dataclass(frozen=True)
@@ -44,24 +51,24 @@ class Accumulated:
     """Attention summed over every query of the prompt (H2O, arXiv 2306.14048; Elastic Cache, arXiv 2407.18121).
 
     Args:
-        pool: width of the max pooling along the sequence, an odd number; 1 for none.
+        pool: width of the max pooling along the sequence, or height and width on the images' patch grids; odd numbers.
         text_first: every text token is more important than every vision token (LOOK-M, arXiv 2406.18139, section 3.2).
     """
 
     kind: ClassVar[str] = "accumulated"
-    pool: int = 1
+    pool: Window = 1
     text_first: bool = False
 
     def __post_init__(self) -> None:
-        check.odd("pool", self.pool)
+        object.__setattr__(self, "pool", as_window(self.pool))
 
     def rows(self, span: Span) -> range:
         """Query positions whose attention is summed."""
         return range(span.start, span.stop)
 
-    def importance(self, sums: Tensor, vision: Tensor) -> Tensor:
-        """Score ``[H_kv, T]`` from the attention sums ``[H_kv, T]`` and the vision mask ``[T]``."""
-        score = max_pool(sums, self.pool)
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
+        """Score ``[H_kv, T]`` from attention sums ``[H_kv, T]``, the vision mask ``[T]`` and the images' grids."""
+        score = pooled(sums, self.pool, grids)
         return score + score.amax(-1, keepdim=True) * ~vision if self.text_first else score
 
 
@@ -77,20 +84,22 @@ class LastWindow:
 
     kind: ClassVar[str] = "last-window"
     window: int = 32
-    pool: int = 7
+    pool: Window = 7
 
     def __post_init__(self) -> None:
         check.count("window", self.window, least=1)
-        check.odd("pool", self.pool)
+        object.__setattr__(self, "pool", as_window(self.pool))
 
     def rows(self, span: Span) -> range:
         """Query positions whose attention is summed."""
         return range(max(span.start, span.stop - self.window), span.stop)
 
-    def importance(self, sums: Tensor, vision: Tensor) -> Tensor:
-        """Score ``[H_kv, T]`` from the attention sums ``[H_kv, T]`` and the vision mask ``[T]``."""
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
+        """Score ``[H_kv, T]`` from attention sums ``[H_kv, T]``, the vision mask ``[T]`` and the images' grids."""
         before = max(sums.shape[-1] - self.window, 0)
-        return torch.cat([max_pool(sums[:, :before], self.pool), sums[:, before:]], dim=-1)
+        in_front = sums.clone()
+        in_front[:, before:] = 0
+        return torch.cat([pooled(in_front, self.pool, grids)[:, :before], sums[:, before:]], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Recency:
         """No query is looked at."""
         return range(span.stop, span.stop)
 
-    def importance(self, sums: Tensor, vision: Tensor) -> Tensor:
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
         """Score ``[H_kv, T]``, of sums of that shape."""
         return torch.arange(sums.shape[-1], dtype=sums.dtype, device=sums.device).expand_as(sums)
 
@@ -126,13 +135,39 @@ class Random:
         """No query is looked at."""
         return range(span.stop, span.stop)
 
-    def importance(self, sums: Tensor, vision: Tensor) -> Tensor:
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
         """Score ``[H_kv, T]``, of sums of that shape."""
         return torch.rand(sums.shape, generator=torch.Generator().manual_seed(self.seed)).to(sums.device)
 
 
-def max_pool(score: Tensor, width: int) -> Tensor:
-    """The largest score within ``width // 2`` positions of each, ``[H, T]`` of ``[H, T]``."""
-    if width == 1 or score.shape[-1] == 0:
-        return score
-    return functional.max_pool1d(score, width, stride=1, padding=width // 2)
+def as_window(pool: Any) -> Window:
+    """A window that pooling may have, of one side or two; JSON brings two as a list.
+
+    Raises:
+        ValueError: a side is no odd number.
+    """
+    window = tuple(pool) if isinstance(pool, list) else pool
+    check.window("pool", window)
+    return window
+
+
+def pooled(score: Tensor, pool: Window, grids: Grids) -> Tensor:
+    """The largest score in a window around each position, ``[H, T]`` of ``[H, T]``.
+
+    A window of two sides lies on the patch grid of the position's image and ends at the image's edges; other positions
+    stay as they are. Where there is no grid its width lies along the sequence.
+
+    Args:
+        score: ``[H, T]``.
+        pool: width along the sequence, or height and width.
+        grids: positions ``[rows, columns]`` of each image's vision tokens.
+    """
+    if isinstance(pool, int) or not grids:
+        width = pool if isinstance(pool, int) else pool[1]
+        if width == 1 or not score.shape[-1]:
+            return score
+        return functional.max_pool1d(score, width, stride=1, padding=width // 2)
+    score = score.clone()
+    for grid in grids:
+        score[:, grid] = functional.max_pool2d(score[:, grid], pool, stride=1, padding=[side // 2 for side in pool])
+    return score
