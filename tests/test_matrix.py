@@ -155,3 +155,19 @@ def test_eager_attention_keeps_what_sdpa_keeps(family):
         kept.append([compressed.kept_positions(layer) for layer in compressed.report().layers])
         del compressed
     assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
+
+
+@pytest.mark.parametrize("heads", ["1:1", "1:8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", TINY)
+def test_other_groupings_and_dtypes(family, dtype, heads):
+    model, inputs = models.model(family, heads, dtype), models.inputs(family, ONE_IMAGE, THREE_IMAGES, dtype=dtype)
+    expected = models.logits(model, inputs, 2)
+    for budget in (1.0, 0.3):
+        compressed = CompressedCache(model, recipe("vl-cache", budget=budget), inputs)
+        logits = models.logits(model, inputs, 2, past_key_values=compressed)
+        assert torch.stack(logits).isfinite().all()
+        assert compressed.compressed[0].entries.keys.dtype == dtype
+        assert_close(logits[0], expected[0])
+        if budget == 1.0:
+            assert_close(logits[1], expected[1], rtol=0.1, atol=0.25)

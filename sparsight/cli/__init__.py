@@ -1,4 +1,4 @@
-"""The command line: ``sparsight generate``, ``sparsight inspect`` and ``sparsight methods``."""
+"""The command line: ``sparsight generate``, ``inspect``, ``methods`` and ``models``."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ import typer
 from PIL.Image import DecompressionBombWarning
 from transformers.utils import logging
 
-from sparsight.cli import generate, inspect, methods
+from sparsight.cli import generate, inspect, methods, models
 
 app = typer.Typer(
     help="Compressed KV caches for vision-language models.",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("models")(models.models)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
