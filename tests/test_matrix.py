@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from sparsight import RECIPES, CompressedCache, recipe
 from sparsight.entries import growth_step
@@ -67,6 +68,7 @@ def test_what_is_held_is_what_was_planned(family, name):
         assert held.isfinite().all()
     entry = 2 * size * held.element_size()
     alone = compressed.nbytes - sum(layer.nbytes for layer in compressed.compressed)
+    assert (alone > 0) == (report.layers[0] > 0)
     entries = [count for (layer,) in report.held for count in layer]
     assert sum(entries) * entry <= report.bytes_held - alone
     # Room to grow, and a position for each entry.
@@ -142,6 +144,20 @@ def test_beams_and_conversations_at_budget_one_equal_the_full_cache(family):
         answers.append((beams, models.generate(model, turn, 5, past_key_values=first.past_key_values)))
     assert torch.equal(answers[0][0], answers[1][0])
     assert torch.equal(answers[0][1], answers[1][1])
+
+
+@torch.no_grad()
+def test_what_follows_a_prefix_is_causal_as_with_the_full_cache():
+    # PaliGemma asks the cache whether its prefix, in which tokens see each other, has been seen.
+    model, inputs = models.model("paligemma"), models.inputs("paligemma", ONE_IMAGE)
+    turn = torch.tensor([[7, 8, 9, 10, 11]])
+    types = torch.zeros(1, inputs["input_ids"].shape[1] + 5, dtype=torch.long)
+    logits = []
+    for held in (DynamicCache(), CompressedCache(model, recipe("vl-cache", budget=1.0), inputs)):
+        model(**inputs, past_key_values=held)
+        step = {"input_ids": turn, "attention_mask": torch.ones_like(types), "token_type_ids": types}
+        logits.append(model(**step, past_key_values=held).logits)
+    assert_close(*logits, **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "paligemma", "minicpmv4_6", "qwen3_vl"])
