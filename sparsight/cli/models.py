@@ -32,8 +32,8 @@ def models(as_json: options.Json = False) -> None:
     console = Console(highlight=False)
     console.print(shown)
     console.print(
-        f"\nClasses end in {SUFFIX}. Layers left alone hold a bounded state already. Of models of text alone, such as "
-        f"Llama, Qwen3 and Mistral, all with layers of full attention work. Not supported: "
+        f"\nClasses end in {SUFFIX}. Layers left alone hold a bounded state already. From Python, models of text alone "
+        f"with layers of full attention work too, such as Llama, Qwen3 and Mistral. Not supported: "
         f"{', '.join(CROSS_ATTENTION)}, whose text attends to pictures through layers of their own."
     )
 
