@@ -17,6 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 PREFIX = "sparsight_"
 ATTEND = "_sparsight_attend"
 
+MASK_ROWS = 256
+"""Rows of a mask that are looked at together."""
+
 # One lease a config, however many caches use it. The lock is re-entrant because a lease may be collected, and its
 # config restored, while another is being taken.
 _leases: "weakref.WeakValueDictionary[int, Lease]" = weakref.WeakValueDictionary()
@@ -68,7 +71,12 @@ def is_causal(mask: Tensor | None) -> bool:
     if mask is None or mask.ndim == 2:
         return True
     count, keys = mask.shape[-2:]
-    return not visible(mask).triu(1 + keys - count).any()
+    # Some rows at a time, and of them only what lies ahead of the first: masks are large.
+    blocks = [
+        visible(mask[:, :, start : start + MASK_ROWS, keys - count + start + 1 :]).triu().any()
+        for start in range(0, count, MASK_ROWS)
+    ]
+    return not torch.stack(blocks).any()
 
 
 class _With:

@@ -8,8 +8,8 @@ from sparsight.tiles import (
     base_and_tiles,
     merged_patches,
     packed_slices,
-    square_pictures,
     square_tiles,
+    squares,
     whole_grid,
 )
 
@@ -46,7 +46,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llava", "LlavaForConditionalGeneration", whole_grid),
-        Family("vipllava", "VipLlavaForConditionalGeneration", square_pictures),
+        Family("vipllava", "VipLlavaForConditionalGeneration", squares),
         Family("llava_next", "LlavaNextForConditionalGeneration", base_and_tiles),
         Family("llava_next_video", "LlavaNextVideoForConditionalGeneration", base_and_tiles, BOTH, video=True),
         Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", base_and_tiles, BOTH, video=True),
@@ -60,9 +60,9 @@ FAMILIES = {
         Family("idefics3", "Idefics3ForConditionalGeneration", square_tiles),
         Family("smolvlm", "SmolVLMForConditionalGeneration", square_tiles, video=True),
         Family("ovis2", "Ovis2ForConditionalGeneration", square_tiles),
-        Family("aya_vision", "AyaVisionForConditionalGeneration", square_tiles, left_alone="sliding-window"),
-        Family("gemma3", "Gemma3ForConditionalGeneration", square_pictures, left_alone="sliding-window"),
-        Family("paligemma", "PaliGemmaForConditionalGeneration", square_pictures),
+        Family("aya_vision", "AyaVisionForConditionalGeneration", square_tiles, left_alone="sliding window"),
+        Family("gemma3", "Gemma3ForConditionalGeneration", squares, left_alone="sliding window"),
+        Family("paligemma", "PaliGemmaForConditionalGeneration", squares),
         Family("mistral3", "Mistral3ForConditionalGeneration", whole_grid),
         Family(
             "minicpmv4_6",
@@ -70,7 +70,7 @@ FAMILIES = {
             packed_slices,
             BOTH,
             video=True,
-            left_alone="linear-attention",
+            left_alone="linear attention",
         ),
     )
 }

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparsight.families import family_of
+from sparsight.families import FAMILIES
 from sparsight.suggest import unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -139,7 +139,7 @@ def _placeholders(checkpoint: Checkpoint) -> set[str]:
     """Texts that the processor or the tokenizer takes for a piece of a picture or a video."""
     processor, config = checkpoint.processor, checkpoint.config
     texts = {getattr(processor, name, None) for name in ("image_token", "video_token")}
-    family = family_of(config)
+    family = FAMILIES.get(config.model_type)
     texts.update(processor.tokenizer.convert_ids_to_tokens(family.token_ids(config) if family else []))
     return {text for text in texts if text}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ class Kept:
     """What a cache kept of one prompt.
 
     Args:
+        layers: the numbers of the layers that are compressed; the others' lists follow them.
         by_position: ``[L, T]``, share of a layer's KV heads that keep each position of the prompt.
         by_layer: share of the prompt's entries that each layer keeps.
         sparsity: sparsity of each layer, None where the method does not measure it.
     """
 
+    layers: Sequence[int]
     by_position: Tensor
     by_layer: Sequence[float]
     sparsity: Sequence[float] | None
@@ -47,6 +50,15 @@ class Kept:
 def layer_groups(layers: int) -> list[list[int]]:
     """Consecutive layers in at most :data:`GROUPS` groups of nearly equal size."""
     return [group.tolist() for group in np.array_split(np.arange(layers), min(GROUPS, layers))]
+
+
+def layer_names(layers: Sequence[int]) -> str:
+    """Layers by their numbers, a run of them by its ends."""
+    if len(layers) == 1:
+        return f"Layer {layers[0]}"
+    if layers[-1] - layers[0] == len(layers) - 1:
+        return f"Layers {layers[0]}–{layers[-1]}"  # noqa: RUF001
+    return f"Layers {', '.join(map(str, layers))}"
 
 
 def marked(tile: Tile, share: Tensor, scale: int = 1) -> NDArray[np.uint8]:
@@ -160,7 +172,7 @@ class _Block:
             left = MARGIN + self.large_width + GAP + column * (self.small_width + GAP)
             above = top + row * (self.small_height + GAP / 2 + CAPTION)
             share = kept.by_position[group].mean(0)[tile.tokens]
-            name = f"Layer {group[0]}" if len(group) == 1 else f"Layers {group[0]}–{group[-1]}"  # noqa: RUF001
+            name = layer_names([kept.layers[index] for index in group])
             small = (self.small_width, self.small_height)
             self._panel(page, left, above, small, marked(tile, share, scale), name, f"{float(share.mean()):.1%} kept")
 
@@ -218,6 +230,7 @@ def _bars(page: _Page, top: float, kept: Kept) -> None:
         axes.set_xlim(-0.6, len(values) - 0.4)
         axes.set_ylim(0, highest)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(partial(_layer_number, kept.layers))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if highest > 0.04 else 1))
         axes.set_xlabel("layer", size=9, color=MUTED, labelpad=2)
@@ -226,3 +239,8 @@ def _bars(page: _Page, top: float, kept: Kept) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(FAINT)
+
+
+def _layer_number(layers: Sequence[int], place: float, _: int | None) -> str:
+    """The number of the layer whose bar is at a place, nothing beside the bars."""
+    return str(layers[round(place)]) if 0 <= round(place) < len(layers) else ""

@@ -127,9 +127,9 @@ def whole_grid(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
     ]
 
 
-def square_pictures(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+def squares(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
     """Every picture is a square that is seen as a square grid of tokens, row by row (Gemma3)."""
-    return [Picture((tile,), tile.tokens.numel()) for tile in _squares(config, inputs)]
+    return [Picture((tile,), tile.tokens.numel()) for tile in _each_square(config, inputs)]
 
 
 def square_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
@@ -137,18 +137,16 @@ def square_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
 
     Tiles come one after another, and not all families tell how many belong to a picture: each is shown on its own.
     """
-    squares = _squares(config, inputs)
-    if len(squares) == 1:
-        return [Picture(tuple(squares), squares[0].tokens.numel())]
-    count = squares[0].tokens.numel()
+    each = _each_square(config, inputs)
+    count = each[0].tokens.numel()
     tiles = [
-        replace(tile, name=f"tile {number}", tokens=tile.tokens + (number - 1) * count)
-        for number, tile in enumerate(squares, start=1)
+        replace(tile, name=f"tile {number}" if len(each) > 1 else "", tokens=tile.tokens + (number - 1) * count)
+        for number, tile in enumerate(each, start=1)
     ]
     return [Picture(tuple(tiles), len(tiles) * count)]
 
 
-def _squares(config: Any, inputs: Mapping[str, Any]) -> list[Tile]:
+def _each_square(config: Any, inputs: Mapping[str, Any]) -> list[Tile]:
     """All pixels ``[.., N, 3, H, W]`` as squares of equally many tokens."""
     pixels = inputs["pixel_values"]
     if pixels.ndim > 4:

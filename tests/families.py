@@ -96,7 +96,7 @@ def _tower() -> dict[str, Any]:
     return {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def _siglip(side: int = SIDE) -> dict[str, Any]:
+def siglip(side: int = SIDE) -> dict[str, Any]:
     config = tr.SiglipVisionConfig(**_tower(), image_size=side, patch_size=PATCH, vision_use_head=False)
     return config.to_dict() | {"initializer_range": 0.3}
 
@@ -167,7 +167,7 @@ def _llava_next_video(heads: str) -> tr.PreTrainedModel:
 
 def _llava_onevision(heads: str) -> tr.PreTrainedModel:
     config = tr.LlavaOnevisionConfig(
-        vision_config=_siglip(),
+        vision_config=siglip(),
         text_config=tr.Qwen2Config(**text_config(heads)).to_dict(),
         image_token_index=IMAGE_TOKEN,
         video_token_index=VIDEO_TOKEN,
@@ -223,7 +223,7 @@ def _aya_vision(heads: str) -> tr.PreTrainedModel:
         "sliding_window": 8,
     }
     config = tr.AyaVisionConfig(
-        vision_config=_siglip(),
+        vision_config=siglip(),
         text_config=tr.Cohere2Config(**text).to_dict(),
         image_token_index=IMAGE_TOKEN,
     )
@@ -319,7 +319,7 @@ def _gemma3(heads: str, first_layer: str = "sliding_attention") -> tr.PreTrained
         "sliding_window": 8,
     }
     config = tr.Gemma3Config(
-        vision_config=_siglip(),
+        vision_config=siglip(),
         text_config=tr.Gemma3TextConfig(**text).to_dict(),
         image_token_index=IMAGE_TOKEN,
         mm_tokens_per_image=4,
@@ -334,7 +334,7 @@ def _gemma3(heads: str, first_layer: str = "sliding_attention") -> tr.PreTrained
 
 def _paligemma(heads: str) -> tr.PreTrainedModel:
     config = tr.PaliGemmaConfig(
-        vision_config=_siglip() | {"projection_dim": 64},
+        vision_config=siglip() | {"projection_dim": 64},
         text_config=tr.GemmaConfig(**text_config(heads), head_dim=head_dim(heads)).to_dict(),
         image_token_index=IMAGE_TOKEN,
         projection_dim=64,

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
+from sparsight import CompressedCache, recipe
 from sparsight.families import FAMILIES
 from sparsight.prompt import locate
 from sparsight.tiles import find_tiles
@@ -124,6 +125,18 @@ def test_processors_put_the_vision_tokens_where_they_are_looked_for(family, size
         [tile.tokens.flatten() for tile in tiles_of(models.model(family), inputs, made.image_processor, config)]
     )
     assert prompt.vision_mask[0, tokens].all()
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_what_a_processor_returns_goes_straight_into_a_cache(family):
+    inputs, made, config = processed(family, picture(56, 30), picture(40, 60))
+    model = models.fresh_model(family)
+    model.resize_token_embeddings(len(made.tokenizer))
+    model.config.image_token_id = config.image_token_id
+    cache = CompressedCache(model, recipe("vl-cache", budget=1.0), inputs)
+    expected = models.generate(model, inputs, 5)
+    assert torch.equal(models.generate(model, inputs, 5, past_key_values=cache), expected)
+    assert cache.report().vision_tokens == [len(features_of(model, inputs))]
 
 
 @pytest.mark.parametrize("family", REAL)

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from sparsight import RECIPES, CompressedCache, recipe
 from sparsight.entries import growth_step
@@ -69,6 +70,7 @@ def test_what_is_held_is_what_was_planned(family, name):
         assert held.isfinite().all()
     entry = 2 * size * held.element_size()
     alone = compressed.nbytes - sum(layer.nbytes for layer in compressed.compressed)
+    assert (alone > 0) == (report.layers[0] > 0)
     entries = [count for (layer,) in report.held for count in layer]
     assert sum(entries) * entry <= report.bytes_held - alone
     # Room to grow, and a position for each entry.
@@ -146,6 +148,20 @@ def test_beams_and_conversations_at_budget_one_equal_the_full_cache(family):
     assert torch.equal(answers[0][1], answers[1][1])
 
 
+@torch.no_grad()
+def test_what_follows_a_prefix_is_causal_as_with_the_full_cache():
+    # PaliGemma asks the cache whether its prefix, in which tokens see each other, has been seen.
+    model, inputs = models.model("paligemma"), models.inputs("paligemma", ONE_IMAGE)
+    turn = torch.tensor([[7, 8, 9, 10, 11]])
+    types = torch.zeros(1, inputs["input_ids"].shape[1] + 5, dtype=torch.long)
+    logits = []
+    for held in (DynamicCache(), CompressedCache(model, recipe("vl-cache", budget=1.0), inputs)):
+        model(**inputs, past_key_values=held)
+        step = {"input_ids": turn, "attention_mask": torch.ones_like(types), "token_type_ids": types}
+        logits.append(model(**step, past_key_values=held).logits)
+    assert_close(*logits, **CLOSE)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "paligemma", "minicpmv4_6", "qwen3_vl"])
 def test_eager_attention_keeps_what_sdpa_keeps(family):
     model, inputs = models.fresh_model(family), models.inputs(family, ONE_IMAGE, THREE_IMAGES)
@@ -157,3 +173,19 @@ def test_eager_attention_keeps_what_sdpa_keeps(family):
         kept.append([compressed.kept_positions(layer) for layer in compressed.report().layers])
         del compressed
     assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
+
+
+@pytest.mark.parametrize("heads", ["1:1", "1:8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", TINY)
+def test_other_groupings_and_dtypes(family, dtype, heads):
+    model, inputs = models.model(family, heads, dtype), models.inputs(family, ONE_IMAGE, THREE_IMAGES, dtype=dtype)
+    expected = models.logits(model, inputs, 2)
+    for budget in (1.0, 0.3):
+        compressed = CompressedCache(model, recipe("vl-cache", budget=budget), inputs)
+        logits = models.logits(model, inputs, 2, past_key_values=compressed)
+        assert torch.stack(logits).isfinite().all()
+        assert compressed.compressed[0].entries.keys.dtype == dtype
+        assert_close(logits[0], expected[0])
+        if budget == 1.0:
+            assert_close(logits[1], expected[1], rtol=0.1, atol=0.25)

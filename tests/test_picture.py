@@ -72,7 +72,7 @@ def test_a_panel_shows_what_its_layers_keep() -> None:
     kept[2:4, 7] = 1
     # Text before and after the picture is in no panel.
     kept[:, :2] = kept[:, 14:] = 1
-    figure = draw([tile], Kept(kept, [0.1] * 8, None), "title", "subtitle")
+    figure = draw([tile], Kept(range(8), kept, [0.1] * 8, None), "title", "subtitle")
     picture, *groups = panels(figure)[:5]
     assert (picture == 255).all()
     assert len(groups) == 4
@@ -87,7 +87,7 @@ def test_a_panel_shows_what_its_layers_keep() -> None:
 
 def test_every_tile_has_its_own_panels_and_name() -> None:
     tiles = [white_tile(), Tile("Image 2, base", torch.zeros(20, 10, 3), torch.arange(8).view(4, 2))]
-    figure = draw(tiles, Kept(torch.zeros(2, 20), [0.1] * 2, None), "title", "subtitle")
+    figure = draw(tiles, Kept(range(2), torch.zeros(2, 20), [0.1] * 2, None), "title", "subtitle")
     # Two tiles with two layers each, and the legend.
     assert len(panels(figure)) == 2 * 3 + 1
     texts = [text.get_text() for text in figure.texts]
@@ -97,13 +97,15 @@ def test_every_tile_has_its_own_panels_and_name() -> None:
 
 def test_seams_are_drawn_in_every_panel() -> None:
     tile = Tile("", torch.ones(8, 8, 3), torch.arange(16).view(4, 4), seams=((2,), (1, 3)))
-    figure = draw([tile], Kept(torch.zeros(1, 20), [0.1], None), "title", "subtitle")
+    figure = draw([tile], Kept(range(1), torch.zeros(1, 20), [0.1], None), "title", "subtitle")
     for axes in figure.axes[:2]:
         assert sorted(tuple(line.get_xdata()) for line in axes.lines) == [(0, 1), (0.25, 0.25), (0.75, 0.75)]
 
 
 def test_bars_show_shares_and_sparsity() -> None:
-    figure = draw([white_tile()], Kept(torch.zeros(3, 20), [0.1, 0.3, 0.2], [0.9, 0.5, 0.4]), "title", "subtitle")
+    figure = draw(
+        [white_tile()], Kept(range(3), torch.zeros(3, 20), [0.1, 0.3, 0.2], [0.9, 0.5, 0.4]), "title", "subtitle"
+    )
     shares, sparsity = ([bar.get_height() for bar in axes.patches] for axes in figure.axes[-2:])
     assert shares == [0.1, 0.3, 0.2]
     assert sparsity == [0.9, 0.5, 0.4]
@@ -111,8 +113,18 @@ def test_bars_show_shares_and_sparsity() -> None:
     assert {"mean 20.0%", "mean 60.0%"} <= texts
 
 
+def test_layers_go_by_the_models_numbers() -> None:
+    kept = Kept([5, 11, 17, 23, 24, 25, 40, 41], torch.zeros(8, 20), [0.1] * 8, None)
+    figure = draw([white_tile()], kept, "title", "subtitle")
+    figure.canvas.draw()
+    texts = {text.get_text() for text in figure.texts}
+    assert {"Layers 5, 11", "Layers 17, 23", "Layers 24–25", "Layers 40–41"} <= texts  # noqa: RUF001
+    ticks = {label.get_text() for label in figure.axes[-1].get_xticklabels()}
+    assert ticks - {""} == {"5", "11", "17", "23", "24", "25", "40", "41"}
+
+
 def test_sparsity_is_left_out_where_it_was_not_measured() -> None:
-    figure = draw([white_tile()], Kept(torch.zeros(3, 20), [0.1] * 3, None), "title", "subtitle")
+    figure = draw([white_tile()], Kept(range(3), torch.zeros(3, 20), [0.1] * 3, None), "title", "subtitle")
     assert sum(bool(axes.patches) for axes in figure.axes) == 1
 
 
@@ -121,7 +133,7 @@ def test_sparsity_is_left_out_where_it_was_not_measured() -> None:
 def test_nothing_overlaps_or_leaves_the_page(tmp_path: Path, size: tuple[int, int], layers: int) -> None:
     width, height = size
     tokens = torch.arange(width * height // 25).view(height // 5, width // 5)
-    kept = Kept(torch.rand(layers, tokens.numel()), [0.1] * layers, [0.5] * layers)
+    kept = Kept(range(layers), torch.rand(layers, tokens.numel()), [0.1] * layers, [0.5] * layers)
     tile = Tile("Image 2, high-res", torch.ones(height, width, 3), tokens)
     figure = draw([tile], kept, "What vl-cache keeps at a 10% budget", "word " * 40, "footnote")
     save(figure, tmp_path / "picture.png")
@@ -143,7 +155,7 @@ def test_nothing_overlaps_or_leaves_the_page(tmp_path: Path, size: tuple[int, in
 
 
 def test_text_is_drawn_literally_on_one_line() -> None:
-    figure = draw([white_tile()], Kept(torch.zeros(1, 20), [0.1], None), "title", "costs $5 and $6\n_x^2")
+    figure = draw([white_tile()], Kept(range(1), torch.zeros(1, 20), [0.1], None), "title", "costs $5 and $6\n_x^2")
     assert "costs $5 and $6 _x^2" in [text.get_text() for text in figure.texts]
     assert not any(text.get_parse_math() for text in figure.texts)
 
@@ -156,7 +168,7 @@ def test_printable_cuts_and_replaces() -> None:
 
 def test_percentages_at_the_axis_are_exact() -> None:
     for highest in (0.013, 0.05, 0.078, 0.2, 1.0):
-        figure = draw([white_tile()], Kept(torch.zeros(2, 20), [highest, 0.01], None), "title", "subtitle")
+        figure = draw([white_tile()], Kept(range(2), torch.zeros(2, 20), [highest, 0.01], None), "title", "subtitle")
         axis = figure.axes[-1].yaxis
         values = [tick for tick in axis.get_majorticklocs() if tick <= highest]
         assert len(values) > 1

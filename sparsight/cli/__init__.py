@@ -8,7 +8,7 @@ import typer
 from PIL.Image import DecompressionBombWarning
 from transformers.utils import logging
 
-from sparsight.cli import calibrate, generate, inspect, methods
+from sparsight.cli import calibrate, generate, inspect, methods, models
 
 app = typer.Typer(
     help="Compressed KV caches for vision-language models.",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("models")(models.models)
 app.command("calibrate")(calibrate.calibrate)
 
 

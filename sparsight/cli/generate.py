@@ -66,6 +66,7 @@ def describe(given: Answer, report: Report, kept_per_layer: list[float], kv_byte
         "text": given.text,
         "prompt_tokens": report.prompt_tokens[0],
         "vision_tokens": report.vision_tokens[0],
+        "layers": report.layers,
         "kept_per_layer": kept_per_layer,
         "kv_bytes": kv_bytes,
         "full_kv_bytes": report.full_bytes,

@@ -70,10 +70,10 @@ def tiles_of(question: Question) -> list[Tile]:
 
 def kept_of(cache: CompressedCache, report: Report) -> Kept:
     """What a cache kept of its one prompt."""
-    layers = [index for index, layer in enumerate(cache.layers) if layer in cache.compressed]
     return Kept(
+        layers=report.layers,
         by_position=torch.stack(
-            [share_of_heads(cache.kept_positions(layer)[0], cache.prompt.length) for layer in layers]
+            [share_of_heads(cache.kept_positions(layer)[0], cache.prompt.length) for layer in report.layers]
         ),
         by_layer=[kept / report.prompt_tokens[0] for kept in report.kept_per_layer()],
         sparsity=None if report.sparsity is None else [layer[0] for layer in report.sparsity],
@@ -102,6 +102,7 @@ def describe(output: Path, tiles: list[Tile], kept: Kept, report: Report) -> dic
         "budget": report.budget,
         "prompt_tokens": report.prompt_tokens[0],
         "vision_tokens": report.vision_tokens[0],
+        "layers": report.layers,
         "kept_per_layer": report.kept_per_layer(),
         "sparsity_per_layer": kept.sparsity,
         "kv_bytes": report.bytes_held,

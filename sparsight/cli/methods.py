@@ -31,12 +31,17 @@ def methods(as_json: options.Json = False) -> None:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A method's parts and defaults, what it does, and where it was published."""
-    summary, citation = inspect.cleandoc(RECIPES[name].__doc__ or "\n\n").split("\n\n")[:2]
+    """A method's parts and defaults, what it does, and where and when it was first published, by its docstring."""
+    summary, paragraph = inspect.cleandoc(RECIPES[name].__doc__ or "\n\n").split("\n\n")[:2]
+    citation = _reference(paragraph)
+    arxiv = re.search(r"arXiv (\d\d)(\d\d\.\d+)$", citation)
     return {
         **json.loads(RECIPES[name]().to_json()),
         "summary": " ".join(summary.split()),
-        "citation": _reference(citation),
+        "citation": citation,
+        "arxiv": arxiv and arxiv[1] + arxiv[2],
+        # An arXiv number begins with the year.
+        "year": arxiv and f"20{arxiv[1]}",
     }
 
 

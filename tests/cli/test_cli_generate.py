@@ -15,6 +15,7 @@ KEYS = {
     "text",
     "prompt_tokens",
     "vision_tokens",
+    "layers",
     "kept_per_layer",
     "kv_bytes",
     "full_kv_bytes",

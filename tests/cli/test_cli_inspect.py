@@ -81,6 +81,7 @@ def test_the_picture_and_the_json_hold_what_the_cache_keeps(
         "budget": budget,
         "prompt_tokens": report.prompt_tokens[0],
         "vision_tokens": report.vision_tokens[0],
+        "layers": report.layers,
         "kept_per_layer": report.kept_per_layer(),
         "sparsity_per_layer": drawn.kept.sparsity,
         "kv_bytes": report.bytes_held,

@@ -1,0 +1,105 @@
+"""README's tables of methods and model families, from the registries: ``python -m docs.tables`` rewrites them."""
+
+import inspect
+import re
+from pathlib import Path
+
+from sparsight.cli import methods, models
+from sparsight.families import FAMILIES
+from sparsight.recipe import KINDS
+from sparsight.recipes import RECIPES
+from sparsight.tiles import Layout
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def methods_table() -> str:
+    """Every recipe: its paper and year, its parts, and what it does in one line."""
+    rows = []
+    for name in RECIPES:
+        method = methods.describe(name)
+        parts = [f"`{method[role]['kind']}`" for role in KINDS]
+        rows.append(
+            [
+                f"`{name}`",
+                _paper(method["citation"], method["arxiv"]),
+                method["year"] or "",
+                *parts,
+                _line(method["summary"]),
+            ]
+        )
+    return table(["method", "paper", "year", *KINDS, ""], rows)
+
+
+def families_table() -> str:
+    """Every family: its class, where its vision tokens are and which places they stand for, and what is left alone."""
+    rows = []
+    for family in map(models.describe, FAMILIES.values()):
+        tokens = ", ".join(f"`{field}`" for field in family["vision_tokens"])
+        takes = "images, videos" if family["video"] else "images"
+        rows.append(
+            [
+                f"`{family['model_type']}`",
+                f"`{family['class']}`",
+                takes,
+                tokens,
+                f"`{family['layout']}`",
+                family["left_alone"],
+            ]
+        )
+    return table(["model type", "class", "takes", "vision tokens", "seen as", "layers left alone"], rows)
+
+
+def layouts() -> str:
+    """What the layouts are."""
+    used: dict[Layout, None] = dict.fromkeys(family.layout for family in FAMILIES.values())
+    return "\n".join(f"- `{layout.__name__}`: {_line(_summary(layout))}" for layout in used)
+
+
+PARTS = {"methods": methods_table, "families": families_table, "layouts": layouts}
+
+
+def written(readme: str) -> str:
+    """README with the parts between its markers as the registries say.
+
+    Raises:
+        ValueError: a part has no markers.
+    """
+    for name, write in PARTS.items():
+        marked = re.compile(rf"(<!-- {name}: written by make tables -->\n).*?(<!-- end -->)", re.DOTALL)
+        # Nothing in the text is a reference to a group.
+        text = write().replace("\\", "\\\\")
+        readme, found = marked.subn(rf"\g<1>{text}\n\g<2>", readme)
+        if found != 1:
+            raise ValueError(f"README.md has {found} parts between markers for {name!r}, not one.")
+    return readme
+
+
+def _paper(citation: str, arxiv: str | None) -> str:
+    """A citation's title and venue, as a link."""
+    if arxiv is None:
+        return ""
+    title = citation.partition(": ")[2].removesuffix(f", arXiv {arxiv}")
+    return f"[{title}](https://arxiv.org/abs/{arxiv})"
+
+
+def _line(summary: str) -> str:
+    """What a summary says after the name."""
+    text = summary.partition(": ")[2] or summary
+    return text[0].upper() + text[1:].rstrip(".")
+
+
+def _summary(layout: Layout) -> str:
+    """The first sentence of a layout's docstring, without its examples."""
+    first = inspect.cleandoc(layout.__doc__ or "").split("\n\n")[0]
+    return re.sub(r" \([^)]*\)\.$", ".", " ".join(first.split()))
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
