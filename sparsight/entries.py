@@ -154,7 +154,7 @@ class Entries:
     ) -> tuple[Tensor, Tensor]:
         """:meth:`attend`, and the attention that each slot got from all queries, float32 ``[B, H_kv, capacity]``.
 
-        Query heads that share a KV head are averaged into it.
+        Query heads that share a KV head are averaged into it. Padding in a new turn asks nothing.
         """
         keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
         packed = self._pack(query)
@@ -164,6 +164,8 @@ class Entries:
             logits = logits.masked_fill(~mask, -torch.inf)
         weights = logits.softmax(-1)
         output = (weights.to(values.dtype) @ values).reshape(*query.shape[:-1], -1)
+        if recent_mask is not None:
+            weights = weights * recent_mask[:, :, -1].repeat(1, 1, query.shape[1] // self.heads)[..., None]
         got = weights.sum(2) * self.heads / query.shape[1]
         return output, functional.pad(got, (0, self.positions.shape[2] - self.used))
 
