@@ -1,4 +1,4 @@
-"""The command line: ``sparsight generate``, ``sparsight inspect`` and ``sparsight methods``."""
+"""The command line: ``sparsight generate``, ``inspect``, ``eval``, ``analyze`` and ``methods``."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ import typer
 from PIL.Image import DecompressionBombWarning
 from transformers.utils import logging
 
-from sparsight.cli import generate, inspect, methods
+from sparsight.cli import eval, generate, inspect, methods
 
 app = typer.Typer(
     help="Compressed KV caches for vision-language models.",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("eval")(eval.evaluate)
 app.command("methods")(methods.methods)
 
 
