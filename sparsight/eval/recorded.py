@@ -98,8 +98,8 @@ class _Recorder(CompressedCache):
         self, layer: CompressedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         # The key itself knows this cache: keeping it would keep the cache for ever.
-        states = [tensor.detach() for tensor in (query, key, value)]
-        self.states.append(States(*states, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        self.states.append(States(query.detach(), key.detach(), value.detach(), scaling))
         return super()._attend(layer, module, query, key, value, mask, **kwargs)
 
     def _compact(self) -> None:

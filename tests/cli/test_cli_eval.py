@@ -1,7 +1,6 @@
 import json
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from sparsight import RECIPES
 from sparsight.cli import eval as command
+from sparsight.cli import main
 from sparsight.eval.store import CELLS
 from sparsight.zoo import model_path
 from tests import tiny
@@ -63,16 +63,16 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(
     options += ["--limit", "5", "--batch", "1"]
     whole = run_json("eval", *options, "--output", tmp_path / "whole")
     lines = tmp_path / "killed" / CELLS
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from sparsight.cli import main; main()", "eval", *options, "--output", lines.parent],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    # Forked, it need not load torch again.
+    process = multiprocessing.get_context("fork").Process(
+        target=main, args=(["eval", *options, "--output", str(lines.parent)],)
     )
-    while process.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < 5):
+    process.start()
+    while process.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < 5):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = lines.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
     assert before.count(b"\n") < (tmp_path / "whole" / CELLS).read_bytes().count(b"\n")
