@@ -8,7 +8,7 @@ import typer
 from PIL.Image import DecompressionBombWarning
 from transformers.utils import logging
 
-from sparsight.cli import eval, generate, inspect, methods
+from sparsight.cli import analyze, eval, generate, inspect, methods
 
 app = typer.Typer(
     help="Compressed KV caches for vision-language models.",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval.evaluate)
+app.command("analyze")(analyze.analyze_model)
 app.command("methods")(methods.methods)
 
 

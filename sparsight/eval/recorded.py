@@ -46,6 +46,7 @@ class Recorded:
         inputs: what the processor returned for the prompts, on the model's device.
 
     Attributes:
+        prompt: where things are in the prompts.
         logits: of the first token of each answer, ``[B, V]``.
         states: :class:`States` of each layer that can be compressed.
 
@@ -56,6 +57,7 @@ class Recorded:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs = model, inputs
         self._recorder = _Recorder(model, Full(), inputs)
+        self.prompt = self._recorder.prompt
         self.logits = next_logits(model, self._recorder, inputs)
         self.states = self._recorder.states
         self._observed: dict[tuple[Score, Allocate], list[Prefill]] = {}
@@ -68,9 +70,9 @@ class Recorded:
         """
         parts = recipe.score, recipe.allocate
         if parts not in self._observed:
-            prompt, observed = self._recorder.prompt, []
+            observed = []
             for states in self.states:
-                prefill = Prefill(recipe, prompt, states.key, states.value)
+                prefill = Prefill(recipe, self.prompt, states.key, states.value)
                 prefill.observe(states.query, states.scaling)
                 observed.append(prefill)
             self._observed[parts] = observed
