@@ -1,6 +1,6 @@
 """CompressedCache: the one object that a user hands to ``model.generate``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -152,6 +152,12 @@ class CompressedCache(Cache):
                 "The prompts given to the model are padded otherwise than the inputs that the cache was made for: "
                 "give both the same inputs, attention_mask included."
             )
+
+    def adopt(self, prefills: Sequence[Prefill]) -> None:
+        """Compact a prompt that was observed elsewhere, one :class:`~sparsight.prefill.Prefill` a compressed layer."""
+        for layer, prefill in zip(self.compressed, prefills, strict=True):
+            layer.prefill, layer.seen = prefill, prefill.keys.shape[2]
+        self._compact()
 
     @torch.no_grad()
     def _compact(self) -> None:

@@ -18,11 +18,15 @@ def chosen_recipe(model: str, method: str, budget: float, heads: Path | None, **
         ValueError: there is no such method or part, parts cannot go together, or the head scores cannot be read.
     """
     made = recipe(method, budget=budget).combined(**kinds)
-    if not isinstance(made.allocate, VisualHeads):
-        if heads is not None:
-            raise ValueError(f"--heads is for the allocation {VisualHeads.kind!r}, which {made.name} does not have.")
-        return made
+    if heads is not None and not isinstance(made.allocate, VisualHeads):
+        raise ValueError(f"--heads is for the allocation {VisualHeads.kind!r}, which {made.name} does not have.")
+    return with_scores(made, model, heads)
+
+
+def with_scores(made: Recipe, model: str, heads: Path | None) -> Recipe:
+    """A recipe with a model's head scores, if it needs any and there are some: those in a file, or those that ship."""
     if heads is None and model == DEFAULT_MODEL:
         heads = head_scores_path()
-    scores = read_scores(heads) if heads else ()
-    return dataclasses.replace(made, allocate=dataclasses.replace(made.allocate, scores=scores))
+    if heads is None or not isinstance(made.allocate, VisualHeads):
+        return made
+    return dataclasses.replace(made, allocate=dataclasses.replace(made.allocate, scores=read_scores(heads)))

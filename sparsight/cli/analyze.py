@@ -1,0 +1,88 @@
+"""``sparsight analyze``: where a model's attention goes, and how well scores foresee it."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sparsight.cli import options
+from sparsight.eval.analysis import FRACTIONS, analyze, summarise
+from sparsight.eval.analysis_plots import draw_analysis
+from sparsight.eval.prompts import generated, read
+from sparsight.images import MAX_PIXELS
+from sparsight.load import load_checkpoint, load_model, prepare
+from sparsight.parts import check
+from sparsight.picture import save
+
+
+def analyze_model(
+    model: options.Model = options.DEFAULT_MODEL,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines of {"image": ..., "prompt": ...}; generated pages if not given.', metavar="FILE"),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Prompts.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the generated pages.", min=0)] = 0,
+    budget: options.Budget = 0.1,
+    threshold: Annotated[float, typer.Option(help="p of the threshold filter, in (0, 1].")] = 0.01,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 32,
+    output: Annotated[Path, typer.Option(help="Folder for analysis.png and analysis.json.", metavar="DIR")] = Path(
+        "runs/analysis"
+    ),
+    as_json: options.Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_pixels: options.MaxPixels = MAX_PIXELS,
+) -> None:
+    """Show sparsity, what decoding attends to, the hit rates of scores and the shares of layers."""
+    check.fraction("budget", budget)
+    check.fraction("threshold", threshold)
+    asked = list(generated(seed, limit) if prompts is None else read(prompts, limit, max_pixels))
+    checkpoint = load_checkpoint(model)
+    loaded = load_model(checkpoint, device, dtype)
+    console = Console(stderr=True)
+    findings = []
+    for question in track(asked, "Analyzing", console=console, disable=as_json or not console.is_terminal):
+        inputs = prepare(checkpoint, question.images, question.prompt).to(loaded.device, loaded.dtype)
+        findings.append(analyze(loaded, inputs, budget, threshold, max_new_tokens))
+    found = {
+        "model": "the model that ships" if model == options.DEFAULT_MODEL else model,
+        "prompts": len(findings),
+        "source": "generated pages" if prompts is None else str(prompts),
+        "budget": budget,
+        "threshold": threshold,
+        "fractions": FRACTIONS,
+        "layers": list(range(len(findings[0]["sparsity"]["decoding"]))),
+        **summarise(findings),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "analysis.json").write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"Cannot write to {output}: {error.strerror}.") from error
+    save(draw_analysis(found), output / "analysis.png")
+    if as_json:
+        print(json.dumps(found))
+        return
+    shown = Console(highlight=False)
+    shown.print(table(found), "")
+    shown.print(f"Wrote analysis.png and analysis.json in {output}", markup=False)
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Sparsity and attention of each layer."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    shown.add_column("layer", justify="right", header_style="bold cyan")
+    columns = [("sparsity", name) for name in found["sparsity"]] + [("attention", name) for name in found["attention"]]
+    for statistic, name in columns:
+        title = f"{name}\nsparsity" if statistic == "sparsity" else f"looks at\n{name}"
+        shown.add_column(title, justify="right", header_style="bold cyan")
+    for layer in found["layers"]:
+        shown.add_row(
+            str(layer), *(f"{found[statistic][name]['mean'][layer] * 100:.1f} %" for statistic, name in columns)
+        )
+    return shown

@@ -1,0 +1,123 @@
+"""``sparsight eval``: accuracy of methods at budgets, measured on tasks."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sparsight.cli import options
+from sparsight.cli.chosen import with_scores
+from sparsight.eval import report
+from sparsight.eval.results import results
+from sparsight.eval.run import Plan, run, weights_digest
+from sparsight.eval.store import Store
+from sparsight.eval.tasks import TASKS, task
+from sparsight.load import load_checkpoint, load_model
+from sparsight.parts import VisualHeads
+from sparsight.recipe import Recipe
+from sparsight.recipes import RECIPES, recipe
+
+BUDGETS = "0.01,0.05,0.1,0.2,0.4,1.0"
+
+
+def evaluate(
+    model: options.Model = options.DEFAULT_MODEL,
+    tasks: Annotated[
+        str, typer.Option(help=f"{', '.join(TASKS)}, or all; with a size as in look-up:64.", metavar="NAMES")
+    ] = "all",
+    methods: Annotated[str, typer.Option(help="Methods that `sparsight methods` lists, or all.", metavar="NAMES")] = (
+        "all"
+    ),
+    budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = BUDGETS,
+    heads: options.Heads = None,
+    limit: Annotated[int, typer.Option(help="Examples of each task.", min=2)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Examples that are worked on together.", min=1)] = 64,
+    output: Annotated[Path, typer.Option(help="Folder of the run: resumed if it is there.", metavar="DIR")] = Path(
+        "runs/eval"
+    ),
+    as_json: options.Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Measure what methods keep of a model's accuracy at budgets; a stopped run goes on where it was."""
+    plan = Plan(
+        tasks=[task(name) for name in _names(tasks, TASKS)],
+        recipes=_recipes(model, methods, budgets, heads),
+        limit=limit,
+        seed=seed,
+        batch=batch,
+    )
+    checkpoint = load_checkpoint(model)
+    loaded = load_model(checkpoint, device, dtype)
+    about = {
+        "model": "the one that ships" if model == options.DEFAULT_MODEL else model,
+        "weights": weights_digest(loaded),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "seed": seed,
+    }
+    store = Store(output, about)
+    try:
+        with _progress(as_json) as on_progress:
+            run(plan, loaded, checkpoint.processor, store, on_progress)
+    except KeyboardInterrupt as stop:
+        print(f"Stopped. What was measured is in {output}; the same command goes on from there.", file=sys.stderr)
+        raise typer.Exit(130) from stop
+    found = results(plan, store)
+    written = report.write(found, output)
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = Console(highlight=False)
+    for headline, table in report.tables(found):
+        console.print(headline, style="bold")
+        console.print(table, "")
+    console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
+
+
+def _names(text: str, known: Any) -> list[str]:
+    """Names separated by commas, each once, or all that are known."""
+    return list(known) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def _recipes(model: str, methods: str, budgets: str, heads: Path | None) -> list[Recipe]:
+    """Every method at every budget; the full cache, with which all are compared, is measured anyway."""
+    names = [name for name in _names(methods, RECIPES) if name != "full"]
+    made = [with_scores(recipe(name), model, heads) for name in names]
+    # Of all methods, one that needs head scores is left out where there are none.
+    lacking = [each for each in made if each.allocate == VisualHeads()] if methods == "all" else []
+    return [replace(each, budget=budget) for each in made if each not in lacking for budget in _budgets(budgets)]
+
+
+def _budgets(text: str) -> list[float]:
+    """Numbers separated by commas, ascending.
+
+    Raises:
+        ValueError: one of them is no number.
+    """
+    try:
+        return sorted({float(number) for number in text.split(",")})
+    except ValueError as error:
+        raise ValueError(f"Budgets are numbers separated by commas, such as {BUDGETS}, not {text!r}.") from error
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A bar on stderr with the time left, if there is somebody to see it."""
+    console = Console(stderr=True)
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        shown = bar.add_task("Evaluating", total=None)
+        yield lambda text, done, total: bar.update(shown, description=text, completed=done, total=total)

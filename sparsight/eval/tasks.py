@@ -1,0 +1,168 @@
+"""Tasks on generated pages: what is asked, how much of the page the answers need, and which metric tells.
+
+Examples come from a seed and from the held-out split of :mod:`sparsight.zoo`; nothing is downloaded.
+"""
+
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sparsight.suggest import unknown
+from sparsight.zoo.page import PATCH, WIDTH, Page, capacity, random_page
+from sparsight.zoo.tasks import WHICH_IMAGE, Example, ask_page, look_up, pick, read_out
+
+SPLIT = "heldout"
+QUESTIONED = 32
+"""Records on the page of a conversation."""
+
+SMALLEST = 8
+"""Records on the smallest of the growing pages; each next one has as many more."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of example.
+
+    Args:
+        name: what the task is called.
+        summary: what is asked.
+        size: how much of the page matters, as a number of records; what it counts is ``counts``.
+        counts: what ``size`` is the number of.
+        largest: the largest size.
+        metric: the metric that the tables show, a name in :data:`sparsight.eval.metrics.METRICS`.
+        make: an example from random numbers, the size and the number of the example.
+    """
+
+    name: str
+    summary: str
+    size: int
+    counts: str
+    largest: int
+    metric: str
+    make: Callable[[np.random.Generator, int, int], Example]
+
+    @property
+    def label(self) -> str:
+        """Name and size, as ``--tasks`` takes them."""
+        return f"{self.name}:{self.size}"
+
+    def example(self, seed: int, number: int) -> Example:
+        """The example of a number; it does not depend on how many there are."""
+        return self.make(np.random.default_rng([seed, zlib.crc32(self.name.encode()), number]), self.size, number)
+
+
+def _two_pages(rng: np.random.Generator, size: int, number: int) -> Example:
+    pages = tuple(random_page(rng, size, SPLIT) for _ in range(2))
+    which = int(rng.integers(2))
+    question, answer = ask_page(rng, pages[which], 1)[0]
+    return Example(pages, ((pick(rng, WHICH_IMAGE, nth=("first", "second")[which], question=question), answer),))
+
+
+def _growing(rng: np.random.Generator, size: int, number: int) -> Example:
+    steps = max(1, size // SMALLEST)
+    return look_up(rng, SPLIT, min(SMALLEST * (1 + number % steps), size))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="look-up",
+            summary="one record of a page",
+            size=32,
+            counts="records on the page",
+            largest=64,
+            metric="exact",
+            make=lambda rng, size, number: look_up(rng, SPLIT, size),
+        ),
+        Task(
+            name="conversation",
+            summary=f"several records of a page of {QUESTIONED}, one question after the other",
+            size=4,
+            counts="questions",
+            largest=QUESTIONED,
+            metric="exact",
+            make=lambda rng, size, number: look_up(rng, SPLIT, QUESTIONED, questions=size),
+        ),
+        Task(
+            name="transcribe",
+            summary="the whole page, read out",
+            size=12,
+            counts="records on the page",
+            largest=capacity(WIDTH) - 1,
+            metric="rouge_l",
+            make=lambda rng, size, number: read_out(rng, SPLIT, size),
+        ),
+        Task(
+            name="two-pages",
+            summary="one record of the page, of two, that the question names",
+            size=16,
+            counts="records on each page",
+            largest=64,
+            metric="exact",
+            make=_two_pages,
+        ),
+        Task(
+            name="growing",
+            summary=f"one record of pages of {SMALLEST} records, {2 * SMALLEST}, and so on in turn",
+            size=64,
+            counts="records on the largest page",
+            largest=64,
+            metric="exact",
+            make=_growing,
+        ),
+    )
+}
+"""The tasks by name."""
+
+
+def task(text: str) -> Task:
+    """A task by name, ``look-up``, or by name and size, ``look-up:64``.
+
+    Raises:
+        ValueError: there is no such task, or the size is not one it can have.
+    """
+    name, colon, size = text.partition(":")
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    found = TASKS[name]
+    if not colon:
+        return found
+    if not size.isdecimal() or not 1 <= int(size) <= found.largest:
+        counts, largest = found.counts, found.largest
+        raise ValueError(f"Task {name} takes the number of {counts} as its size, 1 to {largest}, not {size!r}.")
+    return replace(found, size=int(size))
+
+
+def records(example: Example) -> int:
+    """Records on the first page of an example."""
+    page = example.images[0]
+    return len(page.records) if isinstance(page, Page) else 0
+
+
+def needed(example: Example) -> float:
+    """Share of the pictures' patches that show a character of a record that an answer needs."""
+    patches = {
+        (number, *patch)
+        for question, answer in example.turns
+        for number, page in enumerate(example.images)
+        if isinstance(page, Page)
+        for patch in _patches(page, question, answer)
+    }
+    return len(patches) / sum((image.height // PATCH) * (WIDTH // PATCH) for image in example.images)
+
+
+def _patches(page: Page, question: str, answer: str) -> set[tuple[int, int]]:
+    """Rows and columns of the patches of a page that a question is about."""
+    key = re.search(r"\b[A-Z]{2}\b", question)
+    asked = [record for record in page.records if key is None or record == (key[0], answer)]
+    printed, centres = "".join(glyph.char for glyph in page.glyphs), page.centres()
+    patches = set()
+    for name, value in asked:
+        found = re.search(rf"{name}[:=./-]*{re.escape(value)}", printed)
+        assert found is not None, f"{name} {value} is not on its page"
+        patches |= {(int(y // PATCH), int(x // PATCH)) for _, x, y in centres[found.start() : found.end()]}
+    return patches

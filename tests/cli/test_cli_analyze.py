@@ -1,0 +1,80 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from sparsight.eval.analysis import analyze, summarise
+from sparsight.images import open_image
+from sparsight.load import load_checkpoint, prepare
+from tests import tiny
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_json_holds_the_analysis_of_the_prompts(
+    run_json: Callable[..., Any], llava: str, image: str, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    questions = ["What is it?", "Where?"]
+    prompts.write_text("".join(json.dumps({"image": image, "prompt": each}) + "\n" for each in questions))
+    found = run_json(
+        "analyze", "--model", llava, "--prompts", prompts, "--budget", 0.3, "--threshold", 0.02, "--max-new-tokens", 5,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert found == json.loads((tmp_path / "out" / "analysis.json").read_text())
+    checkpoint, model = load_checkpoint(llava), AutoModelForImageTextToText.from_pretrained(llava)
+    findings = [analyze(model, prepare(checkpoint, [open_image(image)], each), 0.3, 0.02, 5) for each in questions]
+    expected = summarise(findings)
+    assert {name: found[name] for name in expected} == expected
+    assert (found["prompts"], found["budget"], found["threshold"], found["layers"]) == (2, 0.3, 0.02, [0, 1, 2])
+    picture = np.asarray(Image.open(tmp_path / "out" / "analysis.png").convert("L"))
+    assert picture.std() > 10
+
+
+def test_people_get_a_table_of_the_layers(run: Run, llava_next: str, tmp_path: Path) -> None:
+    code, out, err = run("analyze", "--model", llava_next, "--limit", 2, "--max-new-tokens", 3, "--output", tmp_path)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == [str(layer) for layer in range(tiny.LAYERS)]
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert found["source"] == "generated pages"
+    for layer, row in enumerate(rows):
+        shares = [float(number) for number in row[1:] if number != "%"]
+        assert sum(shares[3:]) == pytest.approx(100, abs=0.2)
+        assert shares[0] == round(found["sparsity"]["prefill"]["mean"][layer] * 100, 1)
+    assert "Wrote analysis.png and analysis.json in" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "2"), "budget must be a number in (0, 1], got 2.0."),
+        (("--threshold", "0"), "threshold must be a number in (0, 1], got 0.0."),
+        (("--prompts", "/nowhere.jsonl"), "Cannot read /nowhere.jsonl: No such file or directory."),
+        (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
+    ],
+)
+def test_what_cannot_be_analyzed_is_refused(
+    run: Run, llava: str, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    given = () if "--model" in options else ("--model", llava)
+    assert run("analyze", *given, *options, "--limit", 1, "--output", tmp_path / "out") == (
+        2,
+        "",
+        f"Error: {message}\n",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(run: Run, llava: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, out, err = run(
+        "analyze", "--model", llava, "--limit", 1, "--max-new-tokens", 2, "--output", tmp_path / "file"
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: Cannot write to {tmp_path / 'file'}: ")

@@ -1,0 +1,145 @@
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsight import RECIPES
+from sparsight.cli import eval as command
+from sparsight.cli import main
+from sparsight.cli.options import DEFAULT_MODEL
+from sparsight.eval.store import CELLS
+from sparsight.zoo import model_path
+from tests import tiny
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ("--tasks", "look-up:2,transcribe:2", "--methods", "vl-cache,elastic", "--budgets", "0.2,0.5", "--limit", 4)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    template = (model_path() / "chat_template.jinja").read_text()
+    return str(tiny.llava(tmp_path_factory.mktemp("talker"), chat_template=template))
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    """Results without what no two runs share."""
+    kept = json.loads(json.dumps(found))
+    for task in kept["tasks"]:
+        del task["full_seconds"]
+        for cell in task["cells"]:
+            del cell["seconds"]
+    return kept
+
+
+def test_json_holds_the_results(run_json: Callable[..., Any], talker: str, tmp_path: Path) -> None:
+    found = run_json("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
+    assert found == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (found["model"], found["seed"], found["examples"], found["dtype"]) == (talker, 0, 4, "float32")
+    assert [task["task"] for task in found["tasks"]] == ["look-up:2", "transcribe:2"]
+    for task in found["tasks"]:
+        cells = [(cell["method"], cell["budget"]) for cell in task["cells"]]
+        assert cells == [("vl-cache", 0.2), ("vl-cache", 0.5), ("elastic", 0.2), ("elastic", 0.5)]
+
+
+def test_people_get_tables_and_the_names_of_the_files(run: Run, talker: str, tmp_path: Path) -> None:
+    code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert "look-up:2, one record of a page: exact match, 4 examples, full cache" in out
+    assert "transcribe:2, the whole page, read out: ROUGE-L, 4 examples, full cache" in out
+    assert out.count("elastic") == 2
+    for name in ("results.json", "report.md", "report.html", "accuracy.png"):
+        assert name in out
+        assert (tmp_path / "run" / name).exists()
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(
+    run_json: Callable[..., Any], talker: str, tmp_path: Path
+) -> None:
+    options = ["--model", talker, "--tasks", "look-up:2", "--methods", "vl-cache,elastic,h2o", "--budgets", "0.2,0.5"]
+    options += ["--limit", "5", "--batch", "1"]
+    whole = run_json("eval", *options, "--output", tmp_path / "whole")
+    lines = tmp_path / "killed" / CELLS
+    # Forked, it need not load torch again.
+    process = multiprocessing.get_context("fork").Process(
+        target=main, args=(["eval", *options, "--output", str(lines.parent)],)
+    )
+    process.start()
+    while process.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    before = lines.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert before.count(b"\n") < (tmp_path / "whole" / CELLS).read_bytes().count(b"\n")
+    resumed = run_json("eval", *options, "--output", lines.parent)
+    assert figures(resumed) == figures(whole)
+    assert lines.read_bytes().startswith(before)
+    assert lines.read_bytes().count(b"\n") == (tmp_path / "whole" / CELLS).read_bytes().count(b"\n")
+
+
+def test_whoever_stops_a_run_is_told_how_it_goes_on(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
+    assert (code, out) == (130, "")
+    assert err == f"Stopped. What was measured is in {tmp_path}; the same command goes on from there.\n"
+
+
+def test_all_are_all_and_the_full_cache_is_always_there() -> None:
+    names = [recipe.name for recipe in command._recipes(DEFAULT_MODEL, "all", "0.1", None)]
+    assert names == [name for name in RECIPES if name != "full"]
+    assert command._recipes(DEFAULT_MODEL, "full", "0.1", None) == []
+    # Of another model nobody has measured which heads read.
+    names = [recipe.name for recipe in command._recipes("other", "all", "0.1", None)]
+    assert names == [name for name in RECIPES if name not in ("full", "sparsemm")]
+
+
+def test_budgets_are_sorted_and_each_is_taken_once() -> None:
+    budgets = [recipe.budget for recipe in command._recipes("other", "vl-cache, vl-cache", "0.5,0.1, 0.5", None)]
+    assert budgets == [0.1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tasks", "lookup"), "Unknown task 'lookup': did you mean 'look-up'?"),
+        (("--tasks", "look-up:0"), "Task look-up takes the number of records on the page as its size, 1 to 64, not"),
+        (("--methods", "vlcache"), "Unknown method 'vlcache': did you mean 'vl-cache'?"),
+        (("--budgets", "0.1,2"), "budget must be a number in (0, 1], got 2.0."),
+        (("--budgets", "0.1;0.2"), "Budgets are numbers separated by commas, such as 0.01,0.05,"),
+        (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    run: Run, talker: str, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    given = () if "--model" in options else ("--model", talker)
+    code, out, err = run("eval", *given, *options, "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_is_refused(run: Run, talker: str, tmp_path: Path) -> None:
+    small = ("--tasks", "look-up:2", "--methods", "vl-cache", "--budgets", "0.5", "--limit", 2)
+    assert run("eval", "--model", talker, *small, "--output", tmp_path)[0] == 0
+    code, out, err = run("eval", "--model", talker, *small, "--seed", 1, "--output", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == f"Error: {tmp_path} holds a run with seed 0, not 1: give --output another folder.\n"
+
+
+def test_a_template_without_turns_is_refused(run: Run, llava: str, tmp_path: Path) -> None:
+    code, _, err = run("eval", "--model", llava, "--tasks", "conversation", "--limit", 2, "--output", tmp_path)
+    assert code == 2
+    assert err == ("Error: The model's chat template rewrites earlier turns, so a conversation cannot be continued.\n")
