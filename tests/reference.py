@@ -40,6 +40,8 @@ class Method:
     head_scores: tuple[tuple[float, ...], ...] = ()
     equal: float = 0.1
     decode: str = ""
+    height: int = 1
+    width: int = 7
 
     @property
     def rule(self) -> str:
@@ -129,6 +131,20 @@ def window_pooled(score: list[float], window: int, pool: int) -> list[float]:
     half = pool // 2
     pooled = [max(score[max(0, j - half) : min(before, j + half + 1)]) for j in range(before)]
     return pooled + [math.inf] * (len(score) - before)
+
+
+def grid_pooled(score: list[float], grids: list[list[list[int]]], height: int, width: int) -> list[float]:
+    """Sparsight: the largest score in a window of the image's patches; without an image, along the sequence."""
+    if not grids:
+        return [max(score[max(0, j - width // 2) : j + width // 2 + 1]) for j in range(len(score))]
+    pooled = list(score)
+    for grid in grids:
+        for y, row in enumerate(grid):
+            for x, position in enumerate(row):
+                lines = grid[max(0, y - height // 2) : y + height // 2 + 1]
+                near = [j for line in lines for j in line[max(0, x - width // 2) : x + width // 2 + 1]]
+                pooled[position] = max(score[j] for j in near)
+    return pooled
 
 
 def pyramid_shares(layers: int, budget: float, steepness: float) -> list[float]:
@@ -301,13 +317,15 @@ class Row:
 class Twin:
     """One run of a method by brute force.
 
-    Tokens with the same number in ``blocks``, but for -1, see each other in both directions.
+    Tokens with the same number in ``blocks``, but for -1, see each other in both directions. ``grids`` are the
+    positions of each image's patches, rows from the top.
     """
 
     method: Method
     vision: list[list[bool]]
     valid: list[list[bool]]
     blocks: list[list[int]] | None = None
+    grids: list[list[list[list[int]]]] | None = None
     attention: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -341,8 +359,10 @@ class Twin:
             gammas = [sparsity(layer, rows, self.method.threshold, seen) for layer in attention]
             vision = self.vision[b][start:stop]
             self.importance = []
+            grids = [[[j - start for j in row] for row in grid] for grid in self.grids[b]] if self.grids else []
             scores = [
-                self.score(layer, rows, vision, keys.shape[1]) for layer, keys in zip(attention, self.keys, strict=True)
+                self.score(layer, rows, vision, keys.shape[1], grids)
+                for layer, keys in zip(attention, self.keys, strict=True)
             ]
             shares = self.layer_shares(gammas, scores, vision)
             for index in range(self.layers):
@@ -360,13 +380,20 @@ class Twin:
             [Row([list(head) for head in row.heads], row.shares, row.fixed) for row in rows] for rows in self.rows
         ]
 
-    def score(self, attention: Tensor, post_vision: list[int], vision: list[bool], kv_heads: int) -> list[list[float]]:
+    def score(
+        self,
+        attention: Tensor,
+        post_vision: list[int],
+        vision: list[bool],
+        kv_heads: int,
+        grids: list[list[list[int]]],
+    ) -> list[list[float]]:
         """Importance of each position, for every KV head of a layer."""
         method, length = self.method, attention.shape[-1]
         if method.name == "streaming-llm":
             return [[float(j) for j in range(length)]] * kv_heads
         rows = list(range(length))
-        if method.name == "vl-cache":
+        if method.name in ("vl-cache", "sparsight"):
             rows = post_vision
         elif method.name == "aircache":
             scores, importance = elite_scores(attention, post_vision, vision, kv_heads, method.elite)
@@ -380,6 +407,8 @@ class Twin:
         scores = sums.tolist()
         if method.name in WINDOWED:
             return [window_pooled(score, method.window, method.pool) for score in scores]
+        if method.name == "sparsight":
+            return [grid_pooled(score, grids, method.height, method.width) for score in scores]
         if method.name == "look-m":
             # More than any attention that a position of this prompt can receive.
             return [
@@ -509,9 +538,10 @@ def run(
     tokens: int,
     vision: Tensor,
     blocks: list[list[int]] | None = None,
+    grids: list[list[list[list[int]]]] | None = None,
 ) -> tuple[Twin, Any]:
     """Greedy generation under a method by brute force: the twin, and ``generate``'s output with its scores."""
-    twin = Twin(method, vision.tolist(), inputs["attention_mask"].bool().tolist(), blocks)
+    twin = Twin(method, vision.tolist(), inputs["attention_mask"].bool().tolist(), blocks, grids)
     with attention_by(model, twin):
         output = model.generate(
             **inputs,

@@ -69,6 +69,11 @@ METHODS = {
         recipe("aircache", budget=0.7, threshold=1.0),
         Method("aircache", 0.7, recent=0, elite=1.0),
     ),
+    "sparsight": (recipe("sparsight", budget=0.2, recent=0.2), Method("sparsight", 0.2, recent=0.2)),
+    "sparsight, tall window": (
+        recipe("sparsight", budget=0.4, height=3, width=3, recent=0.1),
+        Method("sparsight", 0.4, height=3, width=3),
+    ),
     "sparsemm": (
         recipe("sparsemm", budget=0.4, heads=VISUAL_HEADS, window=4),
         Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5),
@@ -88,7 +93,8 @@ def check(family, heads, dtype, batch, method, tokens=8, model=None, blocks_of=N
     inputs = models.inputs(family, *BATCHES[batch], dtype=dtype)
     vision = locate(model.config, inputs).vision_mask
     blocks = blocks_of(inputs) if blocks_of else None
-    twin, expected = reference.run(model, inputs, twin_method, tokens, vision, blocks)
+    grids = [[grid.tolist() for grid in row] for row in locate(model.config, inputs, grids=True).grids]
+    twin, expected = reference.run(model, inputs, twin_method, tokens, vision, blocks, grids)
 
     cache = CompressedCache(model, chosen, inputs)
     first = models.logits(model, inputs, 1, past_key_values=cache)
@@ -154,7 +160,7 @@ def test_every_family_grouping_and_dtype(family, heads, dtype, method):
 
 
 @pytest.mark.parametrize(
-    "method", ["h2o", "streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m", "adakv", "aircache"]
+    "method", ["h2o", "streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m", "adakv", "aircache", "sparsight"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_methods_with_shared_heads_and_other_dtypes(dtype, method):

@@ -15,8 +15,13 @@ from tests import families, models
 from tests.recipes import head_scores, recipe_for
 
 PROMPTS = st.builds(
-    models.Prompt, images=st.integers(0, 2), before=st.integers(1, 20), after=st.one_of(st.just(0), st.integers(1, 40))
+    models.Prompt,
+    images=st.integers(0, 2),
+    before=st.one_of(st.integers(1, 20), st.integers(1, 500)),
+    after=st.one_of(st.just(0), st.integers(1, 40)),
 )
+"""1 to more than 600 tokens."""
+
 BATCHES = st.lists(PROMPTS, min_size=1, max_size=3)
 BUDGETS = st.one_of(st.floats(1e-6, 1.0), st.sampled_from([1e-6, 0.01, 0.1, 1.0]))
 any_case = given(

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from sparsight import RECIPES, ElasticCache, Recipe, VLCache, recipe
+from sparsight import RECIPES, CompressedCache, ElasticCache, Recipe, VLCache, recipe
 from sparsight.parts import (
     Accumulated,
     AcrossHeads,
@@ -15,6 +17,7 @@ from sparsight.parts import (
     SparsityAware,
     Uniform,
 )
+from tests import models
 
 
 def test_vl_cache_has_its_papers_parts_and_numbers():
@@ -68,6 +71,19 @@ def test_heads_that_choose_together_cannot_hold_different_numbers():
 def test_head_scores_that_are_none_are_refused(heads):
     with pytest.raises(ValueError, match="scores must be as many numbers of at least 0 for every layer"):
         recipe("sparsemm", heads=heads)
+
+
+def test_the_guides_example_is_a_method():
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "TextFirst" in code)
+    names: dict = {}
+    exec(example, names)
+    model, inputs = models.model("llava"), models.inputs("llava", models.ONE_IMAGE)
+    made = names["TextFirst"](budget=0.3)
+    assert Recipe.from_json(made.to_json()) == made
+    cache = CompressedCache(model, made, inputs)
+    models.generate(model, inputs, 4, past_key_values=cache)
+    assert cache.report().kept == [[[round(0.3 * 31)] * 2]] * 3
 
 
 def test_a_recipe_cannot_be_changed():

@@ -1,4 +1,4 @@
-"""The published methods by name, one short file each."""
+"""The methods by name, one short file each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,7 @@ from sparsight.recipes.pyramidkv import PyramidKV
 from sparsight.recipes.random import RandomCache
 from sparsight.recipes.snapkv import SnapKV
 from sparsight.recipes.sparsemm import SparseMM
+from sparsight.recipes.sparsight import Sparsight
 from sparsight.recipes.streaming_llm import StreamingLLM
 from sparsight.recipes.vl_cache import VLCache
 from sparsight.suggest import unknown
@@ -31,6 +32,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "look-m": LookM,
     "aircache": AirCache,
     "sparsemm": SparseMM,
+    "sparsight": Sparsight,
     "random": RandomCache,
     "full": Full,
 }
@@ -68,6 +70,7 @@ __all__ = [
     "RandomCache",
     "SnapKV",
     "SparseMM",
+    "Sparsight",
     "StreamingLLM",
     "VLCache",
     "recipe",
