@@ -163,8 +163,9 @@ def test_every_family_grouping_and_dtype(family, heads, dtype, method):
     "method", ["h2o", "streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m", "adakv", "aircache", "sparsight"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_methods_with_shared_heads_and_other_dtypes(dtype, method):
-    check("qwen2_5_vl", "1:8", dtype, "padded batch", method)
+@pytest.mark.parametrize("heads", ["1:1", "1:8"])
+def test_other_methods_with_other_heads_and_dtypes(heads, dtype, method):
+    check("qwen2_5_vl", heads, dtype, "padded batch", method)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
