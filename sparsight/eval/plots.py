@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from sparsight.eval.metrics import METRICS, Metric
+from sparsight.eval.metrics import Metric, metrics_of
 from sparsight.picture import DPI, FAINT, INK, MUTED
 
 COLORS = (
@@ -24,9 +24,8 @@ def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figur
     tasks = results["tasks"]
     figure, panels = _grid(len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
-        shown = METRICS[metric or task["metric"]]
         name = metric or task["metric"]
-        _panel(panel, f"{task['task']}  ({task['examples']} examples)", shown)
+        _panel(panel, f"{task['task']}  ({task['examples']} examples)", metrics_of(task)[name])
         full = task["full"][name]
         panel.axhspan(full["low"], full["high"], color=FAINT, alpha=0.6, linewidth=0)
         panel.axhline(full["value"], color=INK, linewidth=1.1, dashes=(4, 3), label="full cache")
@@ -50,12 +49,12 @@ def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figur
 
 def draw_records(results: Mapping[str, Any], budget: float) -> Figure | None:
     """The own metric of every method against the number of records on the page, where it grows; else None."""
-    tasks = [task for task in results["tasks"] if task["full_by_records"]]
+    tasks = [task for task in results["tasks"] if task.get("full_by_records")]
     if not tasks:
         return None
     figure, panels = _grid(len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
-        _panel(panel, f"{task['task']} at {budget * 100:.3g} %", METRICS[task["metric"]])
+        _panel(panel, f"{task['task']} at {budget * 100:.3g} %", metrics_of(task)[task["metric"]])
         full = task["full_by_records"]
         panel.plot([int(size) for size in full], list(full.values()), color=INK, dashes=(4, 3), label="full cache")
         for order, method in enumerate(methods_of(results)):

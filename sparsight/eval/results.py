@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from sparsight.eval.metrics import METRICS, Metric
+from sparsight.eval.metrics import METRICS, Metric, metrics_of
 from sparsight.eval.run import FULL, Plan
 from sparsight.eval.stats import interval, paired_p_value
 from sparsight.eval.store import Figures, Store
@@ -22,9 +23,10 @@ Cell = dict[str, Any]
 def results(plan: Plan, store: Store) -> dict[str, Any]:
     """What a finished run found, as plain data.
 
-    Of each task: its examples, ``needed`` (the share of the page that the answers need), the full cache's metrics, and
-    a cell for each method and budget. A metric is ``value``, ``low`` and ``high``; of a cell also ``p_value``, None
-    where there is nothing to test against; ``retained`` is the task's own metric over the full cache's.
+    Of each task: its metrics and which is its own, its examples, ``needed`` (the share of the page that the answers
+    need), the full cache's figures, and a cell for each method and budget. A figure is ``value``, ``low`` and ``high``;
+    of a cell also ``p_value``, None where there is nothing to test against; ``retained`` is the task's own metric over
+    the full cache's.
     """
     return {**store.about, "examples": plan.limit, "tasks": [_task(plan, store, task) for task in plan.tasks]}
 
@@ -43,6 +45,7 @@ def _task(plan: Plan, store: Store, task: Task) -> dict[str, Any]:
         "task": task.label,
         "summary": task.summary,
         "metric": task.metric,
+        "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
         "examples": len(full),
         "needed": float(np.mean([figures["needed"] for figures in full])),
         "full": {name: summary(metric, full) for name, metric in METRICS.items()},
@@ -117,4 +120,4 @@ def best(task: Mapping[str, Any], metric: str, budget: float) -> float | None:
     values = [cell["metrics"][metric]["value"] for cell in task["cells"] if cell["budget"] == budget]
     if len(set(values)) < 2:
         return None
-    return max(values) if METRICS[metric].higher_is_better else min(values)
+    return max(values) if metrics_of(task)[metric].higher_is_better else min(values)
