@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsight.eval.metrics import Metric
-from sparsight.eval.results import BASELINE, Cell
+from sparsight.eval.results import BASELINE
 from sparsight.eval.run import FULL
 from sparsight.eval.stats import interval, paired_p_value
 from sparsight.eval.store import Figures, Store
@@ -139,7 +139,7 @@ def _task(store: Store, task: str, recipes: Sequence[Recipe]) -> dict[str, Any]:
     }
 
 
-def _cell(store: Store, task: str, recipe: Recipe, recipes: Sequence[Recipe], names: Sequence[str]) -> Cell:
+def _cell(store: Store, task: str, recipe: Recipe, recipes: Sequence[Recipe], names: Sequence[str]) -> dict[str, Any]:
     """A recipe's figures, each tested against VL-Cache at the same budget where examples have figures of their own."""
     baseline = next((each for each in recipes if (each.name, each.budget) == (BASELINE, recipe.budget)), None)
     figures = {}

@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 
 from sparsight.cache import CompressedCache
 from sparsight.load import load_checkpoint, load_model
 from sparsight.recipes import recipe
-
-MANIFEST = ModelManifest("sparsight", chat_class_path="sparsight.eval.lmms.Sparsight")
 
 
 class Sparsight(lmms):  # type: ignore[misc]

@@ -95,3 +95,34 @@ def test_lmms_eval_finds_what_the_built_in_evaluation_finds(
     )  # fmt: skip
     assert again == theirs
     assert (tmp_path / "theirs" / "cells.jsonl").read_bytes() == lines
+
+
+def test_a_task_that_lmms_eval_does_not_have_is_named(
+    folder: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = run(
+        "eval", "--harness", "lmms-eval", "--include", folder, "--tasks", "pagez", *OPTIONS, "--output", tmp_path
+    )
+    assert (code, out) == (2, "")
+    assert err.endswith("Error: lmms-eval has no task 'pagez'.\n")
+
+
+def test_lmms_eval_knows_the_model_by_name() -> None:
+    from lmms_eval.models import get_model
+
+    from sparsight.eval.lmms import Sparsight
+
+    assert get_model("sparsight") is Sparsight
+
+
+def test_generation_is_what_a_task_asks_for() -> None:
+    from sparsight.eval.lmms import cut, options
+
+    assert options({"max_new_tokens": 9, "temperature": 0, "do_sample": False, "until": ["x"]}) == {
+        "max_new_tokens": 9, "num_beams": 1, "do_sample": False,
+    }  # fmt: skip
+    assert options({"temperature": 0.7, "top_p": 0.9}) == {
+        "max_new_tokens": 1024, "num_beams": 1, "do_sample": True, "temperature": 0.7, "top_p": 0.9,
+    }  # fmt: skip
+    assert cut("one.two;three", [";", "."]) == "one"
+    assert cut("one", "") == cut("one\n\ntwo", "\n\n") == "one"
