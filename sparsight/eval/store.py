@@ -73,8 +73,9 @@ class Store:
         line = {"task": task, "recipe": json.loads(recipe), "seconds": seconds, "examples": examples}
         if aggregate is not None:
             line["aggregate"] = aggregate
-        with open(self.folder / CELLS, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        # In one piece, so that two runs may share a folder, each with tasks of its own.
+        with open(self.folder / CELLS, "ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())
         self._add(json.loads(json.dumps(line)))
 
     def _add(self, line: dict[str, Any]) -> None:

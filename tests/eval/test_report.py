@@ -182,7 +182,8 @@ def test_the_markdown_holds_every_table(found: dict[str, Any], tmp_path: Path) -
     assert "Model `<m> & co` (weights `abc`, float32), seed 7, 40 examples a task." in text
     assert "![" in text and "](accuracy.png)" in text
     tables = re.findall(
-        r"(?m)^\| (.+?) \| 5 % \| 10 % \|\n\|---\|---\|---\|\n\| `vl-cache` \|.*\n\| `snapkv` \|.*\n$", text
+        r"(?m)^\| (.+?), 40 examples \| 5 % \| 10 % \|\n\|---\|---\|---\|\n\| `vl-cache` \|.*\n\| `snapkv` \|.*\n$",
+        text,
     )
     assert len(tables) == 3 * 8
     assert re.search(r"(?m)^\| `snapkv` \| \*\*90\.0\*\*\+ \(\d+\.\d-\d+\.\d\) \| \*\*55\.0\*\* \(", text)
