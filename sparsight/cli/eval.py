@@ -37,7 +37,9 @@ def evaluate(
     budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = BUDGETS,
     limit: Annotated[int, typer.Option(help="Examples of each task.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the examples.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Examples that are worked on together.", min=1)] = 64,
+    batch: Annotated[
+        int, typer.Option(help="Examples that are worked on together; large models need fewer.", min=1)
+    ] = 64,
     output: Annotated[Path, typer.Option(help="Folder of the run: resumed if it is there.", metavar="DIR")] = Path(
         "runs/eval"
     ),

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sparsight.eval.harness import run_harness
+from sparsight.eval.store import Store
 from sparsight.eval.tasks import task
 
 pytest.importorskip("lmms_eval")
@@ -97,14 +99,9 @@ def test_lmms_eval_finds_what_the_built_in_evaluation_finds(
     assert (tmp_path / "theirs" / "cells.jsonl").read_bytes() == lines
 
 
-def test_a_task_that_lmms_eval_does_not_have_is_named(
-    folder: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
-) -> None:
-    code, out, err = run(
-        "eval", "--harness", "lmms-eval", "--include", folder, "--tasks", "pagez", *OPTIONS, "--output", tmp_path
-    )
-    assert (code, out) == (2, "")
-    assert err.endswith("Error: lmms-eval has no task 'pagez'.\n")
+def test_a_task_that_lmms_eval_does_not_have_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lmms-eval has no task 'pagez'\."):
+        run_harness(["pages", "pagez"], [], None, Store(tmp_path, {}), 2, folder)
 
 
 def test_lmms_eval_knows_the_model_by_name() -> None:
