@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that a picture may have. Never EPS, which hands the file to Ghostscript."""
@@ -67,12 +67,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _allow(max_pixels: int) -> Iterator[None]:
-    """Lift Pillow's own limit, which is global, to ``max_pixels`` meanwhile."""
+    """Lift Pillow's own limit, which is global, to ``max_pixels`` meanwhile, and let it refuse what is cut short."""
     with _pillow_limit, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        own = Image.MAX_IMAGE_PIXELS
+        own, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
         Image.MAX_IMAGE_PIXELS = None if own is None else max(own, max_pixels)
+        # Other libraries switch it on for the whole process.
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         try:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = own
+            ImageFile.LOAD_TRUNCATED_IMAGES = truncated

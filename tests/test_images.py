@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sparsight.images import FORMATS, open_image
 
@@ -51,11 +51,13 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
-def test_a_cut_picture_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["refused elsewhere", "accepted elsewhere"])
+def test_a_cut_picture_is_refused(tmp_path: Path, name: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "picture"
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, format=name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", elsewhere)
     with pytest.raises(ValueError, match=r"picture (is damaged or cut short|is not a picture)"):
         open_image(path)
 

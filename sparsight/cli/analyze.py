@@ -9,14 +9,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from sparsight.cache import CompressedCache
 from sparsight.cli import options
-from sparsight.eval.analysis import FRACTIONS, analyze, summarise
+from sparsight.eval.analysis import FRACTIONS, Findings, analyze, summarise
 from sparsight.eval.analysis_plots import draw_analysis
 from sparsight.eval.prompts import generated, read
 from sparsight.images import MAX_PIXELS
 from sparsight.load import load_checkpoint, load_model, prepare
 from sparsight.parts import check
 from sparsight.picture import save
+from sparsight.recipes import Full
 
 
 def analyze_model(
@@ -45,7 +47,8 @@ def analyze_model(
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
     console = Console(stderr=True)
-    findings = []
+    findings: list[Findings] = []
+    inputs: Any = None
     for question in track(asked, "Analyzing", console=console, disable=as_json or not console.is_terminal):
         inputs = prepare(checkpoint, question.images, question.prompt).to(loaded.device, loaded.dtype)
         findings.append(analyze(loaded, inputs, budget, threshold, max_new_tokens))
@@ -56,7 +59,7 @@ def analyze_model(
         "budget": budget,
         "threshold": threshold,
         "fractions": FRACTIONS,
-        "layers": list(range(len(findings[0]["sparsity"]["decoding"]))),
+        "layers": CompressedCache(loaded, Full(), inputs).report().layers,
         **summarise(findings),
     }
     try:
@@ -81,8 +84,8 @@ def table(found: dict[str, Any]) -> Table:
     for statistic, name in columns:
         title = f"{name}\nsparsity" if statistic == "sparsity" else f"looks at\n{name}"
         shown.add_column(title, justify="right", header_style="bold cyan")
-    for layer in found["layers"]:
+    for place, layer in enumerate(found["layers"]):
         shown.add_row(
-            str(layer), *(f"{found[statistic][name]['mean'][layer] * 100:.1f} %" for statistic, name in columns)
+            str(layer), *(f"{found[statistic][name]['mean'][place] * 100:.1f} %" for statistic, name in columns)
         )
     return shown

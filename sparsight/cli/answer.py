@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, TextStreamer
 
 from sparsight.cli.ready import Ready
+from sparsight.eval.metrics import same_tokens
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def answer(ready: Ready, cache: Cache, max_new_tokens: int, on_text: Callable[[s
 
 def agreement(one: Answer, other: Answer) -> float:
     """Share of equal tokens, place by place, over the longer answer."""
-    equal = sum(left == right for left, right in zip(one.tokens, other.tokens, strict=False))
-    return equal / max(len(one.tokens), len(other.tokens))
+    return same_tokens(one.tokens, other.tokens)
 
 
 class _Stream(TextStreamer):

@@ -15,7 +15,7 @@ SIZE = 15.0, 9.2
 
 
 def draw_analysis(found: Mapping[str, Any]) -> Figure:
-    """All statistics of an analysis, as ``summary.json`` holds them, in one picture."""
+    """All statistics of an analysis, as ``analysis.json`` holds them, in one picture."""
     figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(2, 3).flatten().tolist()
     layers, fractions = found["layers"], found["fractions"]

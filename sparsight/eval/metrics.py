@@ -1,6 +1,6 @@
 """Metrics of one answer, and what a table says about many: pure functions and the table of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -92,6 +92,11 @@ METRICS = {
 }
 """The metrics by name. Perplexity and divergence are about all tokens of the right answers, end of sequence included;
 the first of them comes from the prefill itself, which no method changes."""
+
+
+def metrics_of(task: Mapping[str, Any]) -> dict[str, Metric]:
+    """The metrics of a task in results, by name."""
+    return {name: Metric(**fields) for name, fields in task["metrics"].items()}
 
 
 @lru_cache(maxsize=1)

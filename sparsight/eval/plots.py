@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from sparsight.eval.metrics import METRICS, Metric
+from sparsight.eval.metrics import Metric, metrics_of
 from sparsight.picture import DPI, FAINT, INK, MUTED
 
 COLORS = (
@@ -22,11 +22,10 @@ PANEL = 4.3, 3.6
 def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figure:
     """A metric of every method against the budget, the task's own one if not named, a panel for each task."""
     tasks = results["tasks"]
-    figure, panels = _grid(len(tasks))
+    figure, panels, spare = _grid(len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
-        shown = METRICS[metric or task["metric"]]
         name = metric or task["metric"]
-        _panel(panel, f"{task['task']}  ({task['examples']} examples)", shown)
+        _panel(panel, f"{task['task']}  ({task['examples']} examples)", metrics_of(task)[name])
         full = task["full"][name]
         panel.axhspan(full["low"], full["high"], color=FAINT, alpha=0.6, linewidth=0)
         panel.axhline(full["value"], color=INK, linewidth=1.1, dashes=(4, 3), label="full cache")
@@ -44,18 +43,18 @@ def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figur
                 label=method,
             )
         _budget_axis(panel, sorted({cell["budget"] for cell in task["cells"]}))
-    _legend(figure, panels)
+    _legend(figure, panels, spare)
     return figure
 
 
 def draw_records(results: Mapping[str, Any], budget: float) -> Figure | None:
     """The own metric of every method against the number of records on the page, where it grows; else None."""
-    tasks = [task for task in results["tasks"] if task["full_by_records"]]
+    tasks = [task for task in results["tasks"] if task.get("full_by_records")]
     if not tasks:
         return None
-    figure, panels = _grid(len(tasks))
+    figure, panels, spare = _grid(len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
-        _panel(panel, f"{task['task']} at {budget * 100:.3g} %", METRICS[task["metric"]])
+        _panel(panel, f"{task['task']} at {budget * 100:.3g} %", metrics_of(task)[task["metric"]])
         full = task["full_by_records"]
         panel.plot([int(size) for size in full], list(full.values()), color=INK, dashes=(4, 3), label="full cache")
         for order, method in enumerate(methods_of(results)):
@@ -65,7 +64,7 @@ def draw_records(results: Mapping[str, Any], budget: float) -> Figure | None:
                     style = {name: value for name, value in _style(order).items() if name != "elinewidth"}
                     panel.plot([int(size) for size in sizes], list(sizes.values()), **style, label=method)
         panel.set_xlabel("records on the page", size=9, color=MUTED)
-    _legend(figure, panels)
+    _legend(figure, panels, spare)
     return figure
 
 
@@ -74,16 +73,18 @@ def methods_of(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["method"] for task in results["tasks"] for cell in task["cells"]))
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
+def _grid(count: int) -> tuple[Figure, list[Axes], Axes | None]:
+    """A figure, its panels, and a place for the legend if the last row has one to spare."""
     columns = min(3, count)
     rows = -(-count // columns)
+    beside = 0 if rows * columns > count else 1.7
     figure = Figure(
-        figsize=(PANEL[0] * columns + 1.7, PANEL[1] * rows), dpi=DPI, facecolor="white", layout="constrained"
+        figsize=(PANEL[0] * columns + beside, PANEL[1] * rows), dpi=DPI, facecolor="white", layout="constrained"
     )
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for spare in axes[count:]:
         spare.set_axis_off()
-    return figure, axes[:count]
+    return figure, axes[:count], axes[count] if axes[count:] else None
 
 
 def _panel(panel: Axes, title: str, metric: Metric) -> None:
@@ -125,6 +126,10 @@ def _budget_axis(panel: Axes, budgets: Sequence[float]) -> None:
     panel.set_xlabel("budget", size=9, color=MUTED)
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+def _legend(figure: Figure, panels: Sequence[Axes], spare: Axes | None) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    if spare is None:
+        figure.legend(handles, labels, loc="outside right upper", **style)
+    else:
+        spare.legend(handles, labels, loc="center left", ncols=2, **style)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.eval.metrics import METRICS, Metric
+from sparsight.eval.metrics import Metric, metrics_of
 from sparsight.eval.plots import draw_budgets, draw_records, methods_of
 from sparsight.eval.results import BASELINE, best
 from sparsight.picture import save
@@ -45,7 +45,9 @@ def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
 def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
     """The pictures of a run by name."""
     figures = {"accuracy": draw_budgets(results)}
-    figures |= {name: draw_budgets(results, name) for name in ("perplexity", "divergence")}
+    for name in ("perplexity", "divergence"):
+        if all(name in task["metrics"] for task in results["tasks"]):
+            figures[name] = draw_budgets(results, name)
     budgets = budgets_of(results)
     growing = draw_records(results, min(budgets, key=lambda budget: abs(budget - 0.1))) if budgets else None
     return figures | ({"records": growing} if growing is not None else {})
@@ -59,7 +61,7 @@ def budgets_of(results: Mapping[str, Any]) -> list[float]:
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     """For each task a headline and a table for the terminal: methods by budgets, intervals below, the best in bold."""
     for task in results["tasks"]:
-        metric = METRICS[task["metric"]]
+        metric = metrics_of(task)[task["metric"]]
         full = task["full"][task["metric"]]
         shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         shown.add_column("method", header_style="bold cyan")
@@ -87,7 +89,7 @@ def rows(results: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list
 
     The mark is ``+`` or ``-`` where the method is better or worse than VL-Cache at the same budget, p < 0.05.
     """
-    metric = METRICS[name]
+    metric = metrics_of(task)[name]
     table = []
     for method in methods_of(results):
         cells = sorted((cell for cell in task["cells"] if cell["method"] == method), key=lambda cell: cell["budget"])
@@ -123,7 +125,7 @@ def _mark(task: Mapping[str, Any], cell: Mapping[str, Any], name: str) -> str:
         return " "
     own = (BASELINE, cell["budget"])
     baseline = next(other for other in task["cells"] if (other["method"], other["budget"]) == own)
-    better = (found["value"] > baseline["metrics"][name]["value"]) == METRICS[name].higher_is_better
+    better = (found["value"] > baseline["metrics"][name]["value"]) == metrics_of(task)[name].higher_is_better
     return "+" if better else "-"
 
 
@@ -134,7 +136,7 @@ def _render(template: str, results: Mapping[str, Any], pictures: Mapping[str, st
     return environment.get_template(f"{template}.jinja").render(
         results=results,
         budgets=budgets_of(results),
-        metrics=METRICS,
+        metrics_of=metrics_of,
         rows=rows,
         show=show,
         span=span,

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from sparsight.eval.metrics import METRICS, Metric
+from sparsight.eval.metrics import METRICS, Metric, metrics_of
 from sparsight.eval.run import FULL, Plan
 from sparsight.eval.stats import interval, paired_p_value
 from sparsight.eval.store import Figures, Store
@@ -16,15 +17,16 @@ from sparsight.recipe import Recipe
 BASELINE = "vl-cache"
 """The method that each is tested against."""
 
-Cell = dict[str, Any]
+RETAINED = "retained"
+"""The metric that is a task's own one over the full cache's."""
 
 
 def results(plan: Plan, store: Store) -> dict[str, Any]:
     """What a finished run found, as plain data.
 
-    Of each task: its examples, ``needed`` (the share of the page that the answers need), the full cache's metrics, and
-    a cell for each method and budget. A metric is ``value``, ``low`` and ``high``; of a cell also ``p_value``, None
-    where there is nothing to test against; ``retained`` is the task's own metric over the full cache's.
+    Of each task: its metrics and which is its own, its examples, ``needed`` (the share of the page that the answers
+    need), the full cache's figures, and a cell for each method and budget. A figure is ``value``, ``low`` and ``high``;
+    of a cell also ``p_value``, None where there is nothing to test against.
     """
     return {**store.about, "examples": plan.limit, "tasks": [_task(plan, store, task) for task in plan.tasks]}
 
@@ -37,15 +39,31 @@ def _task(plan: Plan, store: Store, task: Task) -> dict[str, Any]:
     cells = []
     for recipe in plan.recipes:
         figures = _examples(plan, store, task, recipe)
-        own = baselines.get(recipe.budget) if recipe.name != BASELINE else None
-        cells.append(_cell(recipe, figures, own, full, task.metric, store.seconds(task.label, recipe.to_json())))
+        baseline = baselines.get(recipe.budget) if recipe.name != BASELINE else None
+        metrics = _metrics(task, figures, full)
+        for name, metric in METRICS.items():
+            metrics[name]["p_value"] = _p_value(metric, figures, baseline)
+        if RETAINED in metrics:
+            metrics[RETAINED]["p_value"] = metrics[task.metric]["p_value"]
+        cells.append(
+            {
+                "method": recipe.name,
+                "budget": recipe.budget,
+                "metrics": metrics,
+                "by_records": by_records(figures, full, task.metric),
+                "seconds": store.seconds(task.label, recipe.to_json()),
+            }
+        )
+    in_full = _metrics(task, full, full)
+    titled = {**METRICS, RETAINED: Metric(f"share of the full cache's {METRICS[task.metric].title}", RETAINED)}
     return {
         "task": task.label,
         "summary": task.summary,
         "metric": task.metric,
+        "metrics": {name: asdict(titled[name]) for name in in_full},
         "examples": len(full),
         "needed": float(np.mean([figures["needed"] for figures in full])),
-        "full": {name: summary(metric, full) for name, metric in METRICS.items()},
+        "full": in_full,
         "full_seconds": store.seconds(task.label, FULL.to_json()),
         "full_by_records": by_records(full, full, task.metric),
         "cells": cells,
@@ -57,28 +75,20 @@ def _examples(plan: Plan, store: Store, task: Task, recipe: Recipe) -> list[Figu
     return [held[number] for number in range(plan.limit)]
 
 
-def _cell(
-    recipe: Recipe,
-    figures: Sequence[Figures],
-    baseline: Sequence[Figures] | None,
-    full: Sequence[Figures],
-    own: str,
-    seconds: float,
-) -> Cell:
-    metrics = {}
-    for name, metric in METRICS.items():
-        metrics[name] = summary(metric, figures)
-        metrics[name]["p_value"] = None
-        if baseline is not None:
-            metrics[name]["p_value"] = paired_p_value(column(figures, metric.figure), column(baseline, metric.figure))
-    return {
-        "method": recipe.name,
-        "budget": recipe.budget,
-        "metrics": metrics,
-        "retained": ratio(column(figures, METRICS[own].figure), column(full, METRICS[own].figure)),
-        "by_records": by_records(figures, full, own),
-        "seconds": seconds,
-    }
+def _metrics(task: Task, figures: Sequence[Figures], full: Sequence[Figures]) -> dict[str, dict[str, Any]]:
+    """Every metric of some examples, and of the task's own one the share of the full cache's, if that is not 0."""
+    own = METRICS[task.metric].figure
+    found = {name: summary(metric, figures) for name, metric in METRICS.items()}
+    if column(full, own).sum():
+        found[RETAINED] = ratio(column(figures, own), column(full, own))
+    return found
+
+
+def _p_value(metric: Metric, figures: Sequence[Figures], baseline: Sequence[Figures] | None) -> float | None:
+    """Of the paired test against the baseline, None where there is none."""
+    if baseline is None:
+        return None
+    return paired_p_value(column(figures, metric.figure), column(baseline, metric.figure))
 
 
 def column(figures: Sequence[Figures], name: str) -> np.ndarray:
@@ -90,14 +100,11 @@ def summary(metric: Metric, figures: Sequence[Figures]) -> dict[str, Any]:
     """A metric of some examples, with its interval."""
     sums = column(figures, metric.figure)
     found = ratio(sums, column(figures, metric.per) if metric.per else np.ones(len(sums)))
-    assert found is not None
     return {name: math.exp(min(value, 700.0)) for name, value in found.items()} if metric.exponential else found
 
 
-def ratio(sums: np.ndarray, weights: np.ndarray) -> dict[str, Any] | None:
-    """A quotient of sums over examples with its interval; None where there is nothing to divide by."""
-    if not weights.sum():
-        return None
+def ratio(sums: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """A quotient of sums over examples, with its interval."""
     low, high = interval(sums, weights)
     return {"value": float(sums.sum() / weights.sum()), "low": low, "high": high}
 
@@ -117,4 +124,4 @@ def best(task: Mapping[str, Any], metric: str, budget: float) -> float | None:
     values = [cell["metrics"][metric]["value"] for cell in task["cells"] if cell["budget"] == budget]
     if len(set(values)) < 2:
         return None
-    return max(values) if METRICS[metric].higher_is_better else min(values)
+    return max(values) if metrics_of(task)[metric].higher_is_better else min(values)

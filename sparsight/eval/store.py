@@ -28,6 +28,7 @@ class Store:
         self.folder, self.about = folder, dict(about)
         self._cells: dict[tuple[str, str], dict[int, Figures]] = {}
         self._seconds: dict[tuple[str, str], float] = {}
+        self._aggregates: dict[tuple[str, str], dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._claim()
@@ -60,21 +61,36 @@ class Store:
         else:
             path.write_text(json.dumps(self.about, indent=2) + "\n")
 
-    def append(self, task: str, recipe: str, examples: Mapping[int, Figures], seconds: float) -> None:
-        """Put some examples of a cell on disk."""
+    def append(
+        self,
+        task: str,
+        recipe: str,
+        examples: Mapping[int, Figures],
+        seconds: float,
+        aggregate: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put some examples of a cell on disk, and what was only measured about all of them together."""
         line = {"task": task, "recipe": json.loads(recipe), "seconds": seconds, "examples": examples}
-        with open(self.folder / CELLS, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if aggregate is not None:
+            line["aggregate"] = aggregate
+        # In one piece, so that two runs may share a folder, each with tasks of its own.
+        with open(self.folder / CELLS, "ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())
         self._add(json.loads(json.dumps(line)))
 
     def _add(self, line: dict[str, Any]) -> None:
         cell = line["task"], json.dumps(line["recipe"])
         self._cells.setdefault(cell, {}).update({int(number): got for number, got in line["examples"].items()})
         self._seconds[cell] = self._seconds.get(cell, 0.0) + line["seconds"]
+        self._aggregates.setdefault(cell, {}).update(line.get("aggregate", {}))
 
     def cell(self, task: str, recipe: str) -> dict[int, Figures]:
         """The figures of a cell so far, by the number of the example."""
         return self._cells.get((task, recipe), {})
+
+    def aggregate(self, task: str, recipe: str) -> dict[str, Any]:
+        """What was measured about all examples of a cell together."""
+        return self._aggregates.get((task, recipe), {})
 
     def seconds(self, task: str, recipe: str) -> float:
         """How long the figures of a cell took."""

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,8 @@ def test_budgets_are_sorted_and_each_is_taken_once() -> None:
         (("--budgets", "0.1,2"), "budget must be a number in (0, 1], got 2.0."),
         (("--budgets", "0.1;0.2"), "Budgets are numbers separated by commas, such as 0.01,0.05,"),
         (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
+        (("--harness", "lmmseval"), "Unknown harness 'lmmseval': did you mean 'lmms-eval'? Known are sparsight, "),
+        (("--harness", "lmms-eval"), "lmms-eval has too many tasks for all of them: name some with --tasks, such as"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -143,3 +146,15 @@ def test_a_template_without_turns_is_refused(run: Run, llava: str, tmp_path: Pat
     code, _, err = run("eval", "--model", llava, "--tasks", "conversation", "--limit", 2, "--output", tmp_path)
     assert code == 2
     assert err == ("Error: The model's chat template rewrites earlier turns, so a conversation cannot be continued.\n")
+
+
+def test_a_missing_harness_is_named(run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lmms_eval" or name == "sparsight.eval.lmms"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    code, out, err = run(
+        "eval", "--model", talker, "--harness", "lmms-eval", "--tasks", "docvqa_val", "--output", tmp_path
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: lmms-eval cannot be used: ")
+    assert err.endswith(" Install it with pip install 'sparsight[lmms-eval]'.\n")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sparsight import RECIPES, CompressedCache, recipe
 from sparsight.eval.recorded import Recorded
@@ -64,6 +65,22 @@ def test_the_states_give_the_attention_that_the_model_pays():
         logits = states.query @ key.mT * states.scaling
         causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
         assert_close(logits.masked_fill(~causal, -torch.inf).softmax(-1), weights)
+
+
+def test_layers_with_a_sliding_window_are_recorded_too():
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Qwen2Config(**models.text_config("1:2"), use_sliding_window=True, sliding_window=16, layer_types=layers)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    inputs, chosen = models.inputs("llama", NO_IMAGE, NO_IMAGE), recipe("vl-cache", budget=0.3)
+    recorded = Recorded(model, inputs)
+    whole = models.generate(model, inputs, 20, past_key_values=CompressedCache(model, chosen, inputs))
+    going_on = {"input_ids": torch.cat([inputs["input_ids"], whole[:, :1]], dim=1)}
+    going_on["attention_mask"] = torch.ones_like(going_on["input_ids"])
+    # The second time nothing of the first must be left.
+    for _ in range(2):
+        tokens = models.generate(model, going_on, 19, past_key_values=recorded.cache(chosen))
+        assert torch.equal(tokens, whole[:, 1:])
 
 
 def test_a_model_keeps_nothing_of_a_record():

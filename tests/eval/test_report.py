@@ -96,8 +96,18 @@ def test_perplexity_and_divergence_are_by_token(found: dict[str, Any]) -> None:
 
 
 def test_what_is_retained_is_a_share_of_the_full_caches(found: dict[str, Any]) -> None:
-    assert cell(found, 0, "snapkv", 0.05)["retained"]["value"] == pytest.approx(36 / 38)
-    assert cell(found, 2, "snapkv", 0.05)["retained"]["value"] == pytest.approx(36 / 38)
+    assert cell(found, 0, "snapkv", 0.05)["metrics"]["retained"]["value"] == pytest.approx(36 / 38)
+    assert cell(found, 2, "snapkv", 0.05)["metrics"]["retained"]["value"] == pytest.approx(36 / 38)
+
+
+def test_nothing_can_be_retained_of_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    for chosen in (FULL, RECIPES[0]):
+        wrong = {number: {**figures(chosen, number), "exact": 0.0} for number in range(4)}
+        store.append(TASKS[0].label, chosen.to_json(), wrong, 1)
+    (only,) = results(Plan(TASKS[:1], RECIPES[:1], 4, 0, 4), store)["tasks"]
+    assert "retained" not in only["metrics"]
+    assert "retained" not in only["cells"][0]["metrics"]
 
 
 def test_each_method_is_tested_against_vl_cache_at_the_same_budget(found: dict[str, Any]) -> None:
@@ -161,8 +171,8 @@ def test_the_written_report_is_complete_and_self_contained(found: dict[str, Any]
     files = {path.name: path.read_bytes() for path in written if path.suffix == ".png"}
     assert sorted(files) == ["accuracy.png", "divergence.png", "perplexity.png", "records.png"]
     assert {base64.b64decode(picture) for picture in pictures} == set(files.values())
-    assert html.count("<table>") == 3 * 7
-    assert html.count("40 examples</caption>") == 3 * 7
+    assert html.count("<table>") == 3 * 8
+    assert html.count("40 examples</caption>") == 3 * 8
     assert 'class="best" title="p = 0.0001 against vl-cache">90.0+<small>' in html
 
 
@@ -172,9 +182,10 @@ def test_the_markdown_holds_every_table(found: dict[str, Any], tmp_path: Path) -
     assert "Model `<m> & co` (weights `abc`, float32), seed 7, 40 examples a task." in text
     assert "![" in text and "](accuracy.png)" in text
     tables = re.findall(
-        r"(?m)^\| (.+?) \| 5 % \| 10 % \|\n\|---\|---\|---\|\n\| `vl-cache` \|.*\n\| `snapkv` \|.*\n$", text
+        r"(?m)^\| (.+?), 40 examples \| 5 % \| 10 % \|\n\|---\|---\|---\|\n\| `vl-cache` \|.*\n\| `snapkv` \|.*\n$",
+        text,
     )
-    assert len(tables) == 3 * 7
+    assert len(tables) == 3 * 8
     assert re.search(r"(?m)^\| `snapkv` \| \*\*90\.0\*\*\+ \(\d+\.\d-\d+\.\d\) \| \*\*55\.0\*\* \(", text)
 
 
