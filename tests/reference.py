@@ -41,7 +41,7 @@ class Method:
     equal: float = 0.1
     decode: str = ""
     height: int = 1
-    width: int = 7
+    width: int = 5
 
     @property
     def rule(self) -> str:

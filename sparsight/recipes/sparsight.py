@@ -4,7 +4,7 @@ from sparsight.parts import Evict, Grow, PostVision, Uniform
 from sparsight.recipe import Recipe
 
 
-def Sparsight(budget: float = 0.1, *, height: int = 1, width: int = 7, recent: float = 0.2) -> Recipe:
+def Sparsight(budget: float = 0.1, *, height: int = 1, width: int = 5, recent: float = 0.1) -> Recipe:
     """Sparsight: what the text after the image attends to, with its neighbours in the image, chosen by every KV head.
 
     VL-Cache's scores, pooled on the image's patch grid: the prompt's queries attend to where an answer begins, and only
