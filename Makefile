@@ -28,7 +28,7 @@ bench: $(VENV)/.ready
 
 # Stopped, it goes on where it was; what is in runs/ is as good as new.
 accuracy: $(VENV)/.ready
-	$(BIN)/sparsight eval --limit 500 --seed 1 --output runs/accuracy
+	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --limit 500 --seed 1 --output runs/accuracy
 	$(BIN)/sparsight analyze --limit 100 --seed 1 --output runs/analysis
 	$(BIN)/python -m bench.accuracy runs/accuracy runs/analysis docs/accuracy.md
 
