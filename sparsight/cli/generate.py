@@ -21,7 +21,7 @@ def generate(
     prompt: options.Prompt,
     model: options.Model = options.DEFAULT_MODEL,
     image: options.Images = None,
-    method: options.Method = "vl-cache",
+    method: options.Method = options.DEFAULT_METHOD,
     budget: options.Budget = 0.1,
     score: options.Score = None,
     allocate: options.Allocate = None,

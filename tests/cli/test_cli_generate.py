@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from sparsight import CompressedCache, recipe
 from sparsight.cli import generate
 from sparsight.cli.answer import Answer, agreement
+from sparsight.cli.options import DEFAULT_METHOD
 from sparsight.images import open_image
 from sparsight.load import load_checkpoint, prepare
 from tests import tiny
@@ -112,7 +113,7 @@ def test_the_answer_is_shown_before_a_table_of_its_figures(
     arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--max-new-tokens", 12)
     code, out, err = run(*arguments)
     cache, text, _ = from_python(
-        llava, [image], lambda weights, inputs: CompressedCache(weights, recipe("vl-cache"), inputs)
+        llava, [image], lambda weights, inputs: CompressedCache(weights, recipe(DEFAULT_METHOD), inputs)
     )
     assert (code, err) == (0, "")
     assert out.startswith(text)
@@ -135,7 +136,7 @@ def test_the_answer_is_streamed(
     monkeypatch.setattr(generate, "_write", pieces.append)
     run("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--max-new-tokens", 12)
     _, text, _ = from_python(
-        llava, [image], lambda weights, inputs: CompressedCache(weights, recipe("vl-cache"), inputs)
+        llava, [image], lambda weights, inputs: CompressedCache(weights, recipe(DEFAULT_METHOD), inputs)
     )
     assert "".join(pieces) == text
     # One piece a token, some of them empty: words are held back until they are complete.
@@ -148,7 +149,7 @@ def test_compare_shows_both_side_by_side(run: Callable[..., tuple[int, str, str]
     )
     lines = [line for line in out.splitlines() if "  " in line]
     assert code == 0
-    assert lines[0].split() == ["vl-cache,", "10%", "full", "cache"]
+    assert lines[0].split() == [f"{DEFAULT_METHOD},", "10%", "full", "cache"]
     kept = next(line for line in lines if line.startswith("entries kept"))
     assert kept.endswith("22.0 (100.0%)")
     # There is no decoding speed with one token, which comes from the prefill.
