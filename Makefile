@@ -22,9 +22,12 @@ lint: $(VENV)/.ready
 tables: $(VENV)/.ready
 	$(BIN)/python -m docs.tables
 
+# The prompt's token and 64 more.
+BENCH := --shape small --contexts 2900 --new-tokens 65 --methods vl-cache,elastic --device cpu --dtype float32
+
 bench: $(VENV)/.ready
-	$(BIN)/python -m bench.core --threads 1 --rounds 12 --output bench/results/core-cpu-1-thread.json
-	$(BIN)/python -m bench.core --threads 2 --rounds 8 --output bench/results/core-cpu-2-threads.json
+	$(BIN)/sparsight bench $(BENCH) --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
+	$(BIN)/sparsight bench $(BENCH) --threads 2 --rounds 8 --output bench/results/small-cpu-2-threads
 
 train: $(VENV)/.ready
 	$(BIN)/python -m training.train
