@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint tables bench train eval-model clean
+.PHONY: demo test test-gpu lint tables bench train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find ND on the page." --compare
@@ -13,6 +13,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/kernels
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
