@@ -86,8 +86,7 @@ def _normalise(
     tl.store(maxima + place, maximum, row < queries * group)
     seen_any = maximum > float("-inf")
     normaliser = tl.where(seen_any, maximum + tl.log(tl.where(seen_any, total, 1.0)), float("-inf"))
-    # Where every logit is NaN there is no maximum, but the total tells.
-    tl.store(normalisers + place, tl.where(total == total, normaliser, total), row < queries * group)
+    tl.store(normalisers + place, normaliser, row < queries * group)
 
 
 @triton.jit
