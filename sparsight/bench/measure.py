@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparsight.bench import machine
 from sparsight.bench.machine import Stopwatch
-from sparsight.cache import CompressedCache
+from sparsight.cache import CompressedCache, layer_bytes
 from sparsight.prefill import Prefill
 
 
@@ -99,7 +99,7 @@ def _watched(owner: type, name: str, watch: Stopwatch) -> Iterator[None]:
 def _bytes(cache: Any) -> tuple[int, int]:
     """Bytes that a cache occupies, and of them those of keys and values."""
     if not isinstance(cache, CompressedCache):
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held = sum(map(layer_bytes, cache.layers))
         return held, held
     entries = [layer.entries for layer in cache.compressed if layer.entries is not None]
     others = cache.nbytes - sum(layer.nbytes for layer in cache.compressed)

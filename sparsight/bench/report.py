@@ -12,26 +12,32 @@ from sparsight.bench.plots import draw_growth, draw_speed_up
 from sparsight.picture import save
 
 Cell = Mapping[str, Any]
+RESULTS = "bench.json"
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that results go to.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS).touch()
+    except OSError as error:
+        raise ValueError(f"Cannot write to {folder}: {error.strerror}.") from error
 
 
 def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``bench.json`` and the pictures into a folder, and return their paths.
-
-    Raises:
-        ValueError: a file cannot be written.
-    """
+    """Write ``bench.json`` and the pictures into a folder that is there, and return their paths."""
     measured = [cell for cell in found["cells"] if cell["reason"] is None]
     figures = {"growth.png": draw_growth(measured)} if measured else {}
     if any(cell["of_full"]["token"] is not None for cell in measured):
         figures["speed-up.png"] = draw_speed_up(measured)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise ValueError(f"Cannot write to {folder}: {error.strerror}.") from error
+    (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     for name, figure in figures.items():
         save(figure, folder / name)
-    return [folder / name for name in ("bench.json", *figures)]
+    return [folder / name for name in (RESULTS, *figures)]
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:

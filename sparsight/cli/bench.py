@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from sparsight.bench import machine, report
 from sparsight.bench.results import results
 from sparsight.bench.run import RIVALS, Plan, run
-from sparsight.bench.shapes import SHAPES, parameters, random_model, weight_bytes
+from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
+from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.cli.lists import budget_list, count_list, names
 from sparsight.cli.progress import progress
@@ -68,6 +69,12 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = _random(shape, device, dtype) if model is None else load_model(load_checkpoint(model), device, dtype)
+    if loaded.device.type not in machine.COPIED_BYTES:
+        raise ValueError(f"Measuring needs the device cpu or cuda, not {loaded.device.type!r}.")
+    for each in plan.recipes:
+        # Refuses what the model cannot take before anything is measured.
+        CompressedCache(loaded, each, random_inputs(loaded, length=1, batch=1))
+    report.make_folder(output)
     weights, room = weight_bytes(loaded), machine.available_bytes(loaded.device)
     with progress("Measuring", quiet=as_json) as on_progress:
         measured = list(run(plan, loaded, on_progress))

@@ -7,6 +7,7 @@ from sparsight.bench.measure import measure
 from sparsight.bench.shapes import random_inputs
 from sparsight.prefill import Prefill
 from tests.bench.conftest import ENTRY
+from tests.models import model as tiny_model
 
 
 @pytest.fixture
@@ -33,6 +34,16 @@ def test_a_method_holds_its_budget_after_the_prefill(model, inputs, method):
 def test_the_full_recipe_holds_as_much_as_plain_transformers(model, inputs):
     cache = CompressedCache(model, recipe("full"), inputs)
     assert measure(model, inputs["input_ids"], cache, 2).entry_bytes == 2 * 3 * 2 * 150 * ENTRY
+
+
+@pytest.mark.parametrize("family", ["gemma3", "minicpmv4_6"])
+def test_layers_that_are_left_alone_count_in_full(family):
+    mixed = tiny_model(family)
+    prompt = random_inputs(mixed, 150, 1)
+    plain = DynamicCache(config=mixed.config.get_text_config())
+    cache = CompressedCache(mixed, recipe("full"), prompt)
+    held = [measure(mixed, prompt["input_ids"], each, 2).entry_bytes for each in (plain, cache)]
+    assert held[0] == held[1] > 0
 
 
 def test_every_stage_is_counted_once(model, inputs, monkeypatch):

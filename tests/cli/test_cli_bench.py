@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 from sparsight.bench import machine
 from sparsight.bench import shapes as module
+from sparsight.cli import bench as command
 from sparsight.recipes import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -96,6 +97,15 @@ def test_what_cannot_be_measured_is_refused(run: Run, tmp_path: Path, options: t
     assert err.startswith(f"Error: {message}")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: Cannot write to {taken}: File exists.\n")
 
 
 def test_weights_that_do_not_fit_are_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
