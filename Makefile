@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint tables bench accuracy train eval-model clean
+.PHONY: demo test test-gpu lint tables bench accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find ND on the page." --method vl-cache --compare
@@ -13,6 +13,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/kernels
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -22,9 +25,12 @@ lint: $(VENV)/.ready
 tables: $(VENV)/.ready
 	$(BIN)/python -m docs.tables
 
+# The prompt's token and 64 more.
+BENCH := --shape small --contexts 2900 --new-tokens 65 --methods vl-cache,elastic --device cpu --dtype float32
+
 bench: $(VENV)/.ready
-	$(BIN)/python -m bench.core --threads 1 --rounds 12 --output bench/results/core-cpu-1-thread.json
-	$(BIN)/python -m bench.core --threads 2 --rounds 8 --output bench/results/core-cpu-2-threads.json
+	$(BIN)/sparsight bench $(BENCH) --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
+	$(BIN)/sparsight bench $(BENCH) --threads 2 --rounds 8 --output bench/results/small-cpu-2-threads
 
 # Stopped, it goes on where it was; what is in runs/ is as good as new.
 accuracy: $(VENV)/.ready

@@ -1,1 +1,1 @@
-"""Benchmarks that the documentation quotes, with their committed results."""
+"""Measurements that the documentation quotes, with their committed results."""

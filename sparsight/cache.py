@@ -251,7 +251,7 @@ class CompressedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors of the cache occupy."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
+        return sum(layer_bytes(layer) for layer in self.layers)
 
     def report(self) -> Report:
         """Entries kept and held, sparsity, and bytes against the full cache's."""
@@ -268,7 +268,7 @@ class CompressedCache(Cache):
             held=[held.by_head(held.held) for _, held in compacted],
             sparsity=self._sparsity,
             bytes_held=self.nbytes,
-            full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(_layer_bytes, others)),
+            full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
         )
 
 
@@ -284,7 +284,7 @@ def _language_part(model: PreTrainedModel) -> PreTrainedModel:
     return language
 
 
-def _layer_bytes(layer: Any) -> int:
+def layer_bytes(layer: Any) -> int:
     """Bytes that one layer's tensors occupy."""
     if isinstance(layer, CompressedLayer):
         return layer.nbytes

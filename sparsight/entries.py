@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsight import kernels
+
 LEAST_GROWTH = 16
 """Slots by which storage grows at least when it is full."""
 
@@ -152,6 +154,8 @@ class Entries:
         Returns:
             ``[B, H, q, D]``.
         """
+        if query.shape[2] == 1 and kernels.usable(query, self.keys, self.values):
+            return kernels.attend(query, self.keys, self.values, self.positions, *self._rows(), scaling)
         keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
         mask = self._mask(query, recent_mask)
         output = functional.scaled_dot_product_attention(self._pack(query), keys, values, attn_mask=mask, scale=scaling)
@@ -178,6 +182,11 @@ class Entries:
             weights = weights * tokens[..., None]
         got = weights.sum(2) * self.heads / query.shape[1]
         return output, functional.pad(got, (0, self.positions.shape[2] - self.used))
+
+    def _rows(self) -> tuple[list[int], list[int]]:
+        """First slot of each KV head of each sequence, all slots counted, and how many are in use."""
+        rows, capacity = len(self.held) * self.heads, self.keys.shape[2]
+        return list(range(0, rows * capacity, capacity)), [self.used] * rows
 
     def _pack(self, query: Tensor) -> Tensor:
         """Queries ``[B, H_kv, G * q, D]``: the query heads of a group are rows of one KV head, no key is repeated."""

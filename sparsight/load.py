@@ -73,12 +73,7 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"There is no device {device!r}: {_first_sentence(error)}") from error
+    device = find_device(device)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint.name, config=checkpoint.config, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -92,6 +87,21 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
             f"The weights of {checkpoint.name} are incomplete: {len(missing)} are missing, {missing[0]} first."
         )
     return model.to(device).eval()
+
+
+def find_device(name: str) -> str:
+    """A torch device by name; ``auto`` is the first GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"There is no device {name!r}: {_first_sentence(error)}") from error
+    return name
 
 
 def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> BatchFeature:

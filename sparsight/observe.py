@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sparsight import kernels
+
 BLOCK_KEYS = 4096
 """Keys that are worked on together: more than that take a second pass."""
 
@@ -32,6 +34,23 @@ def attention_sums(
         The column sums ``sum_i A[h, i, j]``, float32 ``[H_kv, S]``; and with a threshold the number of weights that the
         filter zeroes, ``A[h, i, j] < p * max_j A[h, i, j]``, in all query heads, int64 scalar.
     """
+    compute = kernels.attention_sums if kernels.usable(query, key) else _blocked_sums
+    sums, survivors = compute(query, key, scaling, threshold, visible)
+    if threshold is None:
+        return sums, None
+    # Of the visible weights the filter zeroes all but the survivors.
+    return sums, visible_pairs(query.shape[1], key.shape[1], visible) * len(query) - survivors
+
+
+def visible_pairs(rows: int, keys: int, visible: Tensor | None = None) -> Tensor | int:
+    """Pairs of a query and a key that it sees, in one head, for what :func:`attention_sums` is given."""
+    return rows * (keys - rows) + rows * (rows + 1) // 2 if visible is None else visible.sum()
+
+
+def _blocked_sums(
+    query: Tensor, key: Tensor, scaling: float, threshold: float | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Column sums, and how many weights survive the threshold filter in all query heads, block by block."""
     kv_heads, keys, size = key.shape
     rows = query.shape[1]
     query = query.unflatten(0, (kv_heads, -1))
@@ -51,15 +70,7 @@ def attention_sums(
             sums[heads, column] += weights.sum(1) / group
             if threshold is not None:
                 survivors += weights.ge_(threshold * top).sum().long()
-    if threshold is None:
-        return sums, None
-    # Of the visible weights the filter zeroes all but the survivors.
-    return sums, visible_pairs(rows, keys, visible) * kv_heads * group - survivors
-
-
-def visible_pairs(rows: int, keys: int, visible: Tensor | None = None) -> Tensor | int:
-    """Pairs of a query and a key that it sees, in one head, for what :func:`attention_sums` is given."""
-    return rows * (keys - rows) + rows * (rows + 1) // 2 if visible is None else visible.sum()
+    return sums, survivors
 
 
 def _weights(queries: Tensor, key: Tensor, hide: Hide, columns: list[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:

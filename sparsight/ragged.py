@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from sparsight import kernels
 from sparsight.entries import VACANT, Entries, growth_step, writable
 
 
@@ -122,7 +123,9 @@ class RaggedEntries:
         return torch.cat([self._row(row).positions_at([index], next_position) for row, index in enumerate(indices)])
 
     def attend(self, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
-        """:meth:`Entries.attend`, row by row."""
+        """:meth:`Entries.attend`, row by row where no kernel takes all of them."""
+        if query.shape[2] == 1 and kernels.usable(query, self.keys, self.values):
+            return kernels.attend(query, self.keys, self.values, self.flat_positions, self.starts, self.used, scaling)
         rows = [self._row(row).attend(*self._asked(row, query, recent_mask), scaling) for row in range(len(self.held))]
         return torch.cat(rows).reshape(*query.shape[:-1], -1)
 

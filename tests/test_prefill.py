@@ -22,7 +22,7 @@ def test_queries_in_the_middle_see_later_keys_where_the_mask_says_so():
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(2, heads, 9, 4, generator=generator) for heads in (4, 2, 2))
     spans = (Span(1, 6, 9), Span(0, 7, 8))
-    prompt = Prompt(torch.zeros(2, 9, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool), spans)
+    prompt = Prompt(torch.zeros(2, 9, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool), spans, ((), ()))
     # The first six tokens see each other.
     visible = torch.ones(9, 9, dtype=torch.bool).tril()
     visible[:6, :6] = True

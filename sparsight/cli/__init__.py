@@ -8,7 +8,7 @@ import typer
 from PIL.Image import DecompressionBombWarning
 from transformers.utils import logging
 
-from sparsight.cli import analyze, calibrate, eval, generate, inspect, methods, models
+from sparsight.cli import analyze, bench, calibrate, eval, generate, inspect, methods, models
 
 app = typer.Typer(
     help="Compressed KV caches for vision-language models.",
@@ -20,6 +20,7 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval.evaluate)
 app.command("analyze")(analyze.analyze_model)
+app.command("bench")(bench.bench)
 app.command("methods")(methods.methods)
 app.command("models")(models.models)
 app.command("calibrate")(calibrate.calibrate)

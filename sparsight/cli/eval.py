@@ -2,18 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsight.cli import options
 from sparsight.cli.chosen import with_scores
+from sparsight.cli.lists import budget_list, names
+from sparsight.cli.progress import progress
 from sparsight.eval import report
 from sparsight.eval.results import results
 from sparsight.eval.run import Plan, run, weights_digest
@@ -62,11 +61,11 @@ def evaluate(
         raise unknown("harness", harness, HARNESSES)
     recipes = _recipes(model, methods, budgets, heads)
     try:
-        with _progress(as_json) as on_progress:
+        with progress("Evaluating", quiet=as_json) as on_progress:
             if harness == "lmms-eval":
                 found = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
-                plan = Plan([task(name) for name in _names(tasks, TASKS)], recipes, limit, seed, batch)
+                plan = Plan([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
                 found = _generated(model, plan, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
         print(f"Stopped. What was measured is in {output}; the same command goes on from there.", file=sys.stderr)
@@ -127,42 +126,10 @@ def _about(model: str, loaded: Any) -> dict[str, Any]:
     }
 
 
-def _names(text: str, known: Any) -> list[str]:
-    """Names separated by commas, each once, or all that are known."""
-    return list(known) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
-
-
 def _recipes(model: str, methods: str, budgets: str, heads: Path | None) -> list[Recipe]:
     """Every method at every budget; the full cache, with which all are compared, is measured anyway."""
-    names = [name for name in _names(methods, RECIPES) if name != "full"]
-    made = [with_scores(recipe(name), model, heads) for name in names]
+    chosen = [name for name in names(methods, RECIPES) if name != "full"]
+    made = [with_scores(recipe(name), model, heads) for name in chosen]
     # Of all methods, one that needs head scores is left out where there are none.
     lacking = [each for each in made if each.allocate == VisualHeads()] if methods == "all" else []
-    return [replace(each, budget=budget) for each in made if each not in lacking for budget in _budgets(budgets)]
-
-
-def _budgets(text: str) -> list[float]:
-    """Numbers separated by commas, ascending.
-
-    Raises:
-        ValueError: one of them is no number.
-    """
-    try:
-        return sorted({float(number) for number in text.split(",")})
-    except ValueError as error:
-        raise ValueError(f"Budgets are numbers separated by commas, such as {BUDGETS}, not {text!r}.") from error
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """A bar on stderr with the time left, if there is somebody to see it."""
-    console = Console(stderr=True)
-    columns: Sequence[Any] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        shown = bar.add_task("Evaluating", total=None)
-        yield lambda text, done, total: bar.update(shown, description=text, completed=done, total=total)
+    return [replace(each, budget=budget) for each in made if each not in lacking for budget in budget_list(budgets)]

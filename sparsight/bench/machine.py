@@ -1,0 +1,111 @@
+"""What a machine has: memory, bandwidth, clocks."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""A copy that is timed should be far larger than the caches."""
+
+COPIES = 3
+
+
+def describe(device: torch.device) -> str:
+    """The processor that runs the model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of a device that is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = _fields(Path("/proc/meminfo"))
+    free = meminfo.get("MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # A container may be allowed less than the machine has.
+    with suppress(OSError, ValueError):
+        allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, allowed - _fields(Path("/proc/self/status"))["VmRSS"])
+    return free
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Begin to look for the highest use of memory; whether this machine tells it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The highest use of memory since :func:`reset_peak`: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _fields(Path("/proc/self/status"))["VmHWM"]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes, the best of a few."""
+    source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    seconds = []
+    for _ in range(COPIES):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(seconds)
+
+
+class Stopwatch:
+    """Seconds spent in parts of a run, on the device's own clock so that nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens meanwhile."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+
+    def seconds(self) -> float:
+        """What was counted so far."""
+        synchronize(self.device)
+        return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Bytes by name, of a file of the kernel's with lines such as ``VmHWM:  10 kB``."""
+    if not path.exists():
+        return {}
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1:] == ["kB"]}

@@ -1,0 +1,94 @@
+"""The results of a run as plain data: medians with their spread, and ratios taken within each round."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparsight.bench.measure import Sample
+from sparsight.bench.run import KEPT_LENGTH, TRANSFORMERS, Cell
+
+Take = Callable[[Sample], float]
+TIMES: dict[str, Take] = {
+    "first_token": lambda sample: sample.first_token,
+    "token": lambda sample: sample.token,
+    "end_to_end": lambda sample: sample.end_to_end,
+}
+"""What is compared with plain transformers."""
+
+
+def results(
+    measured: Sequence[tuple[Sequence[Cell], float]], new_tokens: int, weights: int, room: int
+) -> list[dict[str, Any]]:
+    """What was found of every cell.
+
+    ``seconds`` of each stage are ``median``, ``low`` and ``high`` over the rounds. ``of_full`` are its times and bytes
+    over those of plain transformers, ``of_kept_length`` its time for a token over that of plain transformers given a
+    prompt of the kept length, ``of_limit`` over the limit, ``token_limit``: the time that the machine's copy bandwidth
+    takes for the weights and the entries held. Where there is nothing to compare with they are None. A cell that could
+    not be measured has its ``reason`` and nothing else.
+
+    Args:
+        measured: of each size the cells, and the copy bandwidth in bytes a second.
+        new_tokens: tokens of an answer.
+        weights: bytes of the weights that a decode step reads.
+        room: bytes of memory that the weights leave.
+    """
+    return [_cell(cell, size, bandwidth, new_tokens, weights, room) for size, bandwidth in measured for cell in size]
+
+
+def _cell(
+    cell: Cell, size: Sequence[Cell], bandwidth: float, new_tokens: int, weights: int, room: int
+) -> dict[str, Any]:
+    about = {
+        "context": cell.context,
+        "batch": cell.batch,
+        "method": cell.method,
+        "budget": cell.budget,
+        "prompt_tokens": cell.prompt_tokens,
+        "reason": cell.reason,
+    }
+    if cell.reason is not None:
+        return about
+    samples = cell.samples
+    full = next((other for other in size if other.method == TRANSFORMERS), None)
+    kept = next((other for other in size if (other.method, other.budget) == (KEPT_LENGTH, cell.budget)), None)
+    limit = (weights + samples[0].entry_bytes) / bandwidth
+    peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
+    stages: dict[str, Take] = {
+        **TIMES,
+        "statistics": lambda sample: sample.statistics,
+        "compaction": lambda sample: sample.compaction,
+    }
+    return {
+        **about,
+        "seconds": {name: _spread([take(sample) for sample in samples]) for name, take in stages.items()},
+        "tokens_per_second": cell.batch * new_tokens / _median(TIMES["end_to_end"], samples),
+        "bytes_held": samples[0].bytes_held,
+        "entry_bytes": samples[0].entry_bytes,
+        "peak_bytes": max(peaks, default=None),
+        "batch_that_fits": room * cell.batch // samples[0].bytes_held,
+        "of_full": {
+            **{name: _ratio(cell, full, take) for name, take in TIMES.items()},
+            "bytes": _ratio(cell, full, lambda sample: sample.bytes_held),
+        },
+        "of_kept_length": _ratio(cell, kept, TIMES["token"]),
+        "token_limit": limit,
+        "of_limit": _median(TIMES["token"], samples) / limit,
+        "copy_bandwidth": bandwidth,
+    }
+
+
+def _ratio(cell: Cell, reference: Cell | None, take: Take) -> float | None:
+    """Median of the ratios within each round; None where there is no reference."""
+    if reference is None or reference.reason is not None:
+        return None
+    pairs = zip(cell.samples, reference.samples, strict=True)
+    return statistics.median(take(sample) / take(other) for sample, other in pairs)
+
+
+def _median(take: Take, samples: Sequence[Sample]) -> float:
+    return statistics.median(take(sample) for sample in samples)
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}

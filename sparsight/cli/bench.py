@@ -1,0 +1,135 @@
+"""``sparsight bench``: speed and memory of methods, against plain transformers and the machine's limit."""
+
+import json
+import platform
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from sparsight.bench import machine, report
+from sparsight.bench.results import results
+from sparsight.bench.run import RIVALS, Plan, run
+from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
+from sparsight.cache import CompressedCache
+from sparsight.cli import options
+from sparsight.cli.lists import budget_list, count_list, names
+from sparsight.cli.progress import progress
+from sparsight.load import DTYPES, find_device, load_checkpoint, load_model
+from sparsight.recipe import Recipe
+from sparsight.recipes import recipe
+from sparsight.suggest import unknown
+
+
+def bench(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a vision-language model, instead of a shape.")
+    ] = None,
+    shape: Annotated[
+        str, typer.Option(help=f"Language part with random weights: {', '.join(SHAPES)}.", metavar="NAME")
+    ] = "small",
+    contexts: Annotated[str, typer.Option(help="Prompt tokens; 2k is 2048.", metavar="NUMBERS")] = "2k,8k",
+    batch: Annotated[str, typer.Option(help="Prompts answered together.", metavar="NUMBERS")] = "1",
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=2)] = 100,
+    methods: Annotated[
+        str, typer.Option(help="Methods that `sparsight methods` lists.", metavar="NAMES")
+    ] = "full,vl-cache,elastic",
+    budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = "0.1",
+    against: Annotated[
+        str, typer.Option(help=f"What methods are compared with: {', '.join(RIVALS)}, or none.", metavar="NAMES")
+    ] = ",".join(RIVALS),
+    rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.", min=1)] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for bench.json, speed-up.png and growth.png.", metavar="DIR")
+    ] = Path("runs/bench"),
+    as_json: options.Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Measure what methods cost at prefill and gain at decoding, in turns with plain transformers."""
+    rivals = [] if against == "none" else names(against, RIVALS)
+    for name in rivals:
+        if name not in RIVALS:
+            raise unknown("comparison", name, RIVALS)
+    plan = Plan(
+        contexts=count_list("--contexts", contexts),
+        batches=count_list("--batch", batch),
+        recipes=_recipes(names(methods, ()), budget_list(budgets)),
+        against=rivals,
+        new_tokens=new_tokens,
+        rounds=rounds,
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = _random(shape, device, dtype) if model is None else load_model(load_checkpoint(model), device, dtype)
+    if loaded.device.type not in machine.COPIED_BYTES:
+        raise ValueError(f"Measuring needs the device cpu or cuda, not {loaded.device.type!r}.")
+    for each in plan.recipes:
+        # Refuses what the model cannot take before anything is measured.
+        CompressedCache(loaded, each, random_inputs(loaded, length=1, batch=1))
+    report.make_folder(output)
+    weights, room = weight_bytes(loaded), machine.available_bytes(loaded.device)
+    with progress("Measuring", quiet=as_json) as on_progress:
+        measured = list(run(plan, loaded, on_progress))
+    found = {
+        "command": "sparsight " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine.describe(loaded.device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": f"{shape}, random weights" if model is None else model,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "weight_bytes": weights,
+        "cells": results(measured, new_tokens, weights, room),
+    }
+    written = report.write(found, output)
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = Console(highlight=False)
+    console.print(f"{found['model']}, {found['dtype']}, {found['machine']}, {new_tokens} tokens, {rounds} rounds\n")
+    for headline, table in report.tables(found):
+        if headline:
+            console.print(headline, style="bold")
+        console.print(table, "")
+    console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
+
+
+def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
+    """A shape's model with random weights, bfloat16 on a GPU and float32 on a CPU unless told otherwise.
+
+    Raises:
+        ValueError: there is no such shape, or its weights do not fit.
+    """
+    if shape not in SHAPES:
+        raise unknown("shape", shape, SHAPES)
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    place = torch.device(find_device(device))
+    if dtype == "auto":
+        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    chosen = getattr(torch, dtype)
+    needed, free = parameters(SHAPES[shape]) * chosen.itemsize, machine.available_bytes(place)
+    if needed > free:
+        raise ValueError(
+            f"The weights of {shape} take {needed / 2**30:.1f} GiB in {dtype}, and "
+            f"{place} has {free / 2**30:.1f} GiB free: choose another shape, dtype or device."
+        )
+    return random_model(SHAPES[shape], place, chosen)
+
+
+def _recipes(methods: list[str], budgets: list[float]) -> list[Recipe]:
+    """Every method at every budget; the full cache has one."""
+    full = [recipe(method) for method in methods if method == "full"]
+    return full + [recipe(method, budget=budget) for method in methods if method != "full" for budget in budgets]

@@ -1,0 +1,38 @@
+"""Options that hold several values, separated by commas."""
+
+from collections.abc import Iterable
+
+
+def names(text: str, known: Iterable[str]) -> list[str]:
+    """Names, each once, or all that are known."""
+    return list(known) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def budget_list(text: str) -> list[float]:
+    """Budgets, ascending.
+
+    Raises:
+        ValueError: one of them is no number.
+    """
+    try:
+        return sorted({float(number) for number in text.split(",")})
+    except ValueError as error:
+        raise ValueError(f"Budgets are numbers separated by commas, such as 0.01,0.05,0.1, not {text!r}.") from error
+
+
+def count_list(option: str, text: str) -> list[int]:
+    """Whole numbers of at least 1, ascending; ``2k`` is 2048.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    words = [word.strip().lower() for word in text.split(",")]
+    try:
+        counts = sorted({int(word[:-1]) * 1024 if word.endswith("k") else int(word) for word in words})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise ValueError(
+            f"{option} takes whole numbers of at least 1 separated by commas, such as 2k,8k, not {text!r}."
+        )
+    return counts

@@ -1,0 +1,54 @@
+"""Triton kernels for NVIDIA GPUs: the same arithmetic as the torch versions, which judge them in the tests.
+
+Triton is imported when a kernel is first called.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+LARGEST_HEAD = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def usable(*states: Tensor) -> bool:
+    """Whether the kernels take tensors ``[..., D]``: on an NVIDIA GPU, with Triton, where no gradient is asked for."""
+    return all(
+        each.is_cuda
+        and each.dtype in DTYPES
+        and each.shape[-1] <= LARGEST_HEAD
+        and not (each.requires_grad and torch.is_grad_enabled())
+        for each in states
+    ) and (_has_triton() and torch.version.hip is None)
+
+
+def attention_sums(
+    query: Tensor, key: Tensor, scaling: float, threshold: float | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`sparsight.kernels.sums.attention_sums`."""
+    from sparsight.kernels import sums
+
+    return sums.attention_sums(query, key, scaling, threshold, visible)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    scaling: float | None,
+) -> Tensor:
+    """:func:`sparsight.kernels.decode.attend`."""
+    from sparsight.kernels import decode
+
+    return decode.attend(query, keys, values, positions, starts, lengths, scaling)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

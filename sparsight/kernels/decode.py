@@ -1,0 +1,105 @@
+"""Attention of one new token over entries held, whose number differs by sequence and KV head.
+
+Every row's entries are split among several programs, whose results are then put together (Flash-Decoding: Dao, Haziza,
+Massa, Sizov, 2023).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 512
+"""Programs that fill a GPU: rows are split until there are as many."""
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    scaling: float | None,
+) -> Tensor:
+    """Attention of the newest token, already taken in, over all entries held.
+
+    A row is one KV head of one sequence, ``R = B * H_kv``.
+
+    Args:
+        query: ``[B, H, 1, D]``, ``H`` a multiple of ``H_kv``.
+        keys: the rows' slots one after the other, ``[..., D]``, contiguous.
+        values: the same, of any size.
+        positions: int32, one for each slot, -1 where it is vacant.
+        starts: first slot of each row.
+        lengths: slots of each row that are in use; at least one of them is not vacant.
+        scaling: factor of the logits, ``D ** -0.5`` if None.
+
+    Returns:
+        ``[B, H, 1, D]``.
+    """
+    batch, heads, _, size = query.shape
+    rows, value_size = len(starts), values.shape[-1]
+    group = batch * heads // rows
+    slots = 64 if max(size, value_size) <= 128 and keys.dtype != torch.float32 else 32
+    blocks = triton.cdiv(max(lengths), slots)
+    splits = min(blocks, triton.cdiv(PROGRAMS, rows))
+    places = torch.tensor([starts, lengths], device=query.device)
+    outputs = torch.empty(splits, rows, group, value_size, device=query.device)
+    normalisers = torch.empty(splits, rows, group, device=query.device)
+    with torch.cuda.device_of(query):
+        _attend_split[(rows, splits)](
+            query.contiguous(), keys.view(-1, size), values.view(-1, value_size), positions.view(-1),
+            places[0], places[1], outputs, normalisers, size**-0.5 if scaling is None else scaling,
+            group, size, value_size, triton.cdiv(blocks, splits),
+            GROUP=max(16, triton.next_power_of_2(group)), SLOTS=slots,
+            SIZE=max(16, triton.next_power_of_2(size)), VALUE_SIZE=max(16, triton.next_power_of_2(value_size)),
+        )  # fmt: skip
+    # A split without entries has weight zero.
+    weights = (normalisers - normalisers.logsumexp(0)).exp()
+    output = (outputs * weights[..., None]).sum(0)
+    return output.to(query.dtype).view(batch, heads, 1, value_size)
+
+
+@triton.jit
+def _attend_split(
+    query, keys, values, positions, starts, lengths, outputs, normalisers, scaling,
+    group, size, value_size, split_blocks,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Attention of a row's query heads over one split of its slots, and its logarithmic normaliser."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, element, value_element = tl.arange(0, GROUP), tl.arange(0, SIZE), tl.arange(0, VALUE_SIZE)
+    start, length = tl.load(starts + row), tl.load(lengths + row)
+    own = (head < group)[:, None] & (element < size)[None, :]
+    queries = tl.load(query + (row * group + head)[:, None] * size + element[None, :], own, other=0.0)
+    maximum = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    output = tl.zeros([GROUP, VALUE_SIZE], tl.float32)
+    stop = tl.minimum((split + 1) * split_blocks * SLOTS, length)
+    for begin in range(split * split_blocks * SLOTS, stop, SLOTS):
+        slot = begin + tl.arange(0, SLOTS)
+        place = start + slot
+        held = slot < length
+        held = held & (tl.load(positions + place, held, other=-1) >= 0)
+        of_key = held[:, None] & (element < size)[None, :]
+        key = tl.load(keys + place[:, None] * size + element[None, :], of_key, other=0.0)
+        logits = tl.dot(queries, tl.trans(key), input_precision="ieee") * scaling
+        logits = tl.where(held[None, :], logits, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(logits, 1))
+        # Where all slots so far were vacant there is no largest logit to take away.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        weights, decay = tl.exp(logits - base[:, None]), tl.exp(maximum - base)
+        of_value = held[:, None] & (value_element < value_size)[None, :]
+        value = tl.load(values + place[:, None] * value_size + value_element[None, :], of_value, other=0.0)
+        total = total * decay + tl.sum(weights, 1)
+        output = output * decay[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        maximum = larger
+    some = total > 0
+    target = (split * tl.num_programs(0) + row) * group + head
+    safe = tl.where(some, total, 1.0)
+    tl.store(normalisers + target, tl.where(some, maximum + tl.log(safe), float("-inf")), head < group)
+    inside = (head < group)[:, None] & (value_element < value_size)[None, :]
+    tl.store(outputs + target[:, None] * value_size + value_element[None, :], output / safe[:, None], inside)

@@ -1,0 +1,43 @@
+import mmap
+import os
+
+import pytest
+import torch
+
+from sparsight.bench import machine
+from sparsight.bench.machine import Stopwatch
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_is_of_what_lived_since_the_reset():
+    if not machine.reset_peak(CPU):
+        pytest.skip("this kernel does not reset the peak")
+    before = machine.peak_bytes(CPU)
+    # Not a tensor: an allocator may keep what tensors leave.
+    with mmap.mmap(-1, 2**26) as pages:
+        pages.write(b"x" * 2**26)
+    assert 2**26 <= machine.peak_bytes(CPU) - before < 2**28
+    machine.reset_peak(CPU)
+    assert machine.peak_bytes(CPU) < before + 2**25
+
+
+def test_free_memory_is_some_of_what_there_is():
+    assert 2**20 < machine.available_bytes(CPU) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_bandwidth_counts_bytes_read_and_bytes_written(monkeypatch):
+    # A clock that takes one second from reading to reading.
+    ticks = iter(range(100))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))
+    assert machine.copy_bandwidth(CPU) == 2 * 2**16
+
+
+def test_a_stopwatch_counts_while_it_runs(monkeypatch):
+    ticks = iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks))
+    watch = Stopwatch(CPU)
+    for _ in range(2):
+        with watch.running():
+            pass
+    assert watch.seconds() == 5

@@ -1,0 +1,65 @@
+import pytest
+from transformers import DynamicCache
+
+from sparsight import CompressedCache, recipe
+from sparsight.bench import measure as module
+from sparsight.bench.measure import measure
+from sparsight.bench.shapes import random_inputs
+from sparsight.prefill import Prefill
+from tests.bench.conftest import ENTRY
+from tests.models import model as tiny_model
+
+
+@pytest.fixture
+def inputs(model):
+    return random_inputs(model, 150, 2)
+
+
+def test_plain_transformers_holds_every_entry(model, inputs):
+    sample = measure(model, inputs["input_ids"], DynamicCache(config=model.config), 3)
+    assert sample.bytes_held == sample.entry_bytes == 2 * 3 * 2 * 150 * ENTRY
+    assert sample.statistics == sample.compaction == 0
+
+
+@pytest.mark.parametrize("method", ["vl-cache", "elastic", "adakv"])
+def test_a_method_holds_its_budget_after_the_prefill(model, inputs, method):
+    cache = CompressedCache(model, recipe(method, budget=0.1), inputs)
+    sample = measure(model, inputs["input_ids"], cache, 3)
+    # Sparsity budgets may be an entry off where they were rounded, in each of three layers.
+    assert abs(sample.entry_bytes - 2 * 3 * 2 * 15 * ENTRY) <= (3 * 2 * 2 * ENTRY if method == "vl-cache" else 0)
+    assert sample.entry_bytes < sample.bytes_held
+    assert cache.compressed[0].seen == 150 + 2
+
+
+def test_the_full_recipe_holds_as_much_as_plain_transformers(model, inputs):
+    cache = CompressedCache(model, recipe("full"), inputs)
+    assert measure(model, inputs["input_ids"], cache, 2).entry_bytes == 2 * 3 * 2 * 150 * ENTRY
+
+
+@pytest.mark.parametrize("family", ["gemma3", "minicpmv4_6"])
+def test_layers_that_are_left_alone_count_in_full(family):
+    mixed = tiny_model(family)
+    prompt = random_inputs(mixed, 150, 1)
+    plain = DynamicCache(config=mixed.config.get_text_config())
+    cache = CompressedCache(mixed, recipe("full"), prompt)
+    held = [measure(mixed, prompt["input_ids"], each, 2).entry_bytes for each in (plain, cache)]
+    assert held[0] == held[1] > 0
+
+
+def test_every_stage_is_counted_once(model, inputs, monkeypatch):
+    # Whatever reads the clock takes one second; the median of three tokens' one second each is one.
+    now = iter(range(10_000))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(now)))
+    cache = CompressedCache(model, recipe("vl-cache"), inputs)
+    sample = measure(model, inputs["input_ids"], cache, 4)
+    assert (sample.statistics, sample.compaction, sample.token) == (3, 1, 1)
+    # From its first reading to its last, over two for each of three layers and for the compaction.
+    assert sample.first_token == 2 * 3 + 2 + 1
+    assert sample.end_to_end == sample.first_token + 3
+
+
+def test_nothing_is_watched_afterwards(model, inputs):
+    before = Prefill.observe, CompressedCache._compact
+    with pytest.raises(ValueError, match="inputs of 150 tokens"):
+        measure(model, inputs["input_ids"][:, :1], CompressedCache(model, recipe("vl-cache"), inputs), 2)
+    assert (Prefill.observe, CompressedCache._compact) == before

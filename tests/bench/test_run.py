@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from sparsight import CompressedCache, recipe
+from sparsight.bench import machine
+from sparsight.bench import run as module
+from sparsight.bench.measure import Sample
+from sparsight.bench.run import RIVALS, Plan, cells, prefill_bytes, run
+from tests.bench.conftest import ENTRY, TINY
+
+SAMPLE = Sample(1.0, 0.1, 0.1, 0.5, 2.0, 10, 10, None)
+
+
+def plan(**changes):
+    recipes = [recipe("full"), recipe("vl-cache", budget=0.1), recipe("elastic", budget=0.2)]
+    return Plan(**{"contexts": [40], "batches": [2], "recipes": recipes, "against": list(RIVALS)} | changes)
+
+
+def run_all(plan, model):
+    return list(run(plan, model, lambda *_: None))
+
+
+def test_cells_are_rivals_and_methods_with_their_prompts():
+    found = [(cell.method, cell.budget, cell.prompt_tokens) for cell in cells(plan(new_tokens=2, rounds=1), 40, 2)]
+    assert found == [
+        ("transformers", 1.0, 40),
+        ("kept-length", 0.1, 4),
+        ("kept-length", 0.2, 8),
+        ("full", 1.0, 40),
+        ("vl-cache", 0.1, 40),
+        ("elastic", 0.2, 40),
+    ]
+    assert [cell.method for cell in cells(plan(against=[], new_tokens=2, rounds=1), 40, 2)] == [
+        "full",
+        "vl-cache",
+        "elastic",
+    ]
+
+
+def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch):
+    taken = []
+
+    def record(model, input_ids, cache, new_tokens):
+        method = cache.recipe.name if isinstance(cache, CompressedCache) else f"plain {input_ids.shape[1]}"
+        taken.append((method, input_ids.shape[0], new_tokens))
+        return SAMPLE
+
+    monkeypatch.setattr(module, "measure", record)
+    one = [recipe("vl-cache", budget=0.25)]
+    done = []
+    measured = list(
+        run(plan(recipes=one, batches=[1, 2], new_tokens=7, rounds=2), model, lambda *progress: done.append(progress))
+    )
+    turn = ["plain 40", "plain 10", "vl-cache"]
+    assert taken == [(method, batch, 7) for batch in (1, 2) for _ in range(3) for method in turn]
+    assert [len(cell.samples) for size, _ in measured for cell in size] == [2] * 6
+    assert all(bandwidth > 0 for _, bandwidth in measured)
+    assert [step for _, step, _ in done] == [0, 1, 2, 3, 4, 5, 6]
+    assert {total for *_, total in done} == {6}
+
+
+def test_what_would_not_fit_is_not_tried(model, monkeypatch):
+    tried = []
+    monkeypatch.setattr(module, "measure", lambda model, input_ids, *_: tried.append(input_ids.shape[1]) or SAMPLE)
+    short = prefill_bytes(TINY, 4, 2, 2, 4)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: short)
+    ((size, _),) = run_all(plan(new_tokens=2, rounds=3), model)
+    assert tried == [4] * 4
+    assert [len(cell.samples) for cell in size] == [0, 3, 0, 0, 0, 0]
+    assert size[0].reason.startswith("does not fit: about 0.0 GiB needed")
+    assert size[1].reason is None
+
+
+def test_memory_that_runs_out_is_the_cells_own_affair(model, monkeypatch):
+    def fail(model, input_ids, cache, new_tokens):
+        if isinstance(cache, CompressedCache) and cache.recipe.name == "elastic":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return SAMPLE
+
+    monkeypatch.setattr(module, "measure", fail)
+    ((size, _),) = run_all(plan(new_tokens=2, rounds=2), model)
+    assert {cell.method: cell.reason for cell in size if cell.reason} == {"elastic": "does not fit: memory ran out"}
+    assert [len(cell.samples) for cell in size] == [2, 2, 2, 2, 2, 0]
+
+
+def test_other_failures_are_not_hidden(model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(module, "measure", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_all(plan(new_tokens=2, rounds=1), model)
+
+
+def test_the_full_cache_is_most_of_what_a_long_prompt_needs():
+    cache = 3 * 2 * (1000 + 5) * ENTRY
+    layer, states = cache // 3, (4 * 32 + 3 * 48) * 1000 * 4
+    assert prefill_bytes(TINY, 1000, 1, 5, 4) == cache + layer + states
+    assert prefill_bytes(TINY, 1000, 4, 5, 2) == 2 * (cache + layer + states)

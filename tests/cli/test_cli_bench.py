@@ -1,0 +1,125 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from sparsight.bench import machine
+from sparsight.bench import shapes as module
+from sparsight.cli import bench as command
+from sparsight.recipes import RECIPES
+
+Run = Callable[..., tuple[int, str, str]]
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SMALL = ("--contexts", "120,160", "--batch", "1,2", "--new-tokens", 3, "--rounds", 1)
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.SHAPES, "small", LlamaConfig(**TINY))
+    monkeypatch.setattr(machine, "COPIED_BYTES", {"cpu": 2**16})
+
+
+def test_json_holds_every_cell(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    found = run_json("bench", *SMALL, "--methods", "full,vl-cache", "--budgets", "0.5,0.1", "--output", tmp_path)
+    assert found == json.loads((tmp_path / "bench.json").read_text())
+    assert (found["model"], found["dtype"], found["new_tokens"]) == ("small, random weights", "float32", 3)
+    methods = [("transformers", 1), ("kept-length", 0.1), ("kept-length", 0.5), ("full", 1)]
+    methods += [("vl-cache", 0.1), ("vl-cache", 0.5)]
+    expected = [(context, batch, *method) for context in (120, 160) for batch in (1, 2) for method in methods]
+    assert [(cell["context"], cell["batch"], cell["method"], cell["budget"]) for cell in found["cells"]] == expected
+    for cell in found["cells"]:
+        assert cell["reason"] is None
+        if cell["method"] in ("transformers", "full"):
+            assert cell["entry_bytes"] == cell["batch"] * cell["context"] * 2 * 2 * (2 * 8 * 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "growth.png", "speed-up.png"}
+
+
+def test_people_get_tables_of_eighty_columns(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run("bench", *SMALL, "--methods", "elastic,sparsight", "--output", tmp_path)
+    assert (code, err) == (0, "")
+    assert out.count("prompt of 120 tokens, batch 2") == 1
+    assert out.count("sparsight 10 %") == 8
+    assert "…" not in out
+    assert "Wrote bench.json, growth.png, speed-up.png in" in out
+
+
+def test_a_checkpoints_language_part_is_measured(run_json: Callable[..., Any], llava: str, tmp_path: Path) -> None:
+    options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--methods", "vl-cache,sparsight")
+    found = run_json("bench", "--model", llava, *options, "--against", "none", "--output", tmp_path)
+    assert found["model"] == llava
+    assert [cell["method"] for cell in found["cells"]] == ["vl-cache", "sparsight"]
+    assert [cell["entry_bytes"] for cell in found["cells"]][1] == 12 * 3 * 2 * (2 * 8 * 4)
+
+
+def test_sizes_that_do_not_fit_are_said_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**20)
+    options = ("--contexts", "120,100k", "--new-tokens", 2, "--rounds", 1, "--methods", "vl-cache")
+    code, out, err = run("bench", *options, "--output", tmp_path)
+    assert (code, err) == (0, "")
+    assert " ".join(out.split()).count("does not fit") == 3
+    reasons = {cell["context"]: cell["reason"] for cell in json.loads((tmp_path / "bench.json").read_text())["cells"]}
+    assert reasons[120] is None
+    assert reasons[102400].startswith("does not fit: about 0.1 GiB needed, 0.0 GiB free")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shape", "llava-7b"), "Unknown shape 'llava-7b': did you mean 'llava-"),
+        (("--methods", "vlcache"), "Unknown method 'vlcache': did you mean 'vl-cache'?"),
+        (
+            ("--contexts", "2k,much"),
+            "--contexts takes whole numbers of at least 1 separated by commas, such as 2k,8k, not",
+        ),
+        (("--batch", "0"), "--batch takes whole numbers of at least 1 separated by commas, such as 2k,8k, not '0'."),
+        (("--budgets", "2"), "budget must be a number in (0, 1], got 2.0."),
+        (("--against", "vllm"), "Unknown comparison 'vllm': "),
+        (("--dtype", "int8"), "Unknown dtype 'int8'"),
+        (("--device", "banana"), "There is no device 'banana'"),
+        (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
+        (("--methods", "sparsemm"), "Allocation 'visual-heads' "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(run: Run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    code, out, err = run("bench", *SMALL, *options, "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: Cannot write to {taken}: File exists.\n")
+
+
+def test_weights_that_do_not_fit_are_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**30)
+    code, _, err = run("bench", "--shape", "llava-next-34b", "--dtype", "bfloat16", "--output", tmp_path)
+    assert code == 2
+    assert err == (
+        "Error: The weights of llava-next-34b take 64.1 GiB in bfloat16, and cpu has 1.0 GiB free: "
+        "choose another shape, dtype or device.\n"
+    )
+
+
+def test_a_method_runs_once_though_named_twice(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--against", "none")
+    found = run_json("bench", *options, "--methods", "full, h2o,full", "--output", tmp_path)
+    assert [cell["method"] for cell in found["cells"]] == ["full", "h2o"]
+    assert set(RECIPES) >= {"full", "h2o"}
