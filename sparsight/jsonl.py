@@ -19,11 +19,12 @@ def recover(path: Path) -> Iterator[Any]:
     with open(path, "rb+") as file:
         whole = 0
         for line in file:
-            if not line.endswith(b"\n"):
+            # No other line can be broken, and nothing but a beginning of an object is ours to cut off.
+            if line.endswith(b"\n") or not line.startswith(b"{"):
+                yield json.loads(line)
+                whole += len(line)
+            else:
                 file.truncate(whole)
-                break
-            whole += len(line)
-            yield json.loads(line)
 
 
 def append(file: TextIO, lines: Iterable[Any]) -> None:

@@ -17,6 +17,7 @@ from sparsight.cli import options
 from sparsight.cli.chosen import chosen_recipe
 from sparsight.images import MAX_PIXELS
 from sparsight.load import load_checkpoint
+from sparsight.offline.cluster import Cluster, results_on
 from sparsight.offline.results import Output, Result
 from sparsight.offline.rows import read_ids, read_rows
 from sparsight.offline.run import Job, results
@@ -41,6 +42,15 @@ def batch(
     batch_size: Annotated[
         str, typer.Option(help="Rows that decode together; auto is as many as there is room for.", metavar="NUMBER")
     ] = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Answer on a Ray cluster: its address, auto, or local to start one.", metavar="ADDRESS"),
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="Models on the Ray cluster.", min=1)] = 1,
+    gpus_per_replica: Annotated[
+        float | None,
+        typer.Option(help="GPUs of each; one if not given and there are any.", min=0, show_default=False),
+    ] = None,
     as_json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -50,6 +60,7 @@ def batch(
     started = time.perf_counter()
     recipe = chosen_recipe(model, method, budget, heads)
     size = _batch_size(batch_size)
+    cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
     if source.resolve() == output.resolve():
         raise ValueError(f"{source} cannot be both the input and the output.")
     ids = read_ids(source, prompt)
@@ -61,7 +72,8 @@ def batch(
         if missing:
             rows = (row for row in read_rows(source, prompt) if row.id in missing)
             with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
-                for some in results(job, rows):
+                found = results(job, rows) if cluster is None else results_on(cluster, job, rows)
+                for some in found:
                     new += written.append(some)
                     on_results(some)
     except KeyboardInterrupt as stop:

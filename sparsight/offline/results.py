@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args, get_type_hints
 
 from sparsight.jsonl import append, recover
 from sparsight.offline.parquet import parquet
@@ -77,13 +76,16 @@ class Output:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._lines, "a", encoding="utf-8")  # noqa: SIM115
-            _lock(self._file, path)
-            for record in self._records():
-                self._count(record["id"], record.get("error_kind"))
         except OSError as error:
             raise ValueError(f"Cannot write {path}: {error.strerror}.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        _lock(self._file, path)
+        try:
+            for record in self._records():
+                self._count(Result(**record))
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds something that is no results: name another file.") from error
+        # Such a lock is gone when the process closes the file, if only for reading.
+        _lock(self._file, path)
 
     def __contains__(self, row: str) -> bool:
         return row in self._ids
@@ -98,7 +100,7 @@ class Output:
         new = [result for result in results if result.id not in self._ids]
         append(self._file, [result.record() for result in new])
         for result in new:
-            self._count(result.id, result.error_kind)
+            self._count(result)
         return new
 
     def close(self, *, finished: bool) -> None:
@@ -119,10 +121,10 @@ class Output:
                 seen.add(record["id"])
                 yield record
 
-    def _count(self, row: str, error_kind: str | None) -> None:
-        self._ids.add(row)
-        if error_kind is not None:
-            self.errors[error_kind] = self.errors.get(error_kind, 0) + 1
+    def _count(self, result: Result) -> None:
+        self._ids.add(result.id)
+        if result.error_kind is not None:
+            self.errors[result.error_kind] = self.errors.get(result.error_kind, 0) + 1
 
 
 def _lock(file: TextIO, path: Path) -> None:
@@ -144,8 +146,10 @@ def _lock(file: TextIO, path: Path) -> None:
 def _schema() -> Any:
     import pyarrow
 
-    types = {"int": pyarrow.int64(), "float": pyarrow.float64(), "str": pyarrow.string()}
-    return pyarrow.schema([(field.name, types[str(field.type).split(" ")[0]]) for field in dataclasses.fields(Result)])
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    # The type of a field, or of one that may be None.
+    kinds = {name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(Result).items()}
+    return pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()])
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:

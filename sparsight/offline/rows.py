@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def read_rows(source: Path, prompt: str | None) -> Iterator[Row]:
             with open(source, encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _of_line(line, f"line {number}", source.parent, prompt)
+                        yield _of_line(line, _place("line", number), source.parent, prompt)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ValueError(f"Cannot read {source}: {reason}.") from error
@@ -65,8 +66,8 @@ def read_ids(source: Path, prompt: str | None) -> list[str]:
         ValueError: as :func:`read_rows`, or there is no row, or two rows have the same id.
     """
     if source.suffix.lower() == ".parquet" and source.is_file():
-        table = parquet().read_table(source, columns=_columns(parquet().ParquetFile(source), source, ["id"]))
-        ids = [str(each) for each in table["id"].to_pylist()]
+        given = _parquet_file(source).read(columns=["id"])["id"].to_pylist()
+        ids = [_place("row", number) if each is None else str(each) for number, each in enumerate(given, 1)]
     else:
         ids = [row.id for row in read_rows(source, prompt)]
     if not ids:
@@ -119,17 +120,25 @@ def _of_folder(folder: Path, prompt: str | None) -> Iterator[Row]:
 
 
 def _of_parquet(source: Path, prompt: str | None) -> Iterator[Row]:
-    file = parquet().ParquetFile(source)
-    known = [name for name in ("id", "image", "images", "prompt") if name in file.schema_arrow.names]
-    number = 0
-    for batch in file.iter_batches(READ_ROWS, columns=_columns(file, source, known)):
-        for given in batch.to_pylist():
-            number += 1
-            yield row_of(given, f"row {number}", source.parent, prompt)
+    file = _parquet_file(source)
+    columns = [name for name in ("id", "image", "images", "prompt") if name in file.schema_arrow.names]
+    batches = file.iter_batches(READ_ROWS, columns=columns)
+    for number, given in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+        yield row_of(given, _place("row", number), source.parent, prompt)
 
 
-def _columns(file: Any, source: Path, wanted: list[str]) -> list[str]:
-    """The wanted columns of a Parquet file, which must have ids."""
+def _parquet_file(source: Path) -> Any:
+    """An open Parquet file, which must have ids."""
+    reader = parquet()
+    try:
+        file = reader.ParquetFile(source)
+    except ValueError as error:
+        raise ValueError(f"{source} is no Parquet file.") from error
     if "id" not in file.schema_arrow.names:
         raise ValueError(f"{source} has no column 'id', but {', '.join(file.schema_arrow.names)}.")
-    return wanted
+    return file
+
+
+def _place(what: str, number: int) -> str:
+    """The id of a row that has none."""
+    return f"{what} {number}"
