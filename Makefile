@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint tables bench train eval-model clean
+.PHONY: demo test lint tables bench bench-batch train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find ND on the page." --compare
@@ -25,6 +25,9 @@ tables: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.core --threads 1 --rounds 12 --output bench/results/core-cpu-1-thread.json
 	$(BIN)/python -m bench.core --threads 2 --rounds 8 --output bench/results/core-cpu-2-threads.json
+
+bench-batch: $(VENV)/.ready
+	$(BIN)/python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json
 
 train: $(VENV)/.ready
 	$(BIN)/python -m training.train

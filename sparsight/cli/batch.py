@@ -163,6 +163,6 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
             held, full = (sum(getattr(result, name) or 0 for result in some) for name in ("kv_bytes", "full_kv_bytes"))
             bar.update(shown, advance=len(some), rate=rate)
             if full:
-                bar.update(shown, memory=f"KV {mebibytes(held)} for {mebibytes(full)}")
+                bar.update(shown, memory=f"KV {mebibytes(held)}, full cache {mebibytes(full)}")
 
         yield on_results

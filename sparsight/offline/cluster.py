@@ -1,7 +1,9 @@
 """A model's answers to many rows on a Ray cluster, where Ray Data opens pictures, holds the models, and tries again."""
 
+import contextlib
 import logging
 import pickle
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,22 +48,28 @@ def results_on(cluster: Cluster, job: Job, rows: Iterable[Row]) -> Iterator[list
     except ImportError as error:
         raise ValueError("--ray needs Ray: pip install 'sparsight[ray]'.") from error
     own = not ray.is_initialized()
+    # What Ray's threads have to say of its workers, at the latest in the end, is no output of ours.
+    with contextlib.redirect_stdout(sys.stderr):
+        if own:
+            _connect(ray, cluster.address)
+        try:
+            yield from _results(ray, cluster, job, [_anywhere(row) for row in rows])
+        except ray.exceptions.RayError as error:
+            cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1].rstrip(".")
+            raise ValueError(f"A worker of the Ray cluster failed: {cause}.") from error
+        finally:
+            if own:
+                ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
     try:
-        if own:
-            ray.init(cluster.address, log_to_driver=False, logging_level="error")
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield from _results(ray, cluster, job, [_anywhere(row) for row in rows])
-    except ConnectionError as error:
-        raise ValueError(
-            f"There is no Ray cluster at {cluster.address!r}: name another, or local to start one."
-        ) from error
-    except ray.exceptions.RayError as error:
-        cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1].rstrip(".")
-        raise ValueError(f"A worker of the Ray cluster failed: {cause}.") from error
-    finally:
-        if own:
-            ray.shutdown()
+        ray.init(address, log_to_driver=False, logging_level="error")
+    # What it raises depends on how far it got.
+    except Exception as error:
+        raise ValueError(f"There is no Ray cluster at {address!r}; local starts one.") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _results(ray: Any, cluster: Cluster, job: Job, rows: list[Row]) -> Iterator[list[Result]]:

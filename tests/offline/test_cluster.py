@@ -96,7 +96,16 @@ def test_a_run_that_is_killed_goes_on_without_a_cluster(
 
 
 def test_a_cluster_that_is_not_there(llava: str, many: Path, tmp_path: Path) -> None:
-    process = start(llava, many, tmp_path / "out.jsonl", "--ray", "127.0.0.1:1")
+    process = start(llava, many, tmp_path / "out.jsonl", "--ray", "auto")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, b"")
-    assert err.decode().splitlines()[-1].startswith("Error: There is no Ray cluster at '127.0.0.1:1'")
+    assert err.decode().splitlines()[-1] == "Error: There is no Ray cluster at 'auto'; local starts one."
+
+
+def test_a_worker_that_cannot_load_the_model_says_why(llava: str, many: Path, tmp_path: Path) -> None:
+    process = start(llava, many, tmp_path / "out.jsonl", *RAY, "--device", "banana")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, b"")
+    last = err.decode().splitlines()[-1]
+    assert last.startswith("Error: A worker of the Ray cluster failed: ")
+    assert "There is no device 'banana'" in last
