@@ -67,6 +67,10 @@ class Preparation:
             raise RowError(error.kind, str(error)) from error
         except ValueError as error:
             raise RowError("refused prompt", str(error)) from error
+        # What a library does not expect of one picture among thousands must not end the run.
+        except Exception as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
+            raise RowError("processor failed", f"The processor failed, {type(error).__name__}: {reason}.") from error
         length = inputs["input_ids"].shape[1]
         most = getattr(self.checkpoint.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if most is not None and length + self.max_new_tokens > most:

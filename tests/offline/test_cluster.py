@@ -77,21 +77,25 @@ def test_a_worker_that_is_killed_is_replaced(
     assert lasting(read(output)) == expected
 
 
-def test_a_run_that_is_killed_goes_on_without_a_cluster(
+def test_a_run_that_is_killed_goes_on_with_and_without_a_cluster(
     llava: str, many: Path, tmp_path: Path, expected: dict[str, dict[str, Any]]
 ) -> None:
-    output = tmp_path / "out.jsonl"
-    process = start(llava, many, output, *RAY)
-    while not output.exists() or not output.stat().st_size:
-        assert process.poll() is None, process.communicate()[1].decode()
-        time.sleep(0.01)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    # Ray's own processes leave when nobody owns them any more.
-    psutil.wait_procs(family, timeout=60)
+    output, counts = tmp_path / "out.jsonl", [0]
+    for more in (1, 900, 2000):
+        process = start(llava, many, output, *RAY)
+        enough = more + (output.stat().st_size if output.exists() else 0)
+        while not output.exists() or output.stat().st_size < enough:
+            assert process.poll() is None, process.communicate()[1].decode()
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.communicate()
+        # Ray's own processes leave when nobody owns them any more.
+        psutil.wait_procs(family, timeout=60)
+        counts.append(output.read_bytes().count(b"\n"))
     told = finished(start(llava, many, output))
-    assert 0 < told["before"] < COUNT
+    assert counts == sorted(set(counts))
+    assert told["before"] == counts[-1] < COUNT
     assert lasting(read(output)) == expected
 
 

@@ -133,6 +133,21 @@ def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pict
         assert lasting(result) == lasting(Result(name, error=result.error, error_kind=kind))
 
 
+def test_what_no_library_expects_of_a_picture_is_the_error_of_its_row(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def picky(checkpoint: Any, images: Any, prompt: str) -> Any:
+        if len(images) > 1:
+            raise IndexError("list index out of range\nand more")
+        return prepare(checkpoint, images, prompt)
+
+    monkeypatch.setattr("sparsight.offline.prepare.prepare", picky)
+    found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
+    assert found["two"].error == "The processor failed, IndexError: list index out of range."
+    assert found.pop("two").error_kind == "processor failed"
+    assert all(result.text is not None for result in found.values())
+
+
 def test_a_prompt_as_long_as_the_model_takes_is_answered(llava: str, pictures: Path) -> None:
     # <s>, <|user|>, newline, <|assistant|> and 16 for the picture beside the text.
     rows = [{"id": str(more), "image": pictures / "0.png", "prompt": "?" * (4096 - 20 - 3 + more)} for more in (0, 1)]
