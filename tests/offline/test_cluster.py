@@ -87,11 +87,9 @@ def test_a_run_that_is_killed_goes_on_with_and_without_a_cluster(
         while not output.exists() or output.stat().st_size < enough:
             assert process.poll() is None, process.communicate()[1].decode()
             time.sleep(0.01)
-        family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        process.communicate()
         # Ray's own processes leave when nobody owns them any more.
-        psutil.wait_procs(family, timeout=60)
+        process.communicate()
         counts.append(output.read_bytes().count(b"\n"))
     told = finished(start(llava, many, output))
     assert counts == sorted(set(counts))
