@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-gpu lint tables bench accuracy train eval-model clean
+.PHONY: demo test test-gpu lint tables bench bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find ND on the page." --method vl-cache --compare
@@ -37,6 +37,9 @@ accuracy: $(VENV)/.ready
 	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --budgets 0.01,0.03,0.05,0.1,0.2 --limit 500 --seed 1 --output runs/accuracy
 	$(BIN)/sparsight analyze --limit 100 --seed 1 --output runs/analysis
 	$(BIN)/python -m bench.accuracy runs/accuracy runs/analysis docs/accuracy.md
+
+bench-batch: $(VENV)/.ready
+	$(BIN)/python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json
 
 train: $(VENV)/.ready
 	$(BIN)/python -m training.train

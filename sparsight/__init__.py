@@ -1,8 +1,9 @@
 """Sparsight: compressed KV caches for vision-language models."""
 
 from sparsight.cache import CompressedCache
+from sparsight.offline.run import batch
 from sparsight.recipe import Recipe
 from sparsight.recipes import RECIPES, ElasticCache, VLCache, recipe
 from sparsight.report import Report
 
-__all__ = ["RECIPES", "CompressedCache", "ElasticCache", "Recipe", "Report", "VLCache", "recipe"]
+__all__ = ["RECIPES", "CompressedCache", "ElasticCache", "Recipe", "Report", "VLCache", "batch", "recipe"]

@@ -1,11 +1,13 @@
 """CompressedCache: the one object that a user hands to ``model.generate``."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -20,6 +22,10 @@ from sparsight.report import Report
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of transformers' attention functions that change the weights in ways the statistics do not know."""
+
+
+LINEAR_STATES = ("conv_states", "recurrent_states")
+"""What transformers' linear attention layers remember."""
 
 
 class CompressedCache(Cache):
@@ -74,6 +80,42 @@ class CompressedCache(Cache):
         self._sparsity: list[list[float]] | None = None
         for layer in self.compressed:
             layer.start(prompt)
+
+    @classmethod
+    def join(cls, caches: Sequence["CompressedCache"]) -> "CompressedCache":
+        """One cache of the sequences of several, so that prompts which were compressed one by one decode together.
+
+        It is as if the prompts had been given together, padded on the left to the longest. The caches are used up: they
+        wait for their prompts again, so that no more than one layer is ever held twice.
+
+        Raises:
+            ValueError: the caches are of several models or recipes, or have not seen their prompts or more than that.
+        """
+        first = caches[0]
+        for cache in caches:
+            if cache._lease is not first._lease or cache.recipe != first.recipe:
+                raise ValueError("Only caches of one model and one recipe can be joined.")
+            if any(layer.entries is None or layer.seen != cache.prompt.length for layer in cache.compressed):
+                raise ValueError("Only caches that have seen their prompts and nothing more can be joined.")
+        length = max(cache.prompt.length for cache in caches)
+        padding = [length - cache.prompt.length for cache in caches]
+        joined = copy.copy(first)
+        joined.prompt = joined._located = Prompt.join(
+            [cache.prompt.padded(more) for cache, more in zip(caches, padding, strict=True)]
+        )
+        if first._sparsity is not None:
+            by_layer = zip(*[cache._sparsity or [] for cache in caches], strict=True)
+            joined._sparsity = [[value for values in layer for value in values] for layer in by_layer]
+        joined.layers = []
+        for layers in zip(*[cache.layers for cache in caches], strict=True):
+            if isinstance(layers[0], CompressedLayer):
+                joined.layers.append(CompressedLayer.join(layers, joined.prompt, padding))
+            else:
+                joined.layers.append(_join_bounded(layers))
+            for layer in layers:
+                layer.reset()
+        joined.compressed = [layer for layer in joined.layers if isinstance(layer, CompressedLayer)]
+        return joined
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -284,11 +326,31 @@ def _language_part(model: PreTrainedModel) -> PreTrainedModel:
     return language
 
 
+def _join_bounded(layers: Sequence[Any]) -> Any:
+    """The sequences of several layers with a sliding window or linear attention, each at the end of its prompt."""
+    joined = copy.deepcopy(layers[0])
+    if getattr(joined, "keys", None) is not None:
+        longest = max(layer.keys.shape[2] for layer in layers)
+        for name in ("keys", "values"):
+            states = [getattr(layer, name) for layer in layers]
+            # What is missing in front is padding, which transformers' masks hide.
+            padded = [functional.pad(each, (0, 0, longest - each.shape[2], 0)) for each in states]
+            setattr(joined, name, torch.cat(padded))
+    if hasattr(joined, "cumulative_length"):
+        joined.cumulative_length = max(layer.cumulative_length for layer in layers)
+    for name in LINEAR_STATES:
+        if hasattr(joined, name):
+            by_index = {index: [getattr(layer, name)[index] for layer in layers] for index in getattr(joined, name)}
+            found = {index: None if states[0] is None else torch.cat(states) for index, states in by_index.items()}
+            setattr(joined, name, found)
+    return joined
+
+
 def layer_bytes(layer: Any) -> int:
     """Bytes that one layer's tensors occupy."""
     if isinstance(layer, CompressedLayer):
         return layer.nbytes
     states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-    for name in ("conv_states", "recurrent_states"):
+    for name in LINEAR_STATES:
         states += getattr(layer, name, {}).values()
     return sum(state.nbytes for state in states if state is not None)

@@ -22,6 +22,11 @@ def growth_step(used: int) -> int:
     return max(LEAST_GROWTH, used // 8)
 
 
+def shifted(positions: Tensor, later: int) -> Tensor:
+    """Positions ``later`` by so many tokens; vacant slots stay vacant."""
+    return positions.where(positions == VACANT, positions + later)
+
+
 class Entries:
     """Keys and values of one layer, as many for each sequence as it kept.
 
@@ -57,6 +62,20 @@ class Entries:
         self.keys[row, :, slots] = keys
         self.values[row, :, slots] = values
         self.positions[row, :, slots] = positions.to(torch.int32)
+
+    @classmethod
+    @writable
+    def join(cls, parts: Sequence["Entries"], padding: Sequence[int]) -> "Entries":
+        """The sequences of several, one after the other, those of ``parts[i]`` at positions ``padding[i]`` later."""
+        joined = cls.allocate([held for part in parts for held in part.held], parts[0].keys, parts[0].values)
+        row = 0
+        for part, later in zip(parts, padding, strict=True):
+            rows, slots = slice(row, row + len(part.held)), slice(joined.used - part.used, joined.used)
+            joined.keys[rows, :, slots] = part.keys[:, :, : part.used]
+            joined.values[rows, :, slots] = part.values[:, :, : part.used]
+            joined.positions[rows, :, slots] = shifted(part.positions[:, :, : part.used], later)
+            row = rows.stop
+        return joined
 
     def append(self, keys: Tensor, values: Tensor, position: int, valid: Tensor | None = None) -> None:
         """Append entries ``[B, H_kv, q, D]`` at consecutive positions; bool ``valid`` ``[B, q]`` excepts padding."""

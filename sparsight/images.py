@@ -18,24 +18,51 @@ MAX_PIXELS = 89_478_485
 _pillow_limit = threading.Lock()
 
 
+class PictureError(ValueError):
+    """A picture that cannot be used.
+
+    Args:
+        kind: what is wrong, in a few words that are the same for all such pictures.
+        sentence: what is wrong with this one.
+    """
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
+
+
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture as upright RGB; of an animation the first frame, and what is transparent on white.
 
     Raises:
-        ValueError: the file cannot be read, is no picture in one of :data:`FORMATS`, is damaged or cut short, or has
+        PictureError: the file cannot be read, is no picture in one of :data:`FORMATS`, is damaged or cut short, or has
             more than ``max_pixels`` pixels.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
-    with file, _allow(max_pixels):
-        image = _identify(path, file, max_pixels)
+    except (OSError, ValueError) as error:
+        raise PictureError("unreadable file", f"Cannot read {path}: {_reason(error)}.") from error
+    with file:
+        return read_image(file, path, max_pixels)
+
+
+def read_image(file: BinaryIO, name: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """:func:`open_image` of an open file; errors call it ``name``."""
+    with _allow(max_pixels):
+        image = _identify(name, file, max_pixels)
         try:
             return _rgb(ImageOps.exif_transpose(image))
         # Decoders raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, IndexError and more.
         except Exception as error:
-            raise ValueError(f"{path} is damaged or cut short: {str(error).rstrip('.')}.") from error
+            raise _damaged(name, error) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _damaged(name: str | Path, error: Exception) -> PictureError:
+    return PictureError("damaged picture", f"{name} is damaged or cut short: {str(error).rstrip('.')}.")
 
 
 def _identify(path: str | Path, file: BinaryIO, max_pixels: int) -> Image.Image:
@@ -44,13 +71,14 @@ def _identify(path: str | Path, file: BinaryIO, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has {too_large}.") from error
+        raise PictureError("too many pixels", f"{path} has {too_large}.") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture of a known format ({', '.join(FORMATS)}).") from error
+        known = ", ".join(FORMATS)
+        raise PictureError("not a picture", f"{path} is not a picture of a known format ({known}).") from error
     except Exception as error:
-        raise ValueError(f"{path} is damaged or cut short: {str(error).rstrip('.')}.") from error
+        raise _damaged(path, error) from error
     if image.width * image.height > max_pixels:
-        raise ValueError(f"{path} is {image.width} x {image.height}, {too_large}.")
+        raise PictureError("too many pixels", f"{path} is {image.width} x {image.height}, {too_large}.")
     return image
 
 

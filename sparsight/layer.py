@@ -34,6 +34,22 @@ class CompressedLayer(CacheLayerMixin):
         self.recipe = recipe
         self.start(prompt)
 
+    @classmethod
+    def join(cls, layers: Sequence["CompressedLayer"], prompt: Prompt, padding: Sequence[int]) -> "CompressedLayer":
+        """The sequences of several layers that hold their compressed prompts and nothing more.
+
+        ``prompt`` is all of theirs, with ``padding[i]`` more tokens in front of those of ``layers[i]``.
+        """
+        joined = cls(layers[0].recipe, prompt)
+        joined.seen, joined.is_initialized = prompt.length, True
+        parts: list[Any] = [layer.entries for layer in layers]
+        joined.entries = type(parts[0]).join(parts, padding)
+        joined.kept = [count for layer in layers for count in layer.kept]
+        if layers[0].ring is not None:
+            rings = [layer.ring for layer in layers]
+            joined.ring = type(layers[0].ring).join(rings, parts, padding, joined.entries, prompt.length)
+        return joined
+
     def start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
         self.prompt = prompt

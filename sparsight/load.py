@@ -33,6 +33,10 @@ class Checkpoint:
     config: Any
     processor: Any
 
+    def __reduce__(self) -> Any:
+        """Other processes and machines are told the name."""
+        return load_checkpoint, (self.name,)
+
 
 def load_checkpoint(name: str) -> Checkpoint:
     """Read the config and the processor of a folder or a hub id, not its weights.

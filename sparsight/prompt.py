@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.families import CROSS_ATTENTION, FAMILIES, family_of
 from sparsight.tiles import find_grids
@@ -57,6 +58,23 @@ class Prompt:
         rows = list(rows)
         spans = tuple(self.spans[row] for row in rows)
         return Prompt(self.vision_mask[rows], self.valid_mask[rows], spans, tuple(self.grids[row] for row in rows))
+
+    def padded(self, padding: int) -> "Prompt":
+        """The same prompts with ``padding`` more tokens in front of them."""
+        spans = [Span(span.start + padding, span.post_vision + padding, span.stop + padding) for span in self.spans]
+        grids = [tuple(grid + padding for grid in row) for row in self.grids]
+        vision_mask, valid_mask = (functional.pad(mask, (padding, 0)) for mask in (self.vision_mask, self.valid_mask))
+        return Prompt(vision_mask, valid_mask, tuple(spans), tuple(grids))
+
+    @staticmethod
+    def join(prompts: Sequence["Prompt"]) -> "Prompt":
+        """The sequences of several prompts of the same length, one after the other."""
+        return Prompt(
+            torch.cat([prompt.vision_mask for prompt in prompts]),
+            torch.cat([prompt.valid_mask for prompt in prompts]),
+            tuple(span for prompt in prompts for span in prompt.spans),
+            tuple(grids for prompt in prompts for grids in prompt.grids),
+        )
 
 
 def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Prompt:

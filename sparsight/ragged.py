@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from sparsight import kernels
-from sparsight.entries import VACANT, Entries, growth_step, writable
+from sparsight.entries import VACANT, Entries, growth_step, shifted, writable
 
 
 class RaggedEntries:
@@ -53,6 +53,22 @@ class RaggedEntries:
         slots = slice(self.starts[row], self.starts[row] + self.held[row])
         self.keys[slots], self.values[slots] = keys[0], values[0]
         self.flat_positions[slots] = positions[0].to(torch.int32)
+
+    @classmethod
+    @writable
+    def join(cls, parts: Sequence["RaggedEntries"], padding: Sequence[int]) -> "RaggedEntries":
+        """The rows of several, one after the other, those of ``parts[i]`` at positions ``padding[i]`` later."""
+        positions = [shifted(part.flat_positions, later) for part, later in zip(parts, padding, strict=True)]
+        joined = cls(
+            torch.cat([part.keys for part in parts]),
+            torch.cat([part.values for part in parts]),
+            torch.cat(positions),
+            parts[0].heads,
+            [capacity for part in parts for capacity in part.capacities],
+        )
+        joined.used = [used for part in parts for used in part.used]
+        joined.held = [held for part in parts for held in part.held]
+        return joined
 
     def append(self, keys: Tensor, values: Tensor, position: int, valid: Tensor | None = None) -> None:
         """Append entries ``[B, H_kv, q, D]`` at consecutive positions; bool ``valid`` ``[B, q]`` excepts padding."""

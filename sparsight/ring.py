@@ -1,11 +1,13 @@
 """Decoding within an allowance in one layer: which slot of the storage each new entry takes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsight.entries import VACANT
 from sparsight.parts import FixedPoint, HeavyHitter, Sliding
 from sparsight.parts.decode import drops, slot_of_lowest, slot_to_write
 from sparsight.prefill import Prefill
@@ -39,6 +41,18 @@ class Ring:
     def start(self, entries: Held, prefill: Prefill, seen: int) -> None:
         """Begin with the entries kept of a prompt, after ``seen`` tokens."""
         self.fix(entries, seen)
+
+    @classmethod
+    def join(
+        cls, rings: Sequence[Any], parts: Sequence[Held], padding: Sequence[int], entries: Held, seen: int
+    ) -> "Ring":
+        """The rows of several rings that have written nothing yet, in a ring for ``entries`` of ``seen`` tokens.
+
+        The entries of ``rings[i]`` were ``parts[i]``, at positions ``padding[i]`` earlier.
+        """
+        joined = cls(*_joined_numbers(rings, padding))
+        joined.fix(entries, seen)
+        return joined
 
     def attend(self, entries: Held, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
         """:meth:`Entries.attend`."""
@@ -105,6 +119,25 @@ class HeavyHitters(Ring):
             scores.append(score.gather(1, places.clamp(0, span.length - 1)) * of_prompt)
         self.scores = torch.stack(scores).view_as(positions)
 
+    @classmethod
+    def join(
+        cls, rings: Sequence[Any], parts: Sequence[Held], padding: Sequence[int], entries: Held, seen: int
+    ) -> "HeavyHitters":
+        """:meth:`Ring.join`; every entry keeps its score, whatever slot it has now."""
+        joined = cls(*_joined_numbers(rings, padding))
+        joined.fix(entries, seen)
+        scores = []
+        rows = entries.positions.split([len(ring.shares) for ring in rings])
+        for ring, part, later, positions in zip(rings, parts, padding, rows, strict=True):
+            # By position, with a place in front for what is vacant.
+            length = seen - later
+            by_position = ring.scores.new_zeros(*ring.scores.shape[:2], length + 1)
+            by_position.scatter_(2, part.positions.long() + 1, ring.scores)
+            places = (positions - later + 1).where(positions != VACANT, 0).long()
+            scores.append(by_position.gather(2, places))
+        joined.scores = torch.cat(scores) * (entries.positions != VACANT)
+        return joined
+
     def fix(self, entries: Held, seen: int) -> None:
         """Note how many entries are recent of those held now, and where they begin."""
         self.indices = [self.rule.fixed_index(held) for held in entries.held]
@@ -139,3 +172,10 @@ class HeavyHitters(Ring):
         """Replace the rows by those at ``index``, a tensor on the CPU."""
         super().select_rows(index)
         self.scores = self.scores.index_select(0, index.to(self.scores.device))
+
+
+def _joined_numbers(rings: Sequence[Ring], padding: Sequence[int]) -> tuple[Any, list[float], list[int]]:
+    """Rule, shares and padding of the rows of several rings, with ``padding[i]`` more tokens in front of each."""
+    shares = [share for ring in rings for share in ring.shares]
+    joined_padding = [own + more for ring, more in zip(rings, padding, strict=True) for own in ring.padding]
+    return rings[0].rule, shares, joined_padding

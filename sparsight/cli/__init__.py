@@ -8,7 +8,7 @@ import typer
 from PIL.Image import DecompressionBombWarning
 from transformers.utils import logging
 
-from sparsight.cli import analyze, bench, calibrate, eval, generate, inspect, methods, models
+from sparsight.cli import analyze, batch, bench, calibrate, eval, generate, inspect, methods, models
 
 app = typer.Typer(
     help="Compressed KV caches for vision-language models.",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("batch")(batch.batch)
 app.command("eval")(eval.evaluate)
 app.command("analyze")(analyze.analyze_model)
 app.command("bench")(bench.bench)

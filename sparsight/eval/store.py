@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsight.jsonl import append, recover
+
 Figures = dict[str, Any]
 """What was measured about one example."""
 
@@ -32,14 +34,8 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._claim()
-            lines = folder / CELLS
-            if lines.exists():
-                whole = lines.read_bytes()
-                kept = whole[: whole.rfind(b"\n") + 1]
-                if kept != whole:
-                    lines.write_bytes(kept)
-                for line in kept.decode().splitlines():
-                    self._add(json.loads(line))
+            for line in recover(folder / CELLS):
+                self._add(line)
         except OSError as error:
             raise ValueError(f"Cannot use {folder} for results: {error.strerror}.") from error
         except json.JSONDecodeError as error:
@@ -73,9 +69,8 @@ class Store:
         line = {"task": task, "recipe": json.loads(recipe), "seconds": seconds, "examples": examples}
         if aggregate is not None:
             line["aggregate"] = aggregate
-        # In one piece, so that two runs may share a folder, each with tasks of its own.
-        with open(self.folder / CELLS, "ab", buffering=0) as file:
-            file.write((json.dumps(line) + "\n").encode())
+        with open(self.folder / CELLS, "a") as file:
+            append(file, [line])
         self._add(json.loads(json.dumps(line)))
 
     def _add(self, line: dict[str, Any]) -> None:

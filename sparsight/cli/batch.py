@@ -1,0 +1,168 @@
+"""``sparsight batch``: many questions about pictures, in batches, into a file that a stopped run goes on with."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparsight.cli import options
+from sparsight.cli.chosen import chosen_recipe
+from sparsight.images import MAX_PIXELS
+from sparsight.load import load_checkpoint
+from sparsight.offline.cluster import Cluster, results_on
+from sparsight.offline.results import Output, Result
+from sparsight.offline.rows import read_ids, read_rows
+from sparsight.offline.run import Job, results
+from sparsight.report import mebibytes
+
+
+def batch(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="JSON lines, a folder of pictures, or Parquet with pictures' bytes.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="JSON lines or .parquet; a stopped run goes on with it.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="The question of all rows that have none of their own.", metavar="TEXT")
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    method: options.Method = "vl-cache",
+    budget: options.Budget = 0.1,
+    heads: options.Heads = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
+    batch_size: Annotated[
+        str, typer.Option(help="Rows that decode together; auto is as many as there is room for.", metavar="NUMBER")
+    ] = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Answer on a Ray cluster: its address, auto, or local to start one.", metavar="ADDRESS"),
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="Models on the Ray cluster.", min=1)] = 1,
+    gpus_per_replica: Annotated[
+        float | None,
+        typer.Option(help="GPUs of each; one if not given and there are any.", min=0, show_default=False),
+    ] = None,
+    as_json: options.Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_pixels: options.MaxPixels = MAX_PIXELS,
+) -> None:
+    """Ask a model about many pictures; exits with 1 if there was no answer for some of them."""
+    started = time.perf_counter()
+    recipe = chosen_recipe(model, method, budget, heads)
+    size = _batch_size(batch_size)
+    cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
+    if source.resolve() == output.resolve():
+        raise ValueError(f"{source} cannot be both the input and the output.")
+    ids = read_ids(source, prompt)
+    job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
+    written = Output(output)
+    missing = {row for row in ids if row not in written}
+    new: list[Result] = []
+    try:
+        if missing:
+            rows = (row for row in read_rows(source, prompt) if row.id in missing)
+            with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
+                found = results(job, rows) if cluster is None else results_on(cluster, job, rows)
+                for some in found:
+                    new += written.append(some)
+                    on_results(some)
+    except KeyboardInterrupt as stop:
+        print(f"Stopped. What was answered is on disk; the same command goes on from there: {output}", file=sys.stderr)
+        raise typer.Exit(130) from stop
+    written.close(finished=True)
+    told = summary(len(ids), written, new, time.perf_counter() - started)
+    if as_json:
+        print(json.dumps(told))
+    else:
+        Console(highlight=False).print(table(told), f"Wrote {output}", sep="\n")
+    if written.errors:
+        raise typer.Exit(1)
+
+
+def summary(rows: int, written: Output, new: list[Result], seconds: float) -> dict[str, Any]:
+    """A run as plain data."""
+    return {
+        "rows": rows,
+        "before": written.results - len(new),
+        "answered": written.results - sum(written.errors.values()),
+        "errors": written.errors,
+        "seconds": seconds,
+        "rows_per_second": len(new) / seconds,
+        "new_tokens": sum(result.tokens or 0 for result in new),
+        "kv_bytes": sum(result.kv_bytes or 0 for result in new),
+        "full_kv_bytes": sum(result.full_kv_bytes or 0 for result in new),
+        "output": str(written.path),
+    }
+
+
+def table(told: dict[str, Any]) -> Table:
+    """A run for people."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+    shown.add_column()
+    shown.add_column(justify="right")
+    shown.add_row("rows", f"{told['rows']:,}")
+    shown.add_row("answered", f"{told['answered']:,}")
+    for kind, count in sorted(told["errors"].items()):
+        shown.add_row(kind, f"{count:,}", style="red")
+    if told["before"]:
+        shown.add_row("of them done before", f"{told['before']:,}")
+    shown.add_row("time", f"{told['seconds']:.1f} s")
+    shown.add_row("rows per second", f"{told['rows_per_second']:.2f}")
+    shown.add_row("new tokens", f"{told['new_tokens']:,}")
+    if told["full_kv_bytes"]:
+        share = told["kv_bytes"] / told["full_kv_bytes"]
+        shown.add_row("KV memory after compression", f"{share:.1%} of the full cache")
+    return shown
+
+
+def _batch_size(text: str) -> int | None:
+    """A number, or None for ``auto``.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"--batch-size is a whole number above 0 or auto, not {text!r}.")
+    return int(text)
+
+
+@contextmanager
+def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
+    """A bar on stderr with rate, time left and the memory of the newest batch, if there is somebody to see it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[memory]}"),
+    )
+    # Rows come a batch at a time, which may take minutes.
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bar:
+        shown = bar.add_task("Answering", total=total, completed=done, rate="", memory="")
+        started, count = time.perf_counter(), 0
+
+        def on_results(some: list[Result]) -> None:
+            nonlocal count
+            count += len(some)
+            rate = f"{count / (time.perf_counter() - started):.2f} rows/s"
+            held, full = (sum(getattr(result, name) or 0 for result in some) for name in ("kv_bytes", "full_kv_bytes"))
+            bar.update(shown, advance=len(some), rate=rate)
+            if full:
+                bar.update(shown, memory=f"KV {mebibytes(held)}, full cache {mebibytes(full)}")
+
+        yield on_results

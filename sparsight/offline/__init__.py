@@ -1,0 +1,1 @@
+"""Many questions about pictures through a model: batches that fill the device, and results that outlive the run."""

@@ -1,0 +1,239 @@
+"""``sparsight batch``: every kind of file, and runs that are killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+Run = Callable[..., tuple[int, str, str]]
+TOKENS = 12
+COUNT = 7
+
+
+def prompt_of(number: int) -> str:
+    return "What is it" + "?" * (number % 3 * 9 + 1)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of noise."""
+    folder = tmp_path_factory.mktemp("asked")
+    for number in range(COUNT):
+        noise = np.random.default_rng(number).integers(256, size=(56, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    return folder
+
+
+def write_rows(folder: Path, *more: dict[str, Any], count: int = COUNT) -> Path:
+    path = folder / f"asked-{count}.jsonl"
+    numbers = range(count)
+    rows = [{"id": str(each), "image": f"{each % COUNT}.png", "prompt": prompt_of(each)} for each in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def asked(folder: Path) -> Path:
+    """A question about each of them."""
+    return write_rows(folder)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Results by id, without what differs from run to run; there must be one of each."""
+    if path.suffix == ".parquet":
+        rows = parquet.read_table(path).to_pylist()
+        records = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    else:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    by_id = {record["id"]: {**record, "seconds": None} for record in records}
+    assert len(by_id) == len(records)
+    return by_id
+
+
+@pytest.fixture
+def options(llava: str) -> tuple[Any, ...]:
+    return ("--model", llava, "--max-new-tokens", TOKENS, "--budget", 0.2)
+
+
+@pytest.fixture
+def expected(run: Run, asked: Path, options: tuple[Any, ...], tmp_path: Path) -> dict[str, dict[str, Any]]:
+    run("batch", asked, tmp_path / "expected.jsonl", *options, "--json")
+    return read(tmp_path / "expected.jsonl")
+
+
+def test_the_figures_are_those_of_the_results(run: Run, asked: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    code, out, err = run("batch", asked, output, *options, "--json")
+    told, records = json.loads(out), read(output).values()
+    assert (code, err) == (0, "")
+    assert set(read(output)) == {str(number) for number in range(COUNT)}
+    assert (told["rows"], told["answered"], told["before"], told["errors"]) == (COUNT, COUNT, 0, {})
+    assert told["new_tokens"] == sum(record["tokens"] for record in records) == COUNT * TOKENS
+    for name in ("kv_bytes", "full_kv_bytes"):
+        assert told[name] == sum(record[name] for record in records)
+    assert told["rows_per_second"] == pytest.approx(COUNT / told["seconds"])
+    assert told["output"] == str(output)
+
+
+def test_one_row_answers_as_generate_does(
+    run_json: Callable[..., Any], folder: Path, expected: dict[str, dict[str, Any]], options: tuple[Any, ...]
+) -> None:
+    for number in range(3):
+        prompt = ("--image", folder / f"{number}.png", "--prompt", prompt_of(number))
+        single = run_json("generate", *prompt, *options)
+        found = expected[str(number)]
+        assert found["text"] == single["text"]
+        assert found["prompt_tokens"] == single["prompt_tokens"]
+        assert found["kept"] == pytest.approx(sum(single["kept_per_layer"]) / len(single["kept_per_layer"]))
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+@pytest.mark.parametrize("kind", ["folder", "bytes", "data set"])
+def test_every_kind_of_input_and_output_has_the_same_answers(
+    run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path, kind: str, name: str
+) -> None:
+    single = tmp_path / "single.jsonl"
+    rows = [{"id": f"{number}.png", "image": str(folder / f"{number}.png")} for number in range(COUNT)]
+    single.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = folder
+    if kind != "folder":
+        source = tmp_path / "asked.parquet"
+        pictures: list[Any] = [Path(row["image"]).read_bytes() for row in rows]
+        if kind == "data set":
+            pictures = [{"bytes": picture, "path": None} for picture in pictures]
+        parquet.write_table(pyarrow.table({"id": [row["id"] for row in rows], "image": pictures}), source)
+    for given, output in ((single, "expected.jsonl"), (source, name)):
+        code, _, err = run("batch", given, tmp_path / output, "--prompt", "What is it?", *options, "--json")
+        assert (code, err) == (0, "")
+    assert read(tmp_path / name) == read(tmp_path / "expected.jsonl")
+    assert len(read(tmp_path / name)) == COUNT
+
+
+def test_errors_are_counted_by_kind_and_tell_by_the_exit_code(
+    run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path
+) -> None:
+    for number in range(COUNT):
+        os.link(folder / f"{number}.png", tmp_path / f"{number}.png")
+    (tmp_path / "text.png").write_text("hello")
+    wrong = [{"id": name, "image": name, "prompt": "What?"} for name in ("none.png", "no.png", "text.png")]
+    source = write_rows(tmp_path, *wrong)
+    code, out, _ = run("batch", source, tmp_path / "out.jsonl", *options, "--json")
+    kinds = {"unreadable file": 2, "not a picture": 1}
+    assert code == 1
+    assert json.loads(out)["errors"] == kinds
+    assert json.loads(out)["answered"] == COUNT
+    # It is said again when nothing is left to do, and nothing is done again.
+    before = (tmp_path / "out.jsonl").read_bytes()
+    code, out, _ = run("batch", source, tmp_path / "out.jsonl", *options, "--json")
+    assert (code, json.loads(out)["errors"], json.loads(out)["before"]) == (1, kinds, COUNT + 3)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    code, out, err = run("batch", source, tmp_path / "other.jsonl", *options)
+    lines = [line.split() for line in out.splitlines()]
+    assert (code, err) == (1, "")
+    assert ["rows", str(COUNT + 3)] in lines
+    assert ["answered", str(COUNT)] in lines
+    assert ["unreadable", "file", "2"] in lines
+    assert ["not", "a", "picture", "1"] in lines
+
+
+class Killed:
+    """Runs of the command line that end when they are killed."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.command = [sys.executable, "-c", "from sparsight.cli import main; main()", *map(str, arguments)]
+        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(self.command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(("name", "kills"), [("out.jsonl", 10), ("out.parquet", 4)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path, name: str, kills: int
+) -> None:
+    asked, output, chance = write_rows(folder, count=30), tmp_path / name, random.Random(name)
+    run("batch", asked, tmp_path / "expected.jsonl", *options, "--json")
+    killed = Killed("batch", asked, output, *options, "--batch-size", 1, "--json")
+    lines = tmp_path / (name if name.endswith(".jsonl") else f"{name}.jsonl")
+    counts = []
+    for _ in range(kills):
+        process = killed.start()
+        # Moments from the start of the imports to the last answer: after so much time, or so many more results.
+        began, more = lines.stat().st_size if lines.exists() else 0, chance.choice([None, 1, 200])
+        until = time.monotonic() + (chance.uniform(0, 4) if more is None else 120)
+        while time.monotonic() < until and process.poll() is None:
+            if more is not None and lines.exists() and lines.stat().st_size >= began + more:
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        counts.append(lines.read_bytes().count(b"\n") if lines.exists() else -1)
+    assert counts == sorted(counts)
+    # The later ones went on with what the earlier ones had answered.
+    assert len(set(counts) - {-1, 0}) > 1
+    process = killed.start()
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, b"")
+    assert json.loads(out)["answered"] == 30
+    assert json.loads(out)["before"] == counts[-1]
+    assert read(output) == read(tmp_path / "expected.jsonl")
+    assert {path.name for path in tmp_path.iterdir()} == {"expected.jsonl", name}
+
+
+def test_ctrl_c_says_how_to_go_on(asked: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    process = Killed("batch", asked, output, *options, "--batch-size", 1, "--max-new-tokens", 300).start()
+    while not output.exists() or not output.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().startswith("Stopped. What was answered is on disk; the same command goes on from there:")
+    assert err.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batch-size", "0"], "--batch-size is a whole number above 0 or auto, not '0'."),
+        (["--batch-size", "many"], "--batch-size is a whole number above 0 or auto, not 'many'."),
+        (["--budget", "2"], "budget must be a number in (0, 1], got 2.0."),
+        (["--method", "vlcache"], "Unknown method 'vlcache': did you mean 'vl-cache'?"),
+        (["--model", "./nothing"], "There is no model folder ./nothing."),
+    ],
+)
+def test_wrong_options_are_said_before_anything_is_written(
+    run: Run, asked: Path, llava: str, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    given = [] if "--model" in arguments else ["--model", llava]
+    code, out, err = run("batch", asked, tmp_path / "out.jsonl", *given, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {sentence}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_used(run: Run, asked: Path, folder: Path, llava: str, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        code, out, err = run("batch", *arguments, "--model", llava)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        return err.removeprefix("Error: ").rstrip()
+
+    assert refused(tmp_path / "no.jsonl", tmp_path / "out.jsonl").startswith(f"Cannot read {tmp_path / 'no.jsonl'}")
+    assert refused(asked, asked) == f"{asked} cannot be both the input and the output."
+    assert "say with a prompt" in refused(folder, tmp_path / "out.jsonl")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "holds something that is no results" in refused(asked, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "hello"
