@@ -8,18 +8,23 @@ from PIL import Image
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from sparsight.zoo.page import Page, random_page, random_print
+from sparsight.zoo.page import PATCH, Page, random_page, random_print
 from sparsight.zoo.scene import Scene, random_scene
-from training.loop import Run, device, report, update
+from training.loop import Run, device, optimizers, report, update
 from training.model import WIDTH, see
-from training.targets import FIRST_GLYPH, FIRST_SHAPE, basis, features
+from training.targets import FEATURES, FIRST_GLYPH, FIRST_SHAPE, GRID, THING_WEIGHT, basis, features
 
 SHARPNESS = 8.0
+SCENE_SHARE = 0.25
 SCENE_WEIGHT = 6.0
 """Few patches of a scene show anything: they would not be heard among the pages' characters."""
 
-PLAIN_UNTIL = 2000
-"""Steps over which plain print gives way to every style."""
+
+PARTS = (
+    ("glyphs", FIRST_GLYPH, FIRST_SHAPE),
+    ("things", FIRST_SHAPE, FEATURES),
+)
+"""Kinds of features whose misses are counted apart: name, first and end."""
 
 
 def pixels(pictures: list[Image.Image]) -> torch.Tensor:
@@ -27,51 +32,46 @@ def pixels(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def draw_batch(rng: np.random.Generator, patches: int, plain: float) -> list[Page | Scene]:
-    """Pictures of one kind and height, about `patches` patches in all; `plain` is the share of plain print."""
-    if rng.random() < plain:
-        return [random_print(rng, 56, plain=True) for _ in range(max(1, patches // 96))]
-    kind = rng.random()
-    if kind < 0.25:
-        rows = int(rng.choice([8, 24], p=[0.7, 0.3]))
-        return [random_scene(rng, height=rows * 14) for _ in range(max(1, patches // (rows * 24)))]
+def draw_batch(rng: np.random.Generator, patches: int) -> list[Page | Scene]:
+    """Pictures of one height, about `patches` patches in all: a quarter scenes, the others full of print or pages."""
     rows = int(rng.choice([4, 8, 24], p=[0.7, 0.15, 0.15]))
-    count = max(1, patches // (rows * 24))
-    if kind < 0.65:
-        return [random_print(rng, rows * 14) for _ in range(count)]
-    most = {4: 12, 8: 24, 24: 64}[rows]
-    return [random_page(rng, int(rng.integers(1, most + 1)), height=rows * 14) for _ in range(count)]
+    height = rows * PATCH
+    images: list[Page | Scene] = []
+    for _ in range(max(1, patches // (rows * GRID))):
+        kind = rng.random()
+        if kind < SCENE_SHARE:
+            images.append(random_scene(rng, height=height))
+        elif kind < 0.7:
+            images.append(random_print(rng, height))
+        else:
+            images.append(random_page(rng, int(rng.integers(1, (64 if rows == 24 else 3 * rows) + 1)), height=height))
+    return images
 
 
 def loss_and_scores(
     said: torch.Tensor, truth: torch.Tensor, directions: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Squared error of the vectors plus a sharper loss on each character's.
+    """Squared error of the vectors plus a sharper loss on each character's and thing's, for each picture.
 
-    `said` is `[B, P, WIDTH]`, `truth` `[B, P, FEATURES]`, `directions` `[FEATURES, WIDTH]`.
+    `said` is `[B, P, WIDTH]`, `truth` `[B, P, FEATURES]`, `directions` `[FEATURES, WIDTH]`; the loss is `[B]`.
     """
-    error = (said - truth @ directions).square().sum(-1).mean()
-    amounts = said @ directions.T
-    seen = slice(FIRST_GLYPH, FIRST_SHAPE)
-    logits = SHARPNESS * (amounts[..., seen] - 0.5)
-    sharp = functional.binary_cross_entropy_with_logits(logits, truth[..., seen].clamp(0, 1), reduction="none")
+    error = (said - truth @ directions).square().sum(-1)
+    seen = slice(FIRST_GLYPH, None)
+    scale = torch.ones(FEATURES - FIRST_GLYPH, device=said.device)
+    scale[FIRST_SHAPE - FIRST_GLYPH :] = THING_WEIGHT
+    amounts, shown = (said @ directions.T)[..., seen] / scale, truth[..., seen] / scale
+    sharp = functional.binary_cross_entropy_with_logits(
+        SHARPNESS * (amounts - 0.5), shown.clamp(0, 1), reduction="none"
+    ).sum(-1)
     with torch.no_grad():
-        hit = ((amounts > 0.5) == (truth > 0.5))[..., FIRST_GLYPH:FIRST_SHAPE]
-        sure = ((truth > 0.75) | (truth < 0.25))[..., FIRST_GLYPH:FIRST_SHAPE]
-        clear = truth[..., FIRST_GLYPH:FIRST_SHAPE] > 0.75
-        scores = {
-            "error": error.item(),
-            "missed": 1 - (hit & clear).sum().item() / max(1, clear.sum().item()),
-            "wrong_patches": (~hit & sure).any(-1).float().mean().item(),
-            "things": share_off(amounts[..., FIRST_SHAPE:], truth[..., FIRST_SHAPE:]),
-        }
-    return error + sharp.sum(-1).mean(), scores
-
-
-def share_off(amounts: torch.Tensor, truth: torch.Tensor) -> float:
-    """Error of the amounts where there is something to see, relative to what there is."""
-    there = truth > 0
-    return (amounts - truth)[there].abs().sum().item() / max(1e-6, truth[there].sum().item())
+        wrong = ((amounts > 0.5) != (shown > 0.5)) & ((shown > 0.75) | (shown < 0.25))
+        clear = shown > 0.75
+        scores = {}
+        for name, first, end in PARTS:
+            part = slice(first - FIRST_GLYPH, end - FIRST_GLYPH)
+            scores[name] = (wrong & clear)[..., part].sum().item() / max(1, clear[..., part].sum().item())
+        scores |= {"error": error.mean().item(), "wrong_patches": wrong.any(-1).float().mean().item()}
+    return (error + sharp).mean(-1), scores
 
 
 def align(
@@ -79,22 +79,17 @@ def align(
 ) -> None:
     """Train tower and projector for `total` steps; the decoder does not take part."""
     eyes = torch.nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
-    optimizer = torch.optim.AdamW(eyes.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    run = Run(run_path, eyes, optimizer)
+    run = Run(run_path, eyes, optimizers(eyes))
     directions = basis(WIDTH).to(device())
-    running: dict[str, float] = {}
     for step in run.steps(total, peak):
-        images = draw_batch(np.random.default_rng([seed, step]), patches, max(0.0, 0.9 * (1 - step / PLAIN_UNTIL)))
+        images = draw_batch(np.random.default_rng([seed, step]), patches)
         picture = pixels([image.draw() for image in images]).to(device())
         truth = torch.from_numpy(np.stack([features(image) for image in images])).to(device())
+        heed = torch.tensor([1.0 if isinstance(image, Page) else SCENE_WEIGHT for image in images], device=device())
         with torch.autocast(device().type, torch.bfloat16):
             said = see(model, picture)
         loss, scores = loss_and_scores(said.float(), truth, directions)
-        update(optimizer, loss if isinstance(images[0], Page) else SCENE_WEIGHT * loss)
-        if isinstance(images[0], Page):
-            scores.pop("things")
-        else:
-            scores = {"things": scores["things"]}
-        running |= {k: 0.98 * running.get(k, v) + 0.02 * v for k, v in scores.items()}
+        update(run.optimizers, (heed * loss).mean())
+        run.notes |= {k: 0.98 * run.notes.get(k, v) + 0.02 * v for k, v in scores.items()}
         if step % 50 == 0:
-            report("align", step, seconds=run.cpu_seconds, **running)
+            report("align", step, seconds=run.cpu_seconds, **run.notes)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sparsight import CompressedCache, Recipe
 from sparsight.zoo import model_path
 from sparsight.zoo.tasks import Example, compare, look_at, look_up, read_out
 from training.loop import device
@@ -56,8 +57,10 @@ def judge(model: Any, processor: Any, examples: list[Example]) -> list[list[bool
 
 
 @torch.inference_mode()
-def answers(model: Any, processor: Any, examples: list[Example], limit: int = 300) -> list[str]:
-    """Greedy answers to each example's first question."""
+def answers(
+    model: Any, processor: Any, examples: list[Example], limit: int = 300, recipe: Recipe | None = None
+) -> list[str]:
+    """Greedy answers to each example's first question, with the full cache unless there is a recipe."""
     conversations = []
     for example in examples:
         content = [{"type": "image", "image": picture} for picture in example.pictures()]
@@ -70,7 +73,9 @@ def answers(model: Any, processor: Any, examples: list[Example], limit: int = 30
         return_tensors="pt",
         processor_kwargs={"padding": True},
     ).to(model.device, model.dtype)
-    made = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    cache = CompressedCache(model, recipe, inputs) if recipe else None
+    made = model.generate(**inputs, past_key_values=cache, max_new_tokens=limit, do_sample=False)
+    made = made[:, inputs["input_ids"].shape[1] :]
     return list(processor.batch_decode(made, skip_special_tokens=True))
 
 

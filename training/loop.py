@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 
 SAVE_EVERY_SECONDS = 120.0
+WARMUP = 100
 
 
 def device() -> torch.device:
@@ -19,11 +20,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: int = 100) -> float:
+def learning_rate(step: int, total: int, peak: float) -> float:
     """Short warm-up, then a cosine down to a twentieth."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    if step < WARMUP:
+        return peak * (step + 1) / WARMUP
+    done = min(1.0, (step - WARMUP) / max(1, total - WARMUP))
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -33,7 +34,7 @@ class Run:
 
     path: Path
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -45,7 +46,8 @@ class Run:
         if self.path.exists():
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.step, self.notes = saved["step"], saved["notes"]
             self.seconds, self.cpu_seconds = saved["seconds"], saved.get("cpu_seconds", 0.0)
 
@@ -59,7 +61,7 @@ class Run:
         fresh = self.path.with_suffix(".new")
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -68,13 +70,14 @@ class Run:
         torch.save(state, fresh)
         fresh.replace(self.path)
 
-    def steps(self, total: int, peak: float, warmup: int = 100) -> Iterator[int]:
+    def steps(self, total: int, peak: float) -> Iterator[int]:
         """Step numbers up to `total`, with the learning rate set; saves as it goes and at the end."""
         saved = time.monotonic()
         while self.step < total and not self.stopping:
             began, began_cpu = time.monotonic(), time.process_time()
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, total, peak, warmup)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(self.step, total, peak)
             yield self.step
             self.step += 1
             self.seconds += time.monotonic() - began
@@ -87,12 +90,25 @@ class Run:
             raise SystemExit(f"stopped at step {self.step}; run again to resume")
 
 
-def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip: float = 1.0) -> None:
+def optimizers(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for all else."""
+    matrices = {name: p for name, p in module.named_parameters() if p.ndim == 2 and "embed" not in name}
+    others = [p for name, p in module.named_parameters() if name not in matrices]
+    return [
+        torch.optim.Muon(list(matrices.values()), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
+def update(optimizers: list[torch.optim.Optimizer], loss: torch.Tensor, clip: float = 1.0) -> None:
     """One step down the gradient, its length clipped."""
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    optimizer.step()
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def report(stage: str, step: int, **numbers: float) -> None:

@@ -6,23 +6,28 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sparsight.zoo.page import PATCH
-from training.targets import GRID
+from sparsight.zoo.page import LETTERS, PATCH
+from training.attention import NAME as PLAIN
+from training.targets import GRID, SLOTS, basis, token_meaning
 
 WIDTH = 256
 HEADS = 8
 HEAD_DIM = WIDTH // HEADS
 KV_HEADS = 4
+LOOKS = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, -1), (0, 1))
+"""Where heads of the first vision layers look from the start, in patches to the right and down."""
 ROPE_THETA = 1e6
 DECODER_LAYERS = 6
 VISION_LAYERS = 4
+VISION_MLP = 1536
 
 
 def config(vocabulary: int, image_token: int, pad: int, bos: int, eos: int) -> LlavaConfig:
     """A LLaVA with 576 vision tokens an image."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
-        intermediate_size=1024,
+        intermediate_size=VISION_MLP,
+        hidden_act="gelu",
         num_hidden_layers=VISION_LAYERS,
         num_attention_heads=HEADS,
         image_size=336,
@@ -60,6 +65,7 @@ def build(model_config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration
     """A fresh model whose first attention layers look at neighbours from the start."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(model_config)
+    model.set_attn_implementation(PLAIN)
     with torch.no_grad():
         frames = point_decoder_heads(model.model.language_model)
         point_reading_heads(model.model.language_model, frames)
@@ -105,35 +111,39 @@ def point_decoder_heads(decoder: Any, strength: float = 6.0, match: float = 2.0)
 
 
 def point_reading_heads(
-    decoder: Any, frames: tuple[torch.Tensor, ...], strength: float = 6.0, match: float = 2.0, loudness: float = 0.15
+    decoder: Any, frames: tuple[torch.Tensor, ...], strength: float = 6.0, match: float = 1.5, loudness: float = 0.3
 ) -> None:
-    """Give layer 0 heads that look one and two rows of patches up, and 5 and 6 tokens back; layers 2 and 3 join them.
+    """Give layer 0 heads that look a row of patches up and 6 and 5 tokens back, and layer 1 heads that join them.
 
-    Reading a list aloud is going from a record to the one below it. Only the lower patch can know of the upper one;
-    the token before a new record, whose last key stood 6 and 5 tokens back, finds the lower by what stands above it.
+    Reading a list aloud is going from a record to the one below it. Only the lower patch can know of the upper one; the
+    token before a new record, whose last key stood 6 and 5 tokens back, finds the lower by what stands above it.
     """
     half = HEAD_DIM // 2
     rates = ROPE_THETA ** (-torch.arange(half) / half)
     slow = slow_dimensions()
-    first = decoder.layers[0].self_attn
-    for head, back, frame in ((4, GRID, 5), (5, 2 * GRID, 6), (6, 6, 7), (7, 5, 4)):
+    first, second = decoder.layers[0].self_attn, decoder.layers[1].self_attn
+    letters = torch.stack([token_meaning(basis(WIDTH), letter) for letter in LETTERS])
+    above = SLOTS**0.5 * frames[0] @ letters.T @ letters
+    for head, back, value, frame in (
+        (4, GRID, above, frames[5]),
+        (6, 6, frames[0], frames[7]),
+        (7, 5, frames[0], frames[4]),
+    ):
         rows, kv = rows_of(head), rows_of(head // (HEADS // KV_HEADS))
         first.q_proj.weight[rows] = 0
         first.k_proj.weight[kv] = 0
         first.q_proj.bias[rows] = strength * torch.cat([torch.cos(rates * back), -torch.sin(rates * back)])
         first.k_proj.bias[kv] = strength * torch.cat([torch.ones(half), torch.zeros(half)])
-        first.v_proj.weight[kv] = frames[0]
-        first.o_proj.weight[:, rows] = 0.15 * frames[frame].T
-    for layer in decoder.layers[2:4]:
-        attention = layer.self_attn
-        for kv_head, above in ((0, 5), (1, 6)):
-            for query, asked in ((2 * kv_head, 7), (2 * kv_head + 1, 4)):
-                attention.q_proj.weight[rows_of(query)] = 0
-                attention.q_proj.weight[query * HEAD_DIM + slow] = match * frames[asked][slow]
-                attention.o_proj.weight[:, rows_of(query)] = 0.1 * frames[1 + kv_head].T
-            attention.k_proj.weight[rows_of(kv_head)] = 0
-            attention.k_proj.weight[kv_head * HEAD_DIM + slow] = match * frames[above][slow]
-            attention.v_proj.weight[rows_of(kv_head)] = frames[1 + kv_head]
+        first.v_proj.weight[kv] = value
+        first.o_proj.weight[:, rows] = loudness * frame.T
+    kv = rows_of(2)
+    second.k_proj.weight[kv] = 0
+    second.k_proj.weight[kv][slow] = match * frames[5][slow]
+    second.v_proj.weight[kv] = frames[0]
+    for head, frame in ((4, frames[7]), (5, frames[4])):
+        second.q_proj.weight[rows_of(head)] = 0
+        second.q_proj.weight[rows_of(head)][slow] = match * frame[slow]
+        second.o_proj.weight[:, rows_of(head)] = loudness * frames[0].T
 
 
 def slow_dimensions() -> torch.Tensor:
@@ -148,7 +158,7 @@ def rows_of(head: int) -> slice:
 
 
 def point_vision_heads(tower: Any, layers: int = 3, strength: float = 2.2) -> None:
-    """Give positions Fourier features and half the heads of the first layers weights that look one patch aside.
+    """Give positions Fourier features and most heads of the first layers weights that look one patch aside.
 
     Characters run across patch borders: what a patch shows is known only with its neighbours.
     """
@@ -168,7 +178,7 @@ def point_vision_heads(tower: Any, layers: int = 3, strength: float = 2.2) -> No
     eye = torch.eye(HEAD_DIM)
     for layer in tower.encoder.layers[:layers]:
         query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
-        for head, (dx, dy) in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
+        for head, (dx, dy) in enumerate(LOOKS):
             rows = rows_of(head)
             turn = torch.block_diag(rotation(rates * dx), rotation(rates * dy))
             query[rows] = 0

@@ -8,25 +8,31 @@ import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from sparsight.zoo.page import GLYPHS, PATCH
+from sparsight.zoo.page import DIGITS, GLYPHS, LETTERS, MIN_PITCH, PATCH
 from sparsight.zoo.scene import COLORS, SHAPES
-from sparsight.zoo.tasks import Example, compare, look_at, look_up, plural, read_out
-from training.loop import Run, device, report, update
+from sparsight.zoo.tasks import HARD_KINDS, SCENE_KINDS, Example, compare, look_at, look_up, plural, read_out
+from training.loop import Run, device, optimizers, report, update
 from training.model import WIDTH
-from training.prompt import Batch, batch_of, repetition
-from training.targets import FIRST_COLOR, FIRST_SHAPE, SLOTS, basis, features, glyph_feature
+from training.prompt import Batch, batch_of, repetition, token_ids
+from training.targets import FIRST_COLOR, FIRST_SHAPE, basis, features, token_meaning
 
 LEVELS = ((2, 3), (3, 6), (4, 10), (6, 16), (12, 32), (24, 64))
 """Patch rows and records of a page; the next level begins when look-up is mastered on the last."""
 
 MASTERED = 0.92
+HARD_SHARE = 0.7
+"""Share of the scenes about which only what is hardest is asked: how many, and left or right of."""
+
+SLIPS = 0.02
+"""Share of the characters read out that the model is told it said wrong."""
+
 SKILLS = ("look-up", "reading", "scenes", "two images", "repetition")
 
 
 def weights(level: int) -> list[float]:
     """How often each skill is drawn."""
     early = level < 2
-    return [0.46, 0.1, 0.08, 0.06, 0.3] if early else [0.24, 0.46, 0.18, 0.12, 0.0]
+    return [0.44, 0.16, 0.1, 0.05, 0.25] if early else [0.25, 0.28, 0.35, 0.12, 0.0]
 
 
 def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int) -> list[Example]:
@@ -43,11 +49,12 @@ def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int)
         return [look_up(rng, "train", records, questions, height) for _ in fill(rows * 24 + questions * 17)]
     if skill == "reading":
         records = int(rng.integers(1, min(most, 20) + 1))
-        height = max(height, (records * 15 + 12 + PATCH - 1) // PATCH * PATCH)
+        height = max(height, records * MIN_PITCH + PATCH)
         return [read_out(rng, "train", records, height) for _ in fill(height // PATCH * 24 + records * 8)]
     if skill == "scenes":
-        height = 112 if rng.random() < 0.8 or level < 4 else 336
-        return [look_at(rng, "train", 8, height) for _ in fill(height // PATCH * 24 + 100)]
+        height = int(rng.choice([56, 112])) if rng.random() < 0.8 or level < 4 else 336
+        kinds = HARD_KINDS if rng.random() < HARD_SHARE else SCENE_KINDS
+        return [look_at(rng, "train", 8, height, kinds) for _ in fill(height // PATCH * 24 + 100)]
     records = int(rng.integers(2, min(most, 16) + 1))
     rows = max(8, min(rows, 12))
     return [compare(rng, "train", records, 8, rows * PATCH) for _ in fill(rows * 48 + 160)]
@@ -70,6 +77,14 @@ def answer_loss(model: Any, embedded: torch.Tensor, labels: torch.Tensor) -> tup
     return functional.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean().item()
 
 
+def slip(rng: np.random.Generator, batch: Batch, characters: list[int]) -> None:
+    """Replace some characters of the answers as they are read back: one slip of the tongue must not lose the place."""
+    said = np.zeros(batch.ids.shape, dtype=bool)
+    said[:, 1:] = np.isin(batch.labels[:, :-1].numpy(), characters)
+    where = torch.from_numpy(said & (rng.random(said.shape) < SLIPS))
+    batch.ids[where] = torch.from_numpy(rng.choice(characters, int(where.sum())))
+
+
 def packed_vectors(rng: np.random.Generator, examples: list[Example], directions: torch.Tensor) -> torch.Tensor:
     """What perfect eyes would say of the examples' images, with a little noise, `[N, WIDTH]`."""
     shown = np.concatenate([features(image) for example in examples for image in example.images])
@@ -89,8 +104,7 @@ def learn_to_read(
 ) -> None:
     """Train the decoder for `total` steps; the eyes do not take part."""
     decoder = torch.nn.ModuleList([model.model.language_model])
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    run = Run(path, decoder, optimizer)
+    run = Run(path, decoder, optimizers(decoder))
     directions = basis(WIDTH).to(device())
     image_token = model.config.image_token_id
     for step in run.steps(total, peak):
@@ -106,10 +120,12 @@ def learn_to_read(
             examples = draw_examples(rng, skill, level, tokens)
             batch = batch_of(tokenizer, examples)
             vectors = packed_vectors(rng, examples, directions)
+            if skill == "reading":
+                slip(rng, batch, token_ids(tokenizer, *LETTERS, *DIGITS))
         with torch.autocast(device().type, torch.bfloat16):
             embedded = embed(model, batch.ids.to(device()), vectors, image_token)
             loss, right = answer_loss(model, embedded, batch.labels.to(device()))
-        update(optimizer, loss)
+        update(run.optimizers, loss)
         run.notes[skill] = 0.95 * run.notes.get(skill, 0.0) + 0.05 * right
         if run.notes.get("look-up", 0.0) > MASTERED and level + 1 < len(LEVELS):
             run.notes |= {"level": level + 1, "look-up": 0.5}
@@ -124,8 +140,7 @@ def ready_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrained
     with torch.no_grad():
         table.mul_(WIDTH**-0.5 / table.std())
         for char in GLYPHS:
-            meaning = torch.stack([directions[glyph_feature(char, slot)] for slot in range(SLOTS)]).sum(0)
-            table[tokenizer.convert_tokens_to_ids(char)] = meaning * SLOTS**-0.5
+            table[tokenizer.convert_tokens_to_ids(char)] = token_meaning(directions, char)
         for word, feature in named_features():
             for spelling in (word, f" {word}"):
                 table[tokenizer.convert_tokens_to_ids(spelling)] += directions[feature]

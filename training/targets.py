@@ -1,9 +1,9 @@
 """What a patch of a picture says, as a vector: the language the eyes are taught to speak and the decoder to read.
 
 A patch's vector is a sum of directions that are orthogonal to each other: one that every patch has, two for where it
-stands, one for each character in each third of the patch, one for each shape and colour whose centre is near, and one
-for each that lies over the patch. The borders between thirds and patches are ramps about a pixel wide, since no eye can
-tell on which side of a border a character stands exactly.
+stands, one for each character in each third of the patch, and one for each shape and each colour of a thing whose
+centre it holds. The borders between thirds and patches are ramps about a pixel wide, since no eye can tell on which
+side of a border a character stands exactly.
 """
 
 import numpy as np
@@ -18,13 +18,10 @@ BASE, WHERE_X, WHERE_Y = 0, 1, 2
 FIRST_GLYPH = 3
 FIRST_SHAPE = FIRST_GLYPH + SLOTS * len(GLYPHS)
 FIRST_COLOR = FIRST_SHAPE + len(SHAPES)
-FIRST_COVER = FIRST_COLOR + len(COLORS)
-FEATURES = FIRST_COVER + len(SHAPES) + len(COLORS)
+FEATURES = FIRST_COLOR + len(COLORS)
 RAMP_X, RAMP_Y = 0.2, 0.07
-POSITION_WEIGHT = 0.5
-COVER_WEIGHT = 0.7
-THING_WEIGHT = 2.5
-"""A thing is shared out over four patches; each share must still stand out."""
+THING_WEIGHT = 2.0
+"""There are few things in a picture: what is seen of them must stand out."""
 BASIS_SEED = 20261120
 
 
@@ -38,6 +35,11 @@ def basis(width: int) -> torch.Tensor:
 def glyph_feature(char: str, slot: int) -> int:
     """Index of a character in a third of a patch."""
     return FIRST_GLYPH + slot * len(GLYPHS) + GLYPHS.index(char)
+
+
+def token_meaning(directions: torch.Tensor, char: str) -> torch.Tensor:
+    """What patches that show a character have in common, of length one."""
+    return torch.stack([directions[glyph_feature(char, slot)] for slot in range(SLOTS)]).sum(0) * SLOTS**-0.5
 
 
 def split_weight(position: float, ramp: float) -> list[tuple[int, float]]:
@@ -68,23 +70,15 @@ def page_features(page: Page) -> np.ndarray:
 
 
 def scene_features(scene: Scene) -> np.ndarray:
-    """What each patch of a scene shows, `[rows * 24, FEATURES]`: a thing's centre is shared out over four patches."""
-    rows = scene.height // PATCH
-    table = blank(rows)
-    middles_y, middles_x = PATCH * (np.mgrid[:rows, :GRID] + 0.5)
+    """What each patch of a scene shows, `[rows * 24, FEATURES]`: things, at their centres."""
+    table = blank(scene.height // PATCH)
     for thing in scene.things:
-        covered = np.hypot(middles_x - thing.x, middles_y - thing.y) < 0.8 * thing.radius
-        table[covered, FIRST_COVER + SHAPES.index(thing.shape)] = COVER_WEIGHT
-        table[covered, FIRST_COVER + len(SHAPES) + list(COLORS).index(thing.color)] = COVER_WEIGHT
-        u, v = thing.x / PATCH - 0.5, thing.y / PATCH - 0.5
-        left, top = int(np.floor(u)), int(np.floor(v))
-        for row, high in ((top, 1 - v + top), (top + 1, v - top)):
-            for column, wide in ((left, 1 - u + left), (left + 1, u - left)):
+        for row, high in split_weight(thing.y / PATCH, RAMP_Y):
+            for column, wide in split_weight(thing.x / PATCH, RAMP_Y):
                 amount = THING_WEIGHT * high * wide
-                if 0 <= row < rows and 0 <= column < GRID:
-                    table[row, column, FIRST_SHAPE + SHAPES.index(thing.shape)] += amount
-                    table[row, column, FIRST_COLOR + list(COLORS).index(thing.color)] += amount
-    return table.reshape(rows * GRID, FEATURES)
+                table[row, column, FIRST_SHAPE + SHAPES.index(thing.shape)] += amount
+                table[row, column, FIRST_COLOR + list(COLORS).index(thing.color)] += amount
+    return table.reshape(-1, FEATURES)
 
 
 def features(image: Page | Scene) -> np.ndarray:
@@ -96,6 +90,6 @@ def blank(rows: int) -> np.ndarray:
     """Patches that show nothing but where they stand, `[rows, 24, FEATURES]`."""
     table = np.zeros((rows, GRID, FEATURES), dtype=np.float32)
     table[:, :, BASE] = 1
-    table[:, :, WHERE_X] = POSITION_WEIGHT * np.linspace(-1, 1, GRID)
-    table[:, :, WHERE_Y] = POSITION_WEIGHT * np.linspace(-1, 1, GRID)[:rows, None]
+    table[:, :, WHERE_X] = np.linspace(-1, 1, GRID)
+    table[:, :, WHERE_Y] = np.linspace(-1, 1, GRID)[:rows, None]
     return table

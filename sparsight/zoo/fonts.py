@@ -4,52 +4,46 @@ from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from PIL import ImageFont
 
-FACES = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "STIXGeneral",
-    "STIXGeneralBol",
-    "cmss10",
-    "cmtt10",
-)
+FACES = {
+    "DejaVuSans": (9, 11),
+    "DejaVuSans-Bold": (9, 10),
+    "DejaVuSerif": (10, 11),
+    "DejaVuSansMono": (10, 11),
+}
+"""Each face with two sizes in pixels: a digit is 6 pixels wide in the first and 7 in the second."""
 
-MIN_ADVANCE = 4.9
+MIN_ADVANCE = 5
 """Pixels from one character to the next, at least: three narrow ones then still stand apart in a patch."""
 
 
-@lru_cache(maxsize=512)
-def font(face: str, size: float) -> ImageFont.FreeTypeFont:
-    """The face at a size in pixels."""
+@lru_cache(maxsize=16)
+def font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """The face at a size in pixels, fitted to whole pixels as on a screen."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=64)
-def digit_width(face: str) -> float:
-    """Width of a digit as a fraction of the font size."""
-    return font(face, 100).getlength("0") / 100
-
-
-@lru_cache(maxsize=8192)
-def advance(face: str, size: float, char: str) -> float:
+@lru_cache(maxsize=1024)
+def advance(face: str, size: int, char: str) -> int:
     """Pixels from the left edge of `char` to the next character."""
-    return max(font(face, 100).getlength(char) * size / 100, MIN_ADVANCE)
+    return max(round(font(face, size).getlength(char)), MIN_ADVANCE)
 
 
-@lru_cache(maxsize=8192)
-def inset(face: str, size: float, char: str) -> float:
-    """Pixels between the left edge of `char`'s advance and the character itself."""
-    return (advance(face, size, char) - font(face, size).getlength(char)) / 2
+@lru_cache(maxsize=1024)
+def bitmap(face: str, size: int, char: str) -> tuple[np.ndarray, int, int]:
+    """Coverage of `char` in 0..255, `[height, width]`, and where its left upper corner stands from the left end of the
+    baseline, in pixels to the right and down.
+    """
+    drawn = font(face, size)
+    mask, (left, top) = drawn.getmask2(char, "L", anchor="ls")
+    inset = (advance(face, size, char) - round(drawn.getlength(char))) // 2
+    return np.array(mask, dtype=np.uint8).reshape(mask.size[::-1]), left + inset, top
 
 
-@lru_cache(maxsize=64)
-def cap_height(face: str) -> float:
-    """Height of a capital as a fraction of the font size."""
-    return -font(face, 100).getbbox("H", anchor="ls")[1] / 100
+@lru_cache(maxsize=16)
+def cap_height(face: str, size: int) -> int:
+    """Height of a capital in pixels."""
+    return bitmap(face, size, "H")[0].shape[0]

@@ -17,18 +17,18 @@ def random_receipt(rng: np.random.Generator, count: int, split: str = "train") -
     style = random_style(rng)
     heading, farewell = HEADINGS[rng.integers(len(HEADINGS))], FAREWELLS[rng.integers(len(FAREWELLS))]
     number = f"NO. {rng.integers(10000):04d}"
-    records = random_records(rng, count, split, avoid=f"{heading} {farewell} NO")
+    records = random_records(rng, count, split, avoid=f"{heading} {farewell} NO", decimal=bool(rng.random() < 0.5))
     rows = [key + style.separator + value for key, value in records]
     inner = max(width_of(line, style) for line in (*rows, heading, number, farewell))
-    rule = "-" * int(inner / width_of("-", style))
+    rule = "-" * (inner // width_of("-", style))
 
     lines = [heading, number, rule, *rows, rule, farewell]
-    pitch = rng.uniform(15, min(19, (WIDTH - 24) / len(lines)))
-    left = rng.uniform(MARGIN_X, WIDTH - MARGIN_X - inner)
-    top = rng.uniform(8, WIDTH - 8 - pitch * len(lines)) + cap_height(style.face) * style.size
+    pitch = int(rng.integers(15, min(19, (WIDTH - 24) // len(lines)) + 1))
+    left = int(rng.integers(MARGIN_X, WIDTH - MARGIN_X - inner))
+    top = int(rng.integers(8, WIDTH - 8 - pitch * len(lines))) + cap_height(style.face, style.size)
     glyphs: list[Glyph] = []
     for number_of_line, line in enumerate(lines):
         centred = line in (heading, farewell)
-        x = left + (inner - width_of(line, style)) / 2 if centred else left
+        x = left + (inner - width_of(line, style)) // 2 if centred else left
         glyphs += typeset(line, x, top + number_of_line * pitch, style)
     return Page(records, style, tuple(glyphs), WIDTH, int(rng.integers(2**31)))

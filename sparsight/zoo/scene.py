@@ -8,14 +8,13 @@ from PIL import Image, ImageDraw
 
 from sparsight.zoo.page import WIDTH, is_held_out
 
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
     "red": (214, 40, 40),
     "green": (40, 160, 60),
     "blue": (40, 80, 210),
     "yellow": (240, 215, 40),
     "purple": (140, 50, 170),
-    "orange": (245, 135, 30),
 }
 OVERSAMPLE = 3
 
@@ -60,21 +59,17 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
     """Corners of the shape around its centre, in pixels."""
     r = float(thing.radius)
 
-    def ring(count: int, start: float, inner: float = 1.0) -> list[tuple[float, float]]:
-        turns = [(start + i / count, r * (inner if i % 2 else 1.0)) for i in range(count)]
-        return [(d * math.cos(math.tau * t), d * math.sin(math.tau * t)) for t, d in turns]
+    def ring(count: int, start: float) -> list[tuple[float, float]]:
+        turns = [start + i / count for i in range(count)]
+        return [(r * math.cos(math.tau * t), r * math.sin(math.tau * t)) for t in turns]
 
     match thing.shape:
         case "circle":
             return ring(40, 0.0)
         case "square":
             return ring(4, 0.125)
-        case "diamond":
-            return [(0, -r), (0.7 * r, 0), (0, r), (-0.7 * r, 0)]
         case "triangle":
             return ring(3, -0.25)
-        case "star":
-            return ring(10, -0.25, inner=0.42)
         case _:
             a, b = 0.3 * r, 0.95 * r
             right = [(a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b)]
@@ -82,14 +77,14 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
 
 
 def random_scene(rng: np.random.Generator, split: str = "train", height: int = WIDTH) -> Scene:
-    """One to five things that do not touch."""
+    """One to four things that do not touch."""
     while True:
-        count = int(rng.integers(1, 6))
+        count = int(rng.integers(1, 5))
         things: list[Thing] = []
         for _ in range(60):
             if len(things) == count:
                 break
-            radius = int(rng.integers(16, min(34, height // 2 - 6)))
+            radius = int(rng.integers(11, 19))
             x = int(rng.integers(radius + 4, WIDTH - radius - 4))
             y = int(rng.integers(radius + 4, height - radius - 4))
             if all(math.hypot(x - t.x, y - t.y) > radius + t.radius + 6 for t in things):
@@ -99,5 +94,5 @@ def random_scene(rng: np.random.Generator, split: str = "train", height: int = W
         if len(things) == count and is_held_out(tuple(things)) == (split == "heldout"):
             break
     shade = int(rng.integers(225, 256) if rng.random() < 0.7 else rng.integers(10, 40))
-    noise = float(rng.uniform(1, 8)) if rng.random() < 0.5 else 0.0
+    noise = float(rng.uniform(1, 6)) if rng.random() < 0.5 else 0.0
     return Scene(tuple(things), (shade, shade, shade), noise, height, int(rng.integers(2**31)))

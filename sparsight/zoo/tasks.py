@@ -24,8 +24,10 @@ READ = ("Read the page.", "Read out the records.", "Read the page out loud.", "W
 COLOR_OF = ("What color is the {shape}?", "Which color does the {shape} have?", "What is the color of the {shape}?")
 SHAPE_OF = ("What shape is the {color} one?", "Which shape is {color}?", "What is the shape of the {color} thing?")
 HOW_MANY = ("How many {things} are there?", "How many {things} do you see?", "Count the {things}.")
-WHICH_SIDE = ("Is the {one} left or right of the {other}?", "On which side of the {other} is the {one}?")
+WHICH_SIDE = ("Is the {one} left or right of the {other}?", "Is the {one} on the left or right side of the {other}?")
 WHICH_IMAGE = ("In the {nth} image: {question}", "{question} Look at the {nth} image.")
+SCENE_KINDS = ("number", "color", "shape", "side")
+HARD_KINDS = ("number", "side")
 FIXED = ("left", "right", "first", "second", "things", "shapes")
 PHRASES = (*LOOK_UP, *READ, *COLOR_OF, *SHAPE_OF, *HOW_MANY, *WHICH_SIDE, *WHICH_IMAGE, *FIXED)
 
@@ -58,13 +60,13 @@ def plural(word: str) -> str:
     return word + ("es" if word.endswith("s") else "s")
 
 
-def ask_scene(rng: np.random.Generator, scene: Scene, count: int) -> list[Turn]:
-    """`count` questions, each of a kind that has one right answer in this scene, kinds in turn."""
+def ask_scene(rng: np.random.Generator, scene: Scene, count: int, kinds: tuple[str, ...] = SCENE_KINDS) -> list[Turn]:
+    """`count` questions of those kinds that have one right answer in this scene, in turn; counting always has one."""
     shapes = [thing.shape for thing in scene.things]
     colors = [thing.color for thing in scene.things]
     lone_shape = [t for t in scene.things if shapes.count(t.shape) == 1]
     lone_color = [t for t in scene.things if colors.count(t.color) == 1]
-    apart = [(a, b) for a in lone_shape for b in lone_shape if abs(a.x - b.x) > 20]
+    apart = [(a, b) for a in lone_shape for b in lone_shape if abs(a.x - b.x) > 40]
 
     def one(things: list[Thing]) -> Thing:
         return things[rng.integers(len(things))]
@@ -92,12 +94,13 @@ def ask_scene(rng: np.random.Generator, scene: Scene, count: int) -> list[Turn]:
         a, b = apart[rng.integers(len(apart))]
         return pick(rng, WHICH_SIDE, one=a.shape, other=b.shape), "left" if a.x < b.x else "right"
 
-    kinds: list[Callable[[], Turn]] = [number]
-    kinds += [color] if lone_shape else []
-    kinds += [shape] if lone_color else []
-    kinds += [side] if apart else []
-    start = rng.integers(len(kinds))
-    return [kinds[(start + i) % len(kinds)]() for i in range(count)]
+    possible: dict[str, Callable[[], Turn]] = {"number": number}
+    possible |= {"color": color} if lone_shape else {}
+    possible |= {"shape": shape} if lone_color else {}
+    possible |= {"side": side} if apart else {}
+    askers = [ask for kind, ask in possible.items() if kind in kinds]
+    start = rng.integers(len(askers))
+    return [askers[(start + i) % len(askers)]() for i in range(count)]
 
 
 def look_up(
@@ -118,10 +121,16 @@ def read_out(rng: np.random.Generator, split: str, records: int = 20, height: in
     return Example((page,), ((pick(rng, READ), text),))
 
 
-def look_at(rng: np.random.Generator, split: str, questions: int = 1, height: int = WIDTH) -> Example:
+def look_at(
+    rng: np.random.Generator,
+    split: str,
+    questions: int = 1,
+    height: int = WIDTH,
+    kinds: tuple[str, ...] = SCENE_KINDS,
+) -> Example:
     """Questions about a scene."""
     scene = random_scene(rng, split, height)
-    return Example((scene,), tuple(ask_scene(rng, scene, questions)))
+    return Example((scene,), tuple(ask_scene(rng, scene, questions, kinds)))
 
 
 def compare(
