@@ -3,7 +3,7 @@
 from sparsight.cache import CompressedCache
 from sparsight.offline.run import batch
 from sparsight.recipe import Recipe
-from sparsight.recipes import RECIPES, ElasticCache, VLCache, recipe
+from sparsight.recipes import RECIPES, ElasticCache, Sparsight, VLCache, recipe
 from sparsight.report import Report
 
-__all__ = ["RECIPES", "CompressedCache", "ElasticCache", "Recipe", "Report", "VLCache", "batch", "recipe"]
+__all__ = ["RECIPES", "CompressedCache", "ElasticCache", "Recipe", "Report", "Sparsight", "VLCache", "batch", "recipe"]
