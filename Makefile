@@ -9,7 +9,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find LI on the page." --method vl-cache --compare
-	$(BIN)/sparsight inspect --image examples/receipt-1.png --prompt "Find LI on the page." --output demo.png
+	$(BIN)/sparsight inspect --image examples/receipt-1.png --prompt "Find LI on the page." --method sparsight --output demo.png
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90

@@ -35,7 +35,7 @@ def batch(
         str | None, typer.Option(help="The question of all rows that have none of their own.", metavar="TEXT")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
-    method: options.Method = "vl-cache",
+    method: options.Method = options.DEFAULT_METHOD,
     budget: options.Budget = 0.1,
     heads: options.Heads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,

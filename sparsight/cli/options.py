@@ -12,7 +12,7 @@ from sparsight.zoo import model_path
 DEFAULT_MODEL = str(model_path())
 """The model of a command that names none: the small one that ships."""
 
-DEFAULT_METHOD = "sparsight"
+DEFAULT_METHOD = "vl-cache"
 """The method of a command that names none."""
 
 Model = Annotated[
