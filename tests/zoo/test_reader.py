@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.zoo import model_path
-from sparsight.zoo.tasks import Example, look_up
-from training.evaluate import answers, judge
+from sparsight.zoo.tasks import Example, look_at, look_up, read_out
+from training.evaluate import answers, edits, judge
 from training.model import see
 
 LIMIT = 24 * 2**20
@@ -76,3 +76,15 @@ def test_training_sees_what_the_model_sees(reader, pages):
         features = model.get_image_features(pixel_values=pixels)
         features = getattr(features, "pooler_output", features)
         torch.testing.assert_close(features[0].reshape(576, -1), see(model, pixels)[0], atol=0.1, rtol=0.05)
+
+
+def test_it_names_colours_and_counts_things(reader):
+    scenes = [look_at(np.random.default_rng([98, i]), "heldout", kinds=("color", "number")) for i in range(PAGES)]
+    assert sum(example[0] for example in judge(*reader, scenes)) >= PAGES - 2
+
+
+def test_it_reads_a_short_list_aloud(reader):
+    lists = [read_out(np.random.default_rng([97, i]), "heldout", 4) for i in range(6)]
+    wanted = [example.turns[0][1] for example in lists]
+    said = answers(*reader, lists, limit=40)
+    assert sum(edits(a, b) for a, b in zip(said, wanted, strict=True)) <= 0.1 * sum(map(len, wanted))
