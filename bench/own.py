@@ -22,7 +22,7 @@ from sparsight.eval.run import Plan, run, weights_digest
 from sparsight.eval.store import Store
 from sparsight.eval.tasks import Task
 from sparsight.load import load_checkpoint, load_model
-from sparsight.parts import AcrossHeads, Evict, Grow, MergeNearest, MergeSimilar, PostVision, SparsityAware, Uniform
+from sparsight.parts import AcrossHeads, Evict, Grow, PostVision, SparsityAware, Uniform
 from sparsight.parts.observed import Observed, Share
 from sparsight.parts.score import Window
 from sparsight.zoo import model_path
@@ -32,7 +32,7 @@ BUDGETS = (0.03, 0.05, 0.1)
 
 
 def task(name: str, make: Callable[[np.random.Generator], Example]) -> Task:
-    """A task on the training split, judged by exact match; reading by ROUGE-L."""
+    """A task on the training split, judged by exact match; reading by loyalty to the full cache's tokens."""
     return Task(name, "", 1, "", 1, "exact", lambda rng, _size, _number: make(rng))
 
 
@@ -61,7 +61,7 @@ def candidates() -> list[Recipe]:
     """A first guess, and recipes that differ from it in one thing each."""
 
     def made(name: str, pool: Window = (1, 5), allocate: Any = None, reduce: Any = None) -> Recipe:
-        return Recipe(name, 0.1, PostVision(pool=pool), allocate or Uniform(), reduce or Evict(recent=0.1), Grow())
+        return Recipe(name, 0.1, PostVision(pool=pool), allocate or Uniform(), reduce or Evict(recent=0.2), Grow())
 
     windows: list[Window] = [1, 7, (1, 3), (1, 5), (1, 7), (1, 9), (3, 3), (3, 5)]
     return [
@@ -71,14 +71,12 @@ def candidates() -> list[Recipe]:
         made("sparsity, 75 % equal", allocate=PartlyEqual(equal=0.75)),
         made("across heads", allocate=AcrossHeads()),
         made("across heads, floor half", allocate=AcrossHeads(floor=0.5)),
-        made("recent 5 %", reduce=Evict(recent=0.05)),
-        made("recent 20 %", reduce=Evict(recent=0.2)),
+        made("recent 10 %", reduce=Evict(recent=0.1)),
+        made("recent 30 %", reduce=Evict(recent=0.3)),
         made("recent 50 %", reduce=Evict(recent=0.5)),
         made("last 10", reduce=Evict(recent=0, last=10)),
-        made("first 1", reduce=Evict(recent=0.1, first=1)),
-        made("one choice a layer", reduce=Evict(recent=0.1, per_head=False)),
-        made("merge nearest", reduce=MergeNearest(per_head=True)),
-        made("merge similar", reduce=MergeSimilar(recent=0.1)),
+        made("first 1", reduce=Evict(recent=0.2, first=1)),
+        made("one choice a layer", reduce=Evict(recent=0.2, per_head=False)),
     ]
 
 
