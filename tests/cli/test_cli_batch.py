@@ -194,7 +194,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 
 def test_ctrl_c_says_how_to_go_on(asked: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    process = Killed("batch", asked, output, *options, "--batch-size", 1, "--max-new-tokens", 300).start()
+    # So many rows that none of them can be the last one when the signal comes.
+    many = asked.with_name("many.jsonl")
+    rows = [json.loads(line) for line in asked.read_text().splitlines()]
+    many.write_text(
+        "".join(json.dumps(row | {"id": f"{turn}-{row['id']}"}) + "\n" for turn in range(200) for row in rows)
+    )
+    process = Killed("batch", many, output, *options, "--batch-size", 1, "--max-new-tokens", 300).start()
     while not output.exists() or not output.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)

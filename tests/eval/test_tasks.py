@@ -115,7 +115,7 @@ def test_a_question_without_a_key_is_about_all_records() -> None:
     [
         ("lookup", "Unknown task 'lookup': did you mean 'look-up'? Known are look-up, conversation, "),
         ("look-up:65", "Task look-up takes the number of records on the page as its size, 1 to 64, not '65'."),
-        ("transcribe:0", "Task transcribe takes the number of records on the page as its size, 1 to 21, not '0'."),
+        ("transcribe:0", "Task transcribe takes the number of records on the page as its size, 1 to 22, not '0'."),
         ("conversation:many", "Task conversation takes the number of questions as its size, 1 to 32, not 'many'."),
         ("growing:", "Task growing takes the number of records on the largest page as its size, 1 to 64, not ''."),
     ],
