@@ -22,6 +22,7 @@ BATCHES = {
     "padded batch with text only": (NO_IMAGE, ONE_IMAGE, THREE_IMAGES),
 }
 VISUAL_HEADS = ((0.1, 3.0), (0.5, 0.2), (0.9, 0.4))
+FOUR_HEADS = ((0.1, 3.0, 0.7, 0.0), (0.5, 0.2, 0.1, 1.5), (0.9, 0.4, 0.0, 0.3))
 METHODS = {
     "vl-cache": (VLCache(budget=0.1), Method("vl-cache", 0.1)),
     "vl-cache at 40 %": (VLCache(budget=0.4), Method("vl-cache", 0.4)),
@@ -83,12 +84,18 @@ METHODS = {
         Method("sparsemm", 0.8, head_scores=VISUAL_HEADS, window=4, pool=3, equal=0.3),
     ),
 }
+WITH_FOUR_HEADS = {
+    "sparsemm, four heads": (
+        recipe("sparsemm", budget=0.4, heads=FOUR_HEADS, window=4),
+        Method("sparsemm", 0.4, head_scores=FOUR_HEADS, window=4, pool=5),
+    ),
+}
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
 LOGITS = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.1, "atol": 0.25}}
 
 
 def check(family, heads, dtype, batch, method, tokens=8, model=None, blocks_of=None):
-    chosen, twin_method = METHODS[method]
+    chosen, twin_method = {**METHODS, **WITH_FOUR_HEADS}[method]
     model = model or models.model(family, heads, dtype)
     inputs = models.inputs(family, *BATCHES[batch], dtype=dtype)
     vision = locate(model.config, inputs).vision_mask
@@ -169,8 +176,9 @@ def test_other_methods_with_other_heads_and_dtypes(heads, dtype, method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_visual_heads_in_other_dtypes(dtype):
-    check("qwen2_5_vl", "1:2", dtype, "padded batch", "sparsemm")
+@pytest.mark.parametrize(("heads", "method"), [("1:2", "sparsemm"), ("1:1", "sparsemm, four heads")])
+def test_visual_heads_with_other_heads_and_dtypes(heads, method, dtype):
+    check("qwen2_5_vl", heads, dtype, "padded batch", method)
 
 
 @pytest.mark.parametrize("method", METHODS)
