@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,10 @@ class Killed:
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
     def start(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(self.command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # A shell lets what it runs in the background ignore Ctrl-C, and the tests may be.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(self.command, env=self.environment, preexec_fn=heard, **pipes)
 
 
 @pytest.mark.parametrize(("name", "kills"), [("out.jsonl", 10), ("out.parquet", 4)])
