@@ -1,4 +1,4 @@
-"""Head scores: which KV heads of a model read what a picture says (SparseMM, arXiv 2506.05344, section 3.2)."""
+"""Head scores: which KV heads of a model read what a picture says (SparseMM, arXiv 2506.05344)."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence

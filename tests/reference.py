@@ -200,7 +200,7 @@ def largest_remainders(exact: list[float], total: int) -> list[int]:
 def elite_scores(
     attention: Tensor, post_vision: list[int], vision: list[bool], kv_heads: int, threshold: float
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """AirCache, section 3.3: what selection goes by, and the importance of vision tokens, for every KV head."""
+    """AirCache: what selection goes by, and the importance of vision tokens, for every KV head."""
     attention = attention.double()
     heads, length = len(attention), len(vision)
     last = [sum(head[-1, j] / head[-1, post_vision].sum() for head in attention) / heads for j in post_vision]
@@ -217,7 +217,7 @@ def elite_scores(
 
 
 def aircache_shares(importance: list[list[list[float]]], vision: list[bool], budget: float) -> list[float]:
-    """AirCache, section 3.4: layers share the vision tokens' budget by strength and skewness; all hold the text."""
+    """AirCache: layers share the vision tokens' budget by strength and skewness; all hold the text."""
     length, seen = len(vision), sum(vision)
     text = length - seen
     if not seen or budget * length <= text:
@@ -242,7 +242,7 @@ def over_mean(numbers: list[float]) -> list[float]:
 def sparsemm_shares(
     scores: tuple[tuple[float, ...], ...], length: int, budget: float, window: int, equal: float
 ) -> Any:
-    """SparseMM, section 3.3: a window, an equal part and a part by score for every head; what a full one cannot hold
+    """SparseMM: a window, an equal part and a part by score for every head; what a full one cannot hold
     goes to the others by their scores."""
     flat = [score for layer in scores for score in layer]
     window = min(window / length, budget)

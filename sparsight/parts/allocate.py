@@ -111,7 +111,7 @@ class SharedMass:
 
 @dataclass(frozen=True)
 class StrengthSkewness:
-    """Layers that look at vision much, or sharply, keep more of it (AirCache, arXiv 2503.23956, section 3.4).
+    """Layers that look at vision much, or sharply, keep more of it (AirCache, arXiv 2503.23956).
 
     Strength is a layer's importance summed over vision tokens, skewness that of its distribution over them; what leans
     to the left counts as not skewed. Each is divided by its mean over the layers, and the mean of both says how much

@@ -49,7 +49,7 @@ class AcrossHeads:
 
 @dataclass(frozen=True)
 class VisualHeads:
-    """Heads that read images keep more, by scores measured once a model (SparseMM, arXiv 2506.05344, section 3.3).
+    """Heads that read images keep more, by scores measured once a model (SparseMM, arXiv 2506.05344).
 
     Every head has the window, then a fraction of what is left of the budget is shared equally, and the rest by score.
     Where the budget does not go beyond the window, all heads share it equally.

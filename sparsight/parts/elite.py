@@ -15,7 +15,7 @@ BLOCK_ROWS = 16
 
 @dataclass(frozen=True)
 class EliteWindow:
-    """Attention of the text that the last token minds most (AirCache, arXiv 2503.23956, section 3.3).
+    """Attention of the text that the last token minds most (AirCache, arXiv 2503.23956).
 
     The elite are the post-vision tokens to which the last one, looking at post-vision tokens alone, pays at least
     ``threshold`` times the most that it pays to any; heads are averaged. A vision token's importance is the attention
