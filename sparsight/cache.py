@@ -23,7 +23,6 @@ from sparsight.report import Report
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of transformers' attention functions that change the weights in ways the statistics do not know."""
 
-
 LINEAR_STATES = ("conv_states", "recurrent_states")
 """What transformers' linear attention layers remember."""
 
@@ -57,10 +56,9 @@ class CompressedCache(Cache):
         language = _language_part(model)
         self.recipe = recipe
         prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
-        layers = [
-            CompressedLayer(recipe, prompt) if type(layer) is DynamicLayer else layer
-            for layer in DynamicCache(config=language.config).layers
-        ]
+        layers = DynamicCache(config=language.config).layers
+        for index in compressible(language.config):
+            layers[index] = CompressedLayer(recipe, prompt)
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if not self.compressed:
@@ -312,6 +310,11 @@ class CompressedCache(Cache):
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
         )
+
+
+def compressible(config: Any) -> list[int]:
+    """The layers of a language part, by its config, that hold every token: the others are bounded already."""
+    return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
 
 
 def _language_part(model: PreTrainedModel) -> PreTrainedModel:

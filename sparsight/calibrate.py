@@ -11,9 +11,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.feature_extraction_utils import BatchFeature
 
+from sparsight.cache import compressible
 from sparsight.families import FAMILIES
 from sparsight.load import Checkpoint, prepare
 from sparsight.suggest import unknown
@@ -60,7 +60,7 @@ def head_scores(model: Any, checkpoint: Checkpoint, transcripts: Iterable[Transc
         ValueError: there are no transcripts, or the model's family is not in the table.
     """
     config = model.get_decoder().config
-    layers = [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+    layers = compressible(config)
     scores = [_scores_of(model, checkpoint, transcript, layers) for transcript in transcripts]
     if not scores:
         raise ValueError("Head scores need at least one picture with its text.")

@@ -133,15 +133,26 @@ def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> Bat
         ) from error
 
 
-def _with_template(processor: Any, images: Sequence[Image], prompt: str) -> BatchFeature:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+def templated(processor: Any, conversations: Sequence[Any]) -> BatchFeature:
+    """The model's inputs for conversations whose next answer is asked for, padded where the tokenizer pads.
+
+    Args:
+        processor: with a chat template.
+        conversations: lists of messages, ``{"role": ..., "content": [...]}``, pictures among the content.
+    """
     return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        processor_kwargs={"padding": True},
     )
+
+
+def _with_template(processor: Any, images: Sequence[Image], prompt: str) -> BatchFeature:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+    return templated(processor, [[{"role": "user", "content": content}]])
 
 
 def _without_template(processor: Any, images: Sequence[Image], prompt: str) -> BatchFeature:

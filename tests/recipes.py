@@ -1,19 +1,17 @@
 """Recipes by name with what they need to know of a tiny random model."""
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from sparsight import recipe
+from sparsight.cache import compressible
 from sparsight.parts import VisualHeads
 
 
 def head_scores(model):
     """Scores for every KV head of a model, as a calibration would measure them."""
     config = model.get_decoder().config
-    layers = sum(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     generator = torch.Generator().manual_seed(5)
-    return torch.rand(layers, config.num_key_value_heads, generator=generator).tolist()
+    return torch.rand(len(compressible(config)), config.num_key_value_heads, generator=generator).tolist()
 
 
 def recipe_for(model, name, **numbers):

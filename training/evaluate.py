@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight import CompressedCache, Recipe
+from sparsight.load import templated
 from sparsight.zoo import model_path
 from sparsight.zoo.tasks import Example, compare, look_at, look_up, read_out
 from training.loop import device
@@ -65,14 +66,7 @@ def answers(
     for example in examples:
         content = [{"type": "image", "image": picture} for picture in example.pictures()]
         conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": example.turns[0][0]}]}])
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    ).to(model.device, model.dtype)
+    inputs = templated(processor, conversations).to(model.device, model.dtype)
     cache = CompressedCache(model, recipe, inputs) if recipe else None
     made = model.generate(**inputs, past_key_values=cache, max_new_tokens=limit, do_sample=False)
     made = made[:, inputs["input_ids"].shape[1] :]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsight.eval.converse import Conversations
+from sparsight.load import templated
 from sparsight.zoo.tasks import Example
 
 Message = dict[str, Any]
@@ -37,14 +38,7 @@ def conversations(processor: Any, examples: Sequence[Example], device: Any, dtyp
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     messages = [_messages(example) for example in examples]
-    inputs = processor.apply_chat_template(
-        [first[:1] for first in messages],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    ).to(device, dtype)
+    inputs = templated(processor, [first[:1] for first in messages]).to(device, dtype)
     turns = range(len(examples[0].turns))
     answers = [
         torch.tensor([answer_tokens(tokenizer, example.turns[turn][1]) for example in examples], device=device)

@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from sparsight.cache import CompressedCache
-from sparsight.load import load_checkpoint, load_model
+from sparsight.load import load_checkpoint, load_model, templated
 from sparsight.recipes import recipe
 
 
@@ -75,14 +75,9 @@ class Sparsight(lmms):  # type: ignore[misc]
     def _answer(self, batch: Sequence[tuple[Any, ...]]) -> list[str]:
         """Answers to requests that are to be generated alike."""
         wanted = batch[0][2]
-        inputs = self.processor.apply_chat_template(
-            [self._messages(*arguments) for arguments in batch],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self.model.device, self.model.dtype)
+        inputs = templated(self.processor, [self._messages(*arguments) for arguments in batch]).to(
+            self.model.device, self.model.dtype
+        )
         output = self.model.generate(
             **inputs, past_key_values=CompressedCache(self.model, self.recipe, inputs), **options(wanted)
         )
