@@ -6,17 +6,16 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from sparsight.zoo.page import DIGITS, LETTERS
 from sparsight.zoo.page import WIDTH as PICTURE_WIDTH
-from sparsight.zoo.tasks import HARD_KINDS, SCENE_KINDS, Example, compare, look_at, look_up, read_out
+from sparsight.zoo.tasks import Example, compare, look_at, look_up, read_out
 from training.align import pixels
 from training.loop import Run, device, optimizers, report, update
 from training.model import see
-from training.prompt import batch_of, token_ids
-from training.read import HARD_SHARE, answer_loss, draw_examples, embed, slip
+from training.prompt import batch_of
+from training.read import PAGES, answer_loss, draw_examples, embed, scene_kinds
 
 SKILLS = ("look-up", "reading", "scenes", "two images")
-WEIGHTS = (0.3, 0.34, 0.24, 0.12)
+WEIGHTS = (0.2, 0.34, 0.16, 0.3)
 RELOAD_EVERY = 100
 LOW_SHARE = 0.5
 """Share of the examples whose pictures have few rows."""
@@ -35,11 +34,11 @@ def full_examples(rng: np.random.Generator, skill: str, tokens: int) -> list[Exa
         records = 64 if rng.random() < 0.4 else int(rng.integers(4, 65))
         return [look_up(rng, "train", records, min(16, records)) for _ in fill(840)]
     if skill == "reading":
-        return [read_out(rng, "train", int(rng.integers(1, 21))) for _ in fill(700)]
+        return [read_out(rng, "train", int(rng.integers(1, 21))) for _ in fill(740)]
     if skill == "scenes":
-        kinds = HARD_KINDS if rng.random() < HARD_SHARE else SCENE_KINDS
-        return [look_at(rng, "train", 10, kinds=kinds) for _ in fill(740)]
-    return [compare(rng, "train", int(rng.integers(2, 33)), 10, PICTURE_WIDTH) for _ in fill(1400)]
+        return [look_at(rng, "train", 10, kinds=scene_kinds(rng)) for _ in fill(740)]
+    records = int(rng.integers(2, 33))
+    return [compare(rng, "train", records, 10, PICTURE_WIDTH, PAGES, scene_kinds(rng)) for _ in fill(1400)]
 
 
 def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:
@@ -70,7 +69,6 @@ def adapt(
     They are read again from time to time: the two stages may run at the same time.
     """
     run = Run(path, model, optimizers(model.model.language_model))
-    characters = token_ids(tokenizer, *LETTERS, *DIGITS)
     for step in run.steps(total, peak):
         if step % RELOAD_EVERY == 0:
             load_eyes(model, eyes)
@@ -81,8 +79,6 @@ def adapt(
         else:
             examples = full_examples(rng, skill, tokens)
         batch = batch_of(tokenizer, examples)
-        if skill == "reading":
-            slip(rng, batch, characters)
         with torch.autocast(device().type, torch.bfloat16):
             vectors = seen_vectors(model, examples)
             embedded = embed(model, batch.ids.to(device()), vectors, model.config.image_token_id)

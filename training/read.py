@@ -8,12 +8,12 @@ import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from sparsight.zoo.page import DIGITS, GLYPHS, LETTERS, MIN_PITCH, PATCH
+from sparsight.zoo.page import GLYPHS, PATCH
 from sparsight.zoo.scene import COLORS, SHAPES
 from sparsight.zoo.tasks import HARD_KINDS, SCENE_KINDS, Example, compare, look_at, look_up, plural, read_out
 from training.loop import Run, device, optimizers, report, update
 from training.model import WIDTH
-from training.prompt import Batch, batch_of, repetition, token_ids
+from training.prompt import Batch, batch_of, repetition
 from training.targets import FIRST_COLOR, FIRST_SHAPE, basis, features, token_meaning
 
 LEVELS = ((2, 3), (3, 6), (4, 10), (6, 16), (12, 32), (24, 64))
@@ -23,8 +23,8 @@ MASTERED = 0.92
 HARD_SHARE = 0.7
 """Share of the scenes about which only what is hardest is asked: how many, and left or right of."""
 
-SLIPS = 0.02
-"""Share of the characters read out that the model is told it said wrong."""
+PAGES = 0.45
+"""Share of pages among two images: the model counts the things of one scene out of two later than it looks up."""
 
 SKILLS = ("look-up", "reading", "scenes", "two images", "repetition")
 
@@ -33,6 +33,11 @@ def weights(level: int) -> list[float]:
     """How often each skill is drawn."""
     early = level < 2
     return [0.44, 0.16, 0.1, 0.05, 0.25] if early else [0.25, 0.28, 0.35, 0.12, 0.0]
+
+
+def scene_kinds(rng: np.random.Generator) -> tuple[str, ...]:
+    """What a scene is asked about."""
+    return HARD_KINDS if rng.random() < HARD_SHARE else SCENE_KINDS
 
 
 def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int) -> list[Example]:
@@ -49,15 +54,15 @@ def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int)
         return [look_up(rng, "train", records, questions, height) for _ in fill(rows * 24 + questions * 17)]
     if skill == "reading":
         records = int(rng.integers(1, min(most, 20) + 1))
-        height = max(height, records * MIN_PITCH + PATCH)
-        return [read_out(rng, "train", records, height) for _ in fill(height // PATCH * 24 + records * 8)]
+        # One line more for the rule, and one for the margins.
+        height = max(height, (records + 2) * PATCH)
+        return [read_out(rng, "train", records, height) for _ in fill(height // PATCH * 24 + records * 11)]
     if skill == "scenes":
         height = int(rng.choice([56, 112])) if rng.random() < 0.8 or level < 4 else 336
-        kinds = HARD_KINDS if rng.random() < HARD_SHARE else SCENE_KINDS
-        return [look_at(rng, "train", 8, height, kinds) for _ in fill(height // PATCH * 24 + 100)]
+        return [look_at(rng, "train", 8, height, scene_kinds(rng)) for _ in fill(height // PATCH * 24 + 100)]
     records = int(rng.integers(2, min(most, 16) + 1))
     rows = max(8, min(rows, 12))
-    return [compare(rng, "train", records, 8, rows * PATCH) for _ in fill(rows * 48 + 160)]
+    return [compare(rng, "train", records, 8, rows * PATCH, PAGES, scene_kinds(rng)) for _ in fill(rows * 48 + 160)]
 
 
 def embed(model: Any, ids: torch.Tensor, vectors: torch.Tensor | None, image_token: int) -> torch.Tensor:
@@ -75,14 +80,6 @@ def answer_loss(model: Any, embedded: torch.Tensor, labels: torch.Tensor) -> tup
     logits = model.lm_head(hidden[at]).float()
     wanted = labels[at]
     return functional.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean().item()
-
-
-def slip(rng: np.random.Generator, batch: Batch, characters: list[int]) -> None:
-    """Replace some characters of the answers as they are read back: one slip of the tongue must not lose the place."""
-    said = np.zeros(batch.ids.shape, dtype=bool)
-    said[:, 1:] = np.isin(batch.labels[:, :-1].numpy(), characters)
-    where = torch.from_numpy(said & (rng.random(said.shape) < SLIPS))
-    batch.ids[where] = torch.from_numpy(rng.choice(characters, int(where.sum())))
 
 
 def packed_vectors(rng: np.random.Generator, examples: list[Example], directions: torch.Tensor) -> torch.Tensor:
@@ -120,8 +117,6 @@ def learn_to_read(
             examples = draw_examples(rng, skill, level, tokens)
             batch = batch_of(tokenizer, examples)
             vectors = packed_vectors(rng, examples, directions)
-            if skill == "reading":
-                slip(rng, batch, token_ids(tokenizer, *LETTERS, *DIGITS))
         with torch.autocast(device().type, torch.bfloat16):
             embedded = embed(model, batch.ids.to(device()), vectors, image_token)
             loss, right = answer_loss(model, embedded, batch.labels.to(device()))

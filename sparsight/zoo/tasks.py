@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sparsight.zoo.page import WIDTH, Page, capacity, random_page
+from sparsight.zoo.listing import numbered, random_list
+from sparsight.zoo.page import WIDTH, Page, random_page
 from sparsight.zoo.receipt import MOST_RECORDS, random_receipt
 from sparsight.zoo.scene import COLORS, SHAPES, Scene, Thing, random_scene
 
@@ -115,9 +116,9 @@ def look_up(
 
 
 def read_out(rng: np.random.Generator, split: str, records: int = 20, height: int = WIDTH) -> Example:
-    """A sparse page, one record a line, to be read out from top to bottom as "KQ 482"."""
-    page = random_page(rng, min(records, capacity(height)), split, height, columns=1, title=False)
-    text = "\n".join(f"{key} {value}" for key, value in page.records)
+    """A numbered list, to be read out from top to bottom as "01. KQ 482", a line for each record."""
+    page = random_list(rng, records, split, height)
+    text = "\n".join(f"{numbered(i)} {key} {value}" for i, (key, value) in enumerate(page.records, 1))
     return Example((page,), ((pick(rng, READ), text),))
 
 
@@ -134,12 +135,18 @@ def look_at(
 
 
 def compare(
-    rng: np.random.Generator, split: str, records: int = 16, questions: int = 1, height: int = WIDTH
+    rng: np.random.Generator,
+    split: str,
+    records: int = 16,
+    questions: int = 1,
+    height: int = WIDTH,
+    pages: float = 0.65,
+    kinds: tuple[str, ...] = SCENE_KINDS,
 ) -> Example:
-    """Two images, pages or scenes, and questions that each name the one that they are about."""
+    """Two images, each a page with probability `pages`, else a scene, and questions that name the one asked about."""
     images: list[Page | Scene] = []
     for _ in range(2):
-        if rng.random() < 0.65:
+        if rng.random() < pages:
             images.append(random_page(rng, records, split, height))
         else:
             images.append(random_scene(rng, split, height))
@@ -147,6 +154,6 @@ def compare(
     for _ in range(questions):
         which = int(rng.integers(2))
         image = images[which]
-        question, answer = (ask_page(rng, image, 1) if isinstance(image, Page) else ask_scene(rng, image, 1))[0]
+        question, answer = (ask_page(rng, image, 1) if isinstance(image, Page) else ask_scene(rng, image, 1, kinds))[0]
         turns.append((pick(rng, WHICH_IMAGE, nth=("first", "second")[which], question=question), answer))
     return Example(tuple(images), tuple(turns))

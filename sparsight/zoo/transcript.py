@@ -3,7 +3,7 @@
 import numpy as np
 
 from sparsight.calibrate import Transcript
-from sparsight.zoo.page import LETTERS, WIDTH, Page
+from sparsight.zoo.page import WIDTH, Page
 from sparsight.zoo.tasks import read_out
 
 
@@ -16,16 +16,13 @@ def random_transcript(rng: np.random.Generator, records: int = 12) -> Transcript
 
 
 def places_of(page: Page, text: str) -> tuple[tuple[float, float] | None, ...]:
-    """Where a page of records shows each character of the text that reads it out as "KQ 482", a record a line."""
-    centres = page.centres()
-    # A record is printed as two letters, a separator that may have marks of its own, and the value.
-    starts = [i for i, (char, _, _) in enumerate(centres) if char in LETTERS][::2]
-    stops = [*starts[1:], len(centres)]
+    """Where a list shows each character of the text that reads it out; marks that are not read are passed over."""
+    printed = iter(page.centres())
     places: list[tuple[float, float] | None] = []
-    for line, start, stop in zip(text.split("\n"), starts, stops, strict=True):
-        key, value = line.split(" ")
-        printed = centres[start : start + len(key)] + centres[stop - len(value) : stop]
-        assert "".join(char for char, _, _ in printed) == key + value
-        spots = [(x / WIDTH, y / page.height) for _, x, y in printed]
-        places += [*spots[: len(key)], None, *spots[len(key) :], None]
-    return tuple(places[:-1])
+    for char in text:
+        if char.isspace():
+            places.append(None)
+        else:
+            x, y = next((x, y) for shown, x, y in printed if shown == char)
+            places.append((x / WIDTH, y / page.height))
+    return tuple(places)

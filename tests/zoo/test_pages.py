@@ -83,7 +83,8 @@ def test_questions_about_scenes_have_the_answers_of_the_scene():
 def test_reading_goes_down_the_page():
     example = read_out(np.random.default_rng(0), "heldout", 20)
     page = example.images[0]
-    assert example.turns[0][1] == "\n".join(f"{key} {value}" for key, value in page.records)
+    lines = [f"{number:02d}. {key} {value}" for number, (key, value) in enumerate(page.records, 1)]
+    assert example.turns[0][1] == "\n".join(lines)
     starts = [glyph.y for glyph in page.glyphs]
     assert starts == sorted(starts)
 
