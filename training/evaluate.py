@@ -2,7 +2,7 @@
 
 An answer counts as right when every one of its tokens is the model's first choice, which is when greedy decoding
 would have produced it (in a conversation: given right answers before it). Reading is generated and judged by its
-character error rate, the numbers of the lines left out: they are easily foreseen.
+character error rate, the lines' numbers and the list's end left out: they are easily foreseen.
 """
 
 import json
@@ -74,9 +74,9 @@ def answers(
     return list(processor.batch_decode(made, skip_special_tokens=True))
 
 
-def without_numbers(text: str) -> str:
-    """A list read out, its lines without their numbers."""
-    return re.sub(r"^\d\d\. ", "", text, flags=re.MULTILINE)
+def records_of(text: str) -> str:
+    """The records of a list read out, without the lines' numbers and the last line's "END"."""
+    return re.sub(r"^\d\d\. (END$)?", "", text, flags=re.MULTILINE)
 
 
 def edits(a: str, b: str) -> int:
@@ -99,14 +99,14 @@ def accuracy(model: Any, processor: Any, make: Maker, count: int, seed: int, bat
 
 
 def character_error_rate(model: Any, processor: Any, count: int, seed: int, batch: int) -> float:
-    """Edits per character of the text without the lines' numbers, over `count` lists of 1 to 20 records read out."""
+    """Edits per character of the records, over `count` lists of 1 to 20 records read out."""
     wrong = total = 0
     for start in range(0, count, batch):
         rngs = [np.random.default_rng([seed, i]) for i in range(start, min(count, start + batch))]
         examples = [read_out(rng, "heldout", int(rng.integers(1, 21))) for rng in rngs]
         for example, text in zip(examples, answers(model, processor, examples), strict=True):
-            right = without_numbers(example.turns[0][1])
-            wrong += edits(without_numbers(text), right)
+            right = records_of(example.turns[0][1])
+            wrong += edits(records_of(text), right)
             total += len(right)
     return wrong / total
 

@@ -54,7 +54,7 @@ def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int)
         return [look_up(rng, "train", records, questions, height) for _ in fill(rows * 24 + questions * 17)]
     if skill == "reading":
         records = int(rng.integers(1, min(most, 20) + 1))
-        # One line more for the rule, and one for the margins.
+        # One line more for the list's end, and one for the margins.
         height = max(height, (records + 2) * PATCH)
         return [read_out(rng, "train", records, height) for _ in fill(height // PATCH * 24 + records * 11)]
     if skill == "scenes":

@@ -45,7 +45,7 @@ def run_stage(stage: str, work: Path, scale: float) -> None:
     elif stage == "adapt":
         learned = torch.load(work / "read.pt", map_location="cpu", weights_only=True)["model"]
         torch.nn.ModuleList([model.model.language_model]).load_state_dict(learned)
-        adapt(model, words, work / "adapt.pt", 8000, int(2400 * scale), 6e-4, SEED + 1, work / "align.pt")
+        adapt(model, words, work / "adapt.pt", 7000, int(2400 * scale), 6e-4, SEED + 1, work / "align.pt")
     else:
         model.load_state_dict(torch.load(work / "adapt.pt", map_location="cpu", weights_only=True)["model"])
         export(model, words, model_path())

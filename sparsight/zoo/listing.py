@@ -1,4 +1,4 @@
-"""Numbered lists, "07. KQ: 482": one record a line, and a rule below the last."""
+"""Numbered lists, "07. KQ: 482": one record a line, and a last line that says so."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from sparsight.zoo.page import (
     width_of,
 )
 
-RULE = "-----"
+END = "END"
 MAX_PITCH = 18
 
 
@@ -32,7 +32,8 @@ def random_list(rng: np.random.Generator, count: int, split: str = "train", heig
         raise ValueError(f"a page of {height} pixels has room for {capacity(height) - 1} numbered lines, not {count}")
     style = random_style(rng)
     records = random_records(rng, count, split)
-    lines = [f"{numbered(i)} {key}{style.separator}{value}" for i, (key, value) in enumerate(records, 1)] + [RULE]
+    rows = [*(key + style.separator + value for key, value in records), END]
+    lines = [f"{numbered(i)} {row}" for i, row in enumerate(rows, 1)]
     pitch = int(rng.integers(MIN_PITCH, min(MAX_PITCH, (height - 2 * MARGIN_Y) // len(lines)) + 1))
     left = int(rng.integers(MARGIN_X, WIDTH - MARGIN_X - max(width_of(line, style) for line in lines)))
     rise = cap_height(style.face, style.size)

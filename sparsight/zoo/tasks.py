@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sparsight.zoo.listing import numbered, random_list
+from sparsight.zoo.listing import END, numbered, random_list
 from sparsight.zoo.page import WIDTH, Page, random_page
 from sparsight.zoo.receipt import MOST_RECORDS, random_receipt
 from sparsight.zoo.scene import COLORS, SHAPES, Scene, Thing, random_scene
@@ -116,9 +116,10 @@ def look_up(
 
 
 def read_out(rng: np.random.Generator, split: str, records: int = 20, height: int = WIDTH) -> Example:
-    """A numbered list, to be read out from top to bottom as "01. KQ 482", a line for each record."""
+    """A numbered list, to be read out from top to bottom as "01. KQ 482", a line for each record, and its end."""
     page = random_list(rng, records, split, height)
-    text = "\n".join(f"{numbered(i)} {key} {value}" for i, (key, value) in enumerate(page.records, 1))
+    rows = [*(f"{key} {value}" for key, value in page.records), END]
+    text = "\n".join(f"{numbered(i)} {row}" for i, row in enumerate(rows, 1))
     return Example((page,), ((pick(rng, READ), text),))
 
 

@@ -84,7 +84,7 @@ def test_reading_goes_down_the_page():
     example = read_out(np.random.default_rng(0), "heldout", 20)
     page = example.images[0]
     lines = [f"{number:02d}. {key} {value}" for number, (key, value) in enumerate(page.records, 1)]
-    assert example.turns[0][1] == "\n".join(lines)
+    assert example.turns[0][1] == "\n".join([*lines, "21. END"])
     starts = [glyph.y for glyph in page.glyphs]
     assert starts == sorted(starts)
 
