@@ -26,7 +26,7 @@ tables: $(VENV)/.ready
 	$(BIN)/python -m docs.tables
 
 # The prompt's token and 64 more.
-BENCH := --shape small --contexts 2900 --new-tokens 65 --methods vl-cache,elastic --device cpu --dtype float32
+BENCH := --shape small --contexts 2900 --new-tokens 65 --methods vl-cache,elastic,snapkv --against transformers,kvpress --device cpu --dtype float32
 
 bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread

@@ -28,16 +28,20 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"Cannot write to {folder}: {error.strerror}.") from error
 
 
-def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``bench.json`` and the pictures into a folder that is there, and return their paths."""
+def write(found: Mapping[str, Any], folder: Path) -> None:
+    """Write ``bench.json`` into a folder that is there."""
+    (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw the pictures into a folder that is there, and return their paths."""
     measured = [cell for cell in found["cells"] if cell["reason"] is None]
     figures = {"growth.png": draw_growth(measured)} if measured else {}
     if any(cell["of_full"]["token"] is not None for cell in measured):
         figures["speed-up.png"] = draw_speed_up(measured)
-    (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     for name, figure in figures.items():
         save(figure, folder / name)
-    return [folder / name for name in (RESULTS, *figures)]
+    return [folder / name for name in figures]
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
@@ -76,7 +80,7 @@ def _costs(cells: Sequence[Cell]) -> Table:
             peak = cell["peak_bytes"]
             shown.add_row(
                 name_of(cell),
-                *(_milliseconds(cell["seconds"][stage]["median"]) for stage in ("statistics", "compaction")),
+                *(_part(cell["seconds"][stage]) for stage in ("statistics", "compaction")),
                 _mebibytes(cell["bytes_held"]),
                 _ratio(cell["of_full"]["bytes"]),
                 "-" if peak is None else _mebibytes(peak),
@@ -108,6 +112,10 @@ def _time(cell: Cell, stage: str) -> Text:
     low, high = (number(spread[end] * 1e3) for end in ("low", "high"))
     beside = "" if ratio is None else f"\n{ratio:.3f} x"
     return Text.assemble(_milliseconds(spread["median"]), (f"\n{low}-{high}", "dim"), (beside, "dim"))
+
+
+def _part(spread: Mapping[str, float] | None) -> str:
+    return "-" if spread is None else _milliseconds(spread["median"])
 
 
 def _milliseconds(seconds: float) -> str:
