@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-gpu lint tables bench bench-batch accuracy train eval-model clean
+.PHONY: demo test test-gpu lint tables performance bench bench-gpu bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find LI on the page." --method vl-cache --compare
@@ -31,6 +31,17 @@ BENCH := --shape small --contexts 2900 --new-tokens 65 --methods vl-cache,elasti
 bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
 	$(BIN)/sparsight bench $(BENCH) --threads 2 --rounds 8 --output bench/results/small-cpu-2-threads
+
+# On an NVIDIA GPU: what of docs/performance.md needs one. GPU_MINUTES bound each shape, small sizes first.
+RESULTS := bench/results
+GPU_MINUTES := 4
+GPU_SHAPES := llava-1.5-7b llava-next-mistral-7b
+GPU := --contexts 2k,8k,32k --batch 1,4,16,64 --new-tokens 100 --rounds 1 --device cuda --dtype bfloat16
+
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python -m bench.kernels --output $(RESULTS)/kernels-gpu.json
+	set -e; for shape in $(GPU_SHAPES); do $(BIN)/sparsight bench --shape $$shape $(GPU) --minutes $(GPU_MINUTES) \
+		--methods full,vl-cache,elastic,snapkv --against transformers,kvpress --output $(RESULTS)/$$shape-gpu; done
 
 # Stopped, it goes on where it was; what is in runs/ is as good as new.
 accuracy: $(VENV)/.ready
