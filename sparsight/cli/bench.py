@@ -86,6 +86,7 @@ def bench(
     about = {
         "command": "sparsight " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": loaded.device.type,
         "machine": machine.describe(loaded.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
