@@ -53,8 +53,9 @@ def lent(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # In one piece, which torch's allocator keeps and cuts up.
-        torch.empty(before - torch.cuda.memory_reserved(device), dtype=torch.uint8, device=device)
+        # In one piece, which torch's allocator keeps and cuts up; without it there is only less memory at hand.
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(before - torch.cuda.memory_reserved(device), dtype=torch.uint8, device=device)
 
 
 def reset_peak(device: torch.device) -> bool:

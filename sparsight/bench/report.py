@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -44,23 +45,26 @@ def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
     return [folder / name for name in figures]
 
 
-def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """For each size a headline and its table of times, and one of costs and memory without a headline."""
+def tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """For each size a headline, a table of times, what was not measured and why, and a table of costs and memory."""
     sizes = dict.fromkeys((cell["context"], cell["batch"]) for cell in found["cells"])
     for context, batch in sizes:
         cells = [cell for cell in found["cells"] if (cell["context"], cell["batch"]) == (context, batch)]
-        yield f"prompt of {context} tokens, batch {batch}; x is of plain transformers' time", _times(cells)
-        if any(cell["reason"] is None for cell in cells):
-            yield "", _costs(cells)
+        measured = [cell for cell in cells if cell["reason"] is None]
+        yield Text(f"prompt of {context} tokens, batch {batch}; x is of plain transformers' time", "bold")
+        if measured:
+            yield _times(measured)
+        yield from (Text(f"{name_of(cell)}: {cell['reason']}", "dim") for cell in cells if cell["reason"] is not None)
+        yield ""
+        if measured:
+            yield _costs(measured)
+            yield ""
 
 
 def _times(cells: Sequence[Cell]) -> Table:
     """Times with their spread and over the full cache's, and what decoding takes over its limits."""
     shown = _table(["first token", "a token", "end to end", "x kept\nlength", "x limit", "tokens\n/ s"])
     for cell in cells:
-        if cell["reason"] is not None:
-            shown.add_row(name_of(cell), Text(cell["reason"], "dim"))
-            continue
         shown.add_row(
             name_of(cell),
             *(_time(cell, stage) for stage in ("first_token", "token", "end_to_end")),
@@ -76,16 +80,15 @@ def _costs(cells: Sequence[Cell]) -> Table:
     columns = ["statistics", "compaction", "KV held", "x full", "peak", "batch\nthat fits"]
     shown = _table(columns)
     for cell in cells:
-        if cell["reason"] is None:
-            peak = cell["peak_bytes"]
-            shown.add_row(
-                name_of(cell),
-                *(_part(cell["seconds"][stage]) for stage in ("statistics", "compaction")),
-                _mebibytes(cell["bytes_held"]),
-                _ratio(cell["of_full"]["bytes"]),
-                "-" if peak is None else _mebibytes(peak),
-                f"{cell['batch_that_fits']:,}",
-            )
+        peak = cell["peak_bytes"]
+        shown.add_row(
+            name_of(cell),
+            *(_part(cell["seconds"][stage]) for stage in ("statistics", "compaction")),
+            _mebibytes(cell["bytes_held"]),
+            _ratio(cell["of_full"]["bytes"]),
+            "-" if peak is None else _mebibytes(peak),
+            f"{cell['batch_that_fits']:,}",
+        )
     return shown
 
 

@@ -117,10 +117,8 @@ def bench(
         return
     console = Console(highlight=False)
     console.print(f"{found['model']}, {found['dtype']}, {found['machine']}, {new_tokens} tokens, {rounds} rounds\n")
-    for headline, table in report.tables(found):
-        if headline:
-            console.print(headline, style="bold")
-        console.print(table, "")
+    for part in report.tables(found):
+        console.print(part)
     console.print(f"Wrote {', '.join(written)} in {output}", markup=False)
 
 

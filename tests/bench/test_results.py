@@ -119,9 +119,10 @@ def test_files_are_written_and_no_speed_up_without_plain_transformers(tmp_path):
     assert draw({"cells": found()[3:4]}, tmp_path) == []
 
 
-def test_tables_have_a_row_for_every_cell():
-    (headline, times), (_, costs) = tables({"cells": found()})
-    assert headline.startswith("prompt of 100 tokens, batch 2")
-    assert (times.row_count, costs.row_count) == (5, 4)
+def test_tables_have_a_row_for_every_cell_that_was_measured_and_the_others_say_why():
+    headline, times, reason, _, costs, _ = tables({"cells": found()})
+    assert headline.plain.startswith("prompt of 100 tokens, batch 2")
+    assert (times.row_count, costs.row_count) == (4, 4)
+    assert reason.plain == "elastic 10 %: does not fit: memory ran out"
     names = ["transformers", "kept-length 10 %", "vl-cache 10 %", "elastic 10 %", "kvpress 10 %"]
     assert [name_of(cell) for cell in found()] == names
