@@ -48,19 +48,20 @@ def main(output: Annotated[Path, typer.Option(help="Where the JSON result goes."
         output.write_text(json.dumps(about, indent=1) + "\n")
         print(f"The kernels were {about['reason']}.")
         return
-    device = torch.device("cuda")
-    with torch.inference_mode():
-        decode = [decode_case(*case, device) for case in product(MODELS, CONTEXTS, BATCHES)]
-        launches = launch_counts(device)
-    found = {
-        **about,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine.describe(device),
-        "decode": decode,
-        "launches": launches,
-    }
+    found = about | measured(torch.device("cuda"))
     output.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
+
+
+@torch.inference_mode()
+def measured(device: torch.device) -> dict[str, Any]:
+    """The decode kernel at every size, and launches."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine.describe(device),
+        "decode": [decode_case(*case, device) for case in product(MODELS, CONTEXTS, BATCHES)],
+        "launches": launch_counts(device),
+    }
 
 
 def decode_case(shape: str, context: int, batch: int, device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from bench import kernels
+from sparsight.bench import machine
+from tests.bench.conftest import TINY
 
 
 def test_rows_differ_in_length_and_hold_the_budget_on_average() -> None:
@@ -44,6 +46,27 @@ def test_a_profilers_events_are_launches_and_work() -> None:
         event("vectorized_elementwise_kernel", "CUDA", 10),
     ]
     assert kernels.totals(events) == (40e-6, 2)
+
+
+def test_all_that_is_measured_can_be_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # Without a GPU to watch, work takes a millisecond and seven launches.
+    watched = []
+    monkeypatch.setattr(kernels, "watched", lambda work: watched.append(work()) or (1e-3, 7))
+    monkeypatch.setitem(kernels.SHAPES, "small", TINY)
+    monkeypatch.setattr(machine, "COPIED_BYTES", {"cpu": 2**16})
+    for name, value in {"MODELS": ("small",), "CONTEXTS": (80,), "BATCHES": (1, 2), "PROMPT": 150}.items():
+        monkeypatch.setattr(kernels, name, value)
+    found = kernels.measured(torch.device("cpu"))
+    one, two = found["decode"]
+    # Three layers, two KV heads, eight entries of a key and a value of eight numbers in bfloat16.
+    assert (one["bytes"], two["bytes"]) == (3 * 2 * 8 * 2 * 8 * 2, 2 * 3 * 2 * 8 * 2 * 8 * 2)
+    assert one["of_bandwidth"] == pytest.approx(one["bytes"] / 1e-3 / one["copy_bandwidth"])
+    assert one["launches_per_layer"] == 7 / 3
+    assert [row["method"] for row in found["launches"]] == ["transformers", *kernels.METHODS]
+    assert len(watched) == 2 * kernels.ROUNDS + 4 * len(found["launches"])
+    kernels.show(found)
+    shown = capsys.readouterr().out
+    assert "Ragged decode kernel" in shown and "snapkv" in shown
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
