@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-gpu lint tables performance bench bench-gpu bench-batch accuracy train eval-model clean
+.PHONY: demo test test-ray test-gpu lint tables performance bench bench-gpu bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find LI on the page." --method vl-cache --compare
@@ -13,6 +13,11 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90
+
+# Apart, because Ray is large and each of its runs starts a dozen processes.
+test-ray: $(VENV)/.ready
+	$(INSTALL) --editable ".[ray]"
+	$(BIN)/python -m pytest tests/offline/test_cluster.py
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/kernels
@@ -55,6 +60,7 @@ accuracy: $(VENV)/.ready
 
 bench-batch: $(VENV)/.ready
 	$(BIN)/python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json
+	$(BIN)/python -m docs.sizing
 
 # glibc is told to keep large blocks: a training step frees and takes hundreds of them.
 train: export MALLOC_MMAP_THRESHOLD_ = 4000000000

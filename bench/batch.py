@@ -40,7 +40,7 @@ from sparsight.zoo.tasks import read_out
 
 MODEL = "reader"
 SEED = 11
-RECORDS = 12
+RECORDS = 9
 POLL_SECONDS = 0.02
 LOOP, BATCH = "transformers loop, full cache", "sparsight batch"
 

@@ -83,9 +83,7 @@ def put(page: str, name: str, command: str, text: str) -> str:
         ValueError: the part has no markers, or several.
     """
     marked = re.compile(rf"(<!-- {name}: written by {command} -->\n).*?(<!-- end -->)", re.DOTALL)
-    # Nothing in the text is a reference to a group.
-    escaped = text.replace("\\", "\\\\")
-    page, found = marked.subn(rf"\g<1>{escaped}\n\g<2>", page)
+    page, found = marked.subn(lambda part: f"{part[1]}{text}\n{part[2]}", page)
     if found != 1:
         raise ValueError(f"The page has {found} parts between markers for {name!r}, not one.")
     return page
