@@ -33,5 +33,5 @@ def test_what_stands_between_the_markers_is_rewritten_and_nothing_else(monkeypat
 
 
 def test_a_missing_marker_is_an_error():
-    with pytest.raises(ValueError, match="has 0 parts between markers for 'methods: written by make tables'"):
+    with pytest.raises(ValueError, match="has 0 parts between markers for 'methods'"):
         tables.written("no markers")
