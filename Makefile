@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-gpu lint tables bench bench-batch accuracy train eval-model clean
+.PHONY: demo test test-ray test-gpu lint tables performance bench bench-gpu bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find LI on the page." --method vl-cache --compare
@@ -13,6 +13,11 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90
+
+# Apart, because Ray is large and each of its runs starts a dozen processes.
+test-ray: $(VENV)/.ready
+	$(INSTALL) --editable ".[ray]"
+	$(BIN)/python -m pytest tests/offline/test_cluster.py
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/kernels
@@ -25,12 +30,27 @@ lint: $(VENV)/.ready
 tables: $(VENV)/.ready
 	$(BIN)/python -m docs.tables
 
+performance: $(VENV)/.ready
+	$(BIN)/python -m docs.performance
+
 # The prompt's token and 64 more.
-BENCH := --shape small --contexts 2900 --new-tokens 65 --methods vl-cache,elastic --device cpu --dtype float32
+BENCH := --shape small --new-tokens 65 --methods vl-cache,elastic,snapkv --against transformers,kvpress --device cpu --dtype float32
 
 bench: $(VENV)/.ready
-	$(BIN)/sparsight bench $(BENCH) --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
-	$(BIN)/sparsight bench $(BENCH) --threads 2 --rounds 8 --output bench/results/small-cpu-2-threads
+	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
+	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 8 --output bench/results/small-cpu-2-threads
+	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 2 --output bench/results/small-cpu-growth
+
+# On an NVIDIA GPU: what of docs/performance.md needs one. GPU_MINUTES bound each shape, small sizes first.
+RESULTS := bench/results
+GPU_MINUTES := 4
+GPU_SHAPES := llava-1.5-7b llava-next-mistral-7b
+GPU := --contexts 2k,8k,32k --batch 1,4,16,64 --new-tokens 100 --rounds 1 --device cuda --dtype bfloat16
+
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python -m bench.kernels --output $(RESULTS)/kernels-gpu.json
+	set -e; for shape in $(GPU_SHAPES); do $(BIN)/sparsight bench --shape $$shape $(GPU) --minutes $(GPU_MINUTES) \
+		--methods full,vl-cache,elastic,snapkv --against transformers,kvpress --output $(RESULTS)/$$shape-gpu; done
 
 # Stopped, it goes on where it was; what is in runs/ is as good as new.
 accuracy: $(VENV)/.ready
@@ -40,6 +60,7 @@ accuracy: $(VENV)/.ready
 
 bench-batch: $(VENV)/.ready
 	$(BIN)/python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json
+	$(BIN)/python -m docs.sizing
 
 # glibc is told to keep large blocks: a training step frees and takes hundreds of them.
 train: export MALLOC_MMAP_THRESHOLD_ = 4000000000

@@ -72,13 +72,21 @@ def written(readme: str) -> str:
         ValueError: a part has no markers.
     """
     for name, write in PARTS.items():
-        marked = re.compile(rf"(<!-- {name}: written by make tables -->\n).*?(<!-- end -->)", re.DOTALL)
-        # Nothing in the text is a reference to a group.
-        text = write().replace("\\", "\\\\")
-        readme, found = marked.subn(rf"\g<1>{text}\n\g<2>", readme)
-        if found != 1:
-            raise ValueError(f"README.md has {found} parts between markers for {name!r}, not one.")
+        readme = put(readme, name, "make tables", write())
     return readme
+
+
+def put(page: str, name: str, command: str, text: str) -> str:
+    """A page with ``text`` as the part between the markers of ``name``, which ``command`` writes.
+
+    Raises:
+        ValueError: the part has no markers, or several.
+    """
+    marked = re.compile(rf"(<!-- {name}: written by {command} -->\n).*?(<!-- end -->)", re.DOTALL)
+    page, found = marked.subn(lambda part: f"{part[1]}{text}\n{part[2]}", page)
+    if found != 1:
+        raise ValueError(f"The page has {found} parts between markers for {name!r}, not one.")
+    return page
 
 
 def _paper(citation: str, arxiv: str | None) -> str:

@@ -25,8 +25,8 @@ class Sample:
 
     Attributes:
         first_token: seconds until the first token, ``statistics`` and ``compaction`` included.
-        statistics: seconds of observing the queries.
-        compaction: seconds of planning, and of copying what stays.
+        statistics: seconds of observing the queries, None where another library does not tell them apart.
+        compaction: seconds of planning, and of copying what stays, likewise.
         token: seconds of one further token, the median.
         end_to_end: seconds of all tokens.
         bytes_held: bytes of the cache after the prefill, room to grow included.
@@ -35,8 +35,8 @@ class Sample:
     """
 
     first_token: float
-    statistics: float
-    compaction: float
+    statistics: float | None
+    compaction: float | None
     token: float
     end_to_end: float
     bytes_held: int

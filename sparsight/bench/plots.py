@@ -7,13 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from sparsight.bench.run import KEPT_LENGTH, RIVALS, TRANSFORMERS
+from sparsight.bench.run import KEPT_LENGTH, KVPRESS, OTHERS, TRANSFORMERS
 from sparsight.eval.plots import COLORS, MARKERS
 from sparsight.picture import DPI, FAINT, INK, MUTED
 
 Cell = Mapping[str, Any]
 PANEL = 3.9, 2.9
 """Inches."""
+
+STYLES = {TRANSFORMERS: (INK, (4, 3), "."), KEPT_LENGTH: (MUTED, (1, 2), "."), KVPRESS: (COLORS[-1], (3, 1), "x")}
+"""Colour, dashes and marker of what methods are compared with."""
 
 SPEED_UP: dict[str, Callable[[Cell], float | None]] = {
     "decoding, x faster": lambda cell: _inverse(cell["of_full"]["token"]),
@@ -57,7 +60,7 @@ def _draw(cells: Sequence[Cell], rows: Mapping[str, Callable[[Cell], float | Non
     grid = figure.subplots(len(rows), len(batches), squeeze=False, sharey="row")
     for panels, (title, take) in zip(grid, rows.items(), strict=True):
         for panel, batch in zip(panels, batches, strict=True):
-            for order, line in enumerate(sorted(lines, key=lambda line: line[0] in RIVALS)):
+            for order, line in enumerate(sorted(lines, key=lambda line: line[0] in OTHERS)):
                 points = [
                     (cell["context"], value)
                     for cell in cells
@@ -92,9 +95,9 @@ def _frame(panel: Axes, title: str, contexts: Sequence[int]) -> None:
 
 
 def _style(method: str, order: int) -> dict[str, Any]:
-    if method in RIVALS:
-        color, dashes = (INK, (4, 3)) if method == TRANSFORMERS else (MUTED, (1, 2))
-        return {"color": color, "dashes": dashes, "linewidth": 1.3, "marker": "."}
+    if method in OTHERS:
+        color, dashes, marker = STYLES[method]
+        return {"color": color, "dashes": dashes, "linewidth": 1.3, "marker": marker, "markersize": 5}
     return {
         "color": COLORS[order % len(COLORS)],
         "marker": MARKERS[order % len(MARKERS)],

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -28,35 +29,42 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"Cannot write to {folder}: {error.strerror}.") from error
 
 
-def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``bench.json`` and the pictures into a folder that is there, and return their paths."""
+def write(found: Mapping[str, Any], folder: Path) -> None:
+    """Write ``bench.json`` into a folder that is there."""
+    (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw the pictures into a folder that is there, and return their paths."""
     measured = [cell for cell in found["cells"] if cell["reason"] is None]
     figures = {"growth.png": draw_growth(measured)} if measured else {}
     if any(cell["of_full"]["token"] is not None for cell in measured):
         figures["speed-up.png"] = draw_speed_up(measured)
-    (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     for name, figure in figures.items():
         save(figure, folder / name)
-    return [folder / name for name in (RESULTS, *figures)]
+    return [folder / name for name in figures]
 
 
-def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """For each size a headline and its table of times, and one of costs and memory without a headline."""
+def tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """For each size a headline, a table of times, what was not measured and why, and a table of costs and memory."""
     sizes = dict.fromkeys((cell["context"], cell["batch"]) for cell in found["cells"])
     for context, batch in sizes:
         cells = [cell for cell in found["cells"] if (cell["context"], cell["batch"]) == (context, batch)]
-        yield f"prompt of {context} tokens, batch {batch}; x is of plain transformers' time", _times(cells)
-        if any(cell["reason"] is None for cell in cells):
-            yield "", _costs(cells)
+        measured = [cell for cell in cells if cell["reason"] is None]
+        yield Text(f"prompt of {context} tokens, batch {batch}; x is of plain transformers' time", "bold")
+        if measured:
+            yield _times(measured)
+        yield from (Text(f"{name_of(cell)}: {cell['reason']}", "dim") for cell in cells if cell["reason"] is not None)
+        yield ""
+        if measured:
+            yield _costs(measured)
+            yield ""
 
 
 def _times(cells: Sequence[Cell]) -> Table:
     """Times with their spread and over the full cache's, and what decoding takes over its limits."""
     shown = _table(["first token", "a token", "end to end", "x kept\nlength", "x limit", "tokens\n/ s"])
     for cell in cells:
-        if cell["reason"] is not None:
-            shown.add_row(name_of(cell), Text(cell["reason"], "dim"))
-            continue
         shown.add_row(
             name_of(cell),
             *(_time(cell, stage) for stage in ("first_token", "token", "end_to_end")),
@@ -72,16 +80,15 @@ def _costs(cells: Sequence[Cell]) -> Table:
     columns = ["statistics", "compaction", "KV held", "x full", "peak", "batch\nthat fits"]
     shown = _table(columns)
     for cell in cells:
-        if cell["reason"] is None:
-            peak = cell["peak_bytes"]
-            shown.add_row(
-                name_of(cell),
-                *(_milliseconds(cell["seconds"][stage]["median"]) for stage in ("statistics", "compaction")),
-                _mebibytes(cell["bytes_held"]),
-                _ratio(cell["of_full"]["bytes"]),
-                "-" if peak is None else _mebibytes(peak),
-                f"{cell['batch_that_fits']:,}",
-            )
+        peak = cell["peak_bytes"]
+        shown.add_row(
+            name_of(cell),
+            *(_part(cell["seconds"][stage]) for stage in ("statistics", "compaction")),
+            _mebibytes(cell["bytes_held"]),
+            _ratio(cell["of_full"]["bytes"]),
+            "-" if peak is None else _mebibytes(peak),
+            f"{cell['batch_that_fits']:,}",
+        )
     return shown
 
 
@@ -108,6 +115,10 @@ def _time(cell: Cell, stage: str) -> Text:
     low, high = (number(spread[end] * 1e3) for end in ("low", "high"))
     beside = "" if ratio is None else f"\n{ratio:.3f} x"
     return Text.assemble(_milliseconds(spread["median"]), (f"\n{low}-{high}", "dim"), (beside, "dim"))
+
+
+def _part(spread: Mapping[str, float] | None) -> str:
+    return "-" if spread is None else _milliseconds(spread["median"])
 
 
 def _milliseconds(seconds: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsight.bench.measure import Sample
-from sparsight.bench.run import KEPT_LENGTH, TRANSFORMERS, Cell
+from sparsight.bench.run import KEPT_LENGTH, KVPRESS, TRANSFORMERS, Cell
 
 Take = Callable[[Sample], float]
 TIMES: dict[str, Take] = {
@@ -22,10 +22,11 @@ def results(
     """What was found of every cell.
 
     ``seconds`` of each stage are ``median``, ``low`` and ``high`` over the rounds. ``of_full`` are its times and bytes
-    over those of plain transformers, ``of_kept_length`` its time for a token over that of plain transformers given a
-    prompt of the kept length, ``of_limit`` over the limit, ``token_limit``: the time that the machine's copy bandwidth
-    takes for the weights and the entries held. Where there is nothing to compare with they are None. A cell that could
-    not be measured has its ``reason`` and nothing else.
+    over those of plain transformers, ``of_kvpress`` over those of kvpress at the same budget, ``of_kept_length`` its
+    time for a token over that of plain transformers given a prompt of the kept length, ``of_limit`` over the limit,
+    ``token_limit``: the time that the machine's copy bandwidth takes for the weights and the entries held. Where there
+    is nothing to compare with they are None, as are stages that are not told apart. A cell that could not be measured
+    has its ``reason`` and nothing else.
 
     Args:
         measured: of each size the cells, and the copy bandwidth in bytes a second.
@@ -50,32 +51,35 @@ def _cell(
     if cell.reason is not None:
         return about
     samples = cell.samples
-    full = next((other for other in size if other.method == TRANSFORMERS), None)
-    kept = next((other for other in size if (other.method, other.budget) == (KEPT_LENGTH, cell.budget)), None)
+    full, kept, kvpress = (
+        next((other for other in size if (other.method, other.budget) == (name, budget)), None)
+        for name, budget in ((TRANSFORMERS, 1.0), (KEPT_LENGTH, cell.budget), (KVPRESS, cell.budget))
+    )
     limit = (weights + samples[0].entry_bytes) / bandwidth
     peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
-    stages: dict[str, Take] = {
-        **TIMES,
-        "statistics": lambda sample: sample.statistics,
-        "compaction": lambda sample: sample.compaction,
-    }
     return {
         **about,
-        "seconds": {name: _spread([take(sample) for sample in samples]) for name, take in stages.items()},
+        "seconds": {
+            **{name: _spread([take(sample) for sample in samples]) for name, take in TIMES.items()},
+            "statistics": _spread([sample.statistics for sample in samples]),
+            "compaction": _spread([sample.compaction for sample in samples]),
+        },
         "tokens_per_second": cell.batch * new_tokens / _median(TIMES["end_to_end"], samples),
         "bytes_held": samples[0].bytes_held,
         "entry_bytes": samples[0].entry_bytes,
         "peak_bytes": max(peaks, default=None),
         "batch_that_fits": room * cell.batch // samples[0].bytes_held,
-        "of_full": {
-            **{name: _ratio(cell, full, take) for name, take in TIMES.items()},
-            "bytes": _ratio(cell, full, lambda sample: sample.bytes_held),
-        },
+        "of_full": _ratios(cell, full),
+        "of_kvpress": _ratios(cell, kvpress),
         "of_kept_length": _ratio(cell, kept, TIMES["token"]),
         "token_limit": limit,
         "of_limit": _median(TIMES["token"], samples) / limit,
         "copy_bandwidth": bandwidth,
     }
+
+
+def _ratios(cell: Cell, reference: Cell | None) -> dict[str, float | None]:
+    return {name: _ratio(cell, reference, take) for name, take in (TIMES | {"bytes": _bytes_held}).items()}
 
 
 def _ratio(cell: Cell, reference: Cell | None, take: Take) -> float | None:
@@ -90,5 +94,12 @@ def _median(take: Take, samples: Sequence[Sample]) -> float:
     return statistics.median(take(sample) for sample in samples)
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
+def _spread(taken: Sequence[float | None]) -> dict[str, float] | None:
+    seconds = [each for each in taken if each is not None]
+    if not seconds:
+        return None
     return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+
+
+def _bytes_held(sample: Sample) -> float:
+    return sample.bytes_held

@@ -1,11 +1,15 @@
 """A run: every case of a size takes its turn in every round, so that a machine whose speed drifts slows all of them."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from math import inf, prod
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from sparsight.bench import machine
+from sparsight.bench.kvpress import CannotRun, Kvpress
 from sparsight.bench.measure import Sample, measure
 from sparsight.bench.shapes import random_inputs
 from sparsight.cache import CompressedCache
@@ -13,11 +17,13 @@ from sparsight.recipe import Recipe
 
 TRANSFORMERS = "transformers"
 KEPT_LENGTH = "kept-length"
-RIVALS = {
-    TRANSFORMERS: "plain transformers with the whole cache",
-    KEPT_LENGTH: "plain transformers given a prompt of only the kept length",
-}
-"""What methods are compared with."""
+KVPRESS = "kvpress"
+OTHERS = (TRANSFORMERS, KEPT_LENGTH, KVPRESS)
+"""What methods are compared with, a name of a cell."""
+RIVALS = {"transformers": (TRANSFORMERS, KEPT_LENGTH), "kvpress": (KVPRESS,)}
+"""Libraries: plain transformers, with the whole prompt and with one of only the kept length; kvpress's SnapKV."""
+WARM_UP_TOKENS = 8
+TIME_UP = "not measured: the time was up"
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Plan:
         against: names of :data:`RIVALS`.
         new_tokens: tokens of an answer, at least two.
         rounds: rounds that count, after one that does not.
+        minutes: no case begins later than this.
     """
 
     contexts: Sequence[int]
@@ -39,6 +46,7 @@ class Plan:
     against: Sequence[str]
     new_tokens: int
     rounds: int
+    minutes: float = inf
 
 
 @dataclass
@@ -46,7 +54,7 @@ class Cell:
     """One way of answering prompts of one size.
 
     Attributes:
-        method: a recipe's name, or one of :data:`RIVALS`.
+        method: a recipe's name, or one of :data:`OTHERS`.
         budget: fraction of the prompt's entries kept, or of its tokens given.
         samples: what every round took.
         reason: why there are none.
@@ -68,55 +76,85 @@ class Cell:
 
 def cells(plan: Plan, context: int, batch: int) -> list[Cell]:
     """The cells of one size, those that others are compared with first."""
-    found = [Cell(TRANSFORMERS, 1.0, context, batch)] if TRANSFORMERS in plan.against else []
-    if KEPT_LENGTH in plan.against:
-        budgets = sorted({recipe.budget for recipe in plan.recipes} - {1.0})
-        found += [Cell(KEPT_LENGTH, budget, context, batch) for budget in budgets]
+    budgets = sorted({recipe.budget for recipe in plan.recipes} - {1.0})
+    others = [name for library in plan.against for name in RIVALS[library]]
+    found = [
+        Cell(name, budget, context, batch)
+        for name in others
+        for budget in ([1.0] if name == TRANSFORMERS else budgets)
+    ]  # fmt: skip
     return found + [Cell(recipe.name, recipe.budget, context, batch, recipe) for recipe in plan.recipes]
 
 
 def run(
-    plan: Plan, model: PreTrainedModel, on_progress: Callable[[str, int, int], None]
+    plan: Plan,
+    model: PreTrainedModel,
+    on_progress: Callable[[str, int, int], None],
+    kvpress: Kvpress | CannotRun | None = None,
 ) -> Iterator[tuple[list[Cell], float]]:
-    """Measure size by size: its cells, and the copy bandwidth in bytes a second, the best of its rounds."""
-    total = len(plan.contexts) * len(plan.batches) * (plan.rounds + 1)
-    done = 0
-    for context in plan.contexts:
-        for batch in plan.batches:
-            measured = cells(plan, context, batch)
-            bandwidth = 0.0
-            for round_ in range(plan.rounds + 1):
-                on_progress(f"{context} tokens x {batch}", done, total)
-                bandwidth = max(bandwidth, machine.copy_bandwidth(model.device))
-                for cell in measured:
-                    if cell.reason is None:
-                        _measure(cell, model, plan.new_tokens, counted=round_ > 0)
-                done += 1
-            yield measured, bandwidth
+    """Measure size by size, small ones first: its cells, and the copy bandwidth in bytes a second, the best of all."""
+    sizes = sorted(product(plan.contexts, plan.batches), key=prod)
+    total = len(sizes) * (plan.rounds + 1)
+    end = time.monotonic() + 60 * plan.minutes
+    for number, (context, batch) in enumerate(sizes):
+        measured = cells(plan, context, batch)
+        bandwidth = 0.0
+        for round_ in range(plan.rounds + 1):
+            on_progress(f"{context} tokens x {batch}", number * (plan.rounds + 1) + round_, total)
+            bandwidth = max(bandwidth, machine.copy_bandwidth(model.device))
+            # The round that does not count shows each case what it will meet, not all of it.
+            new_tokens = plan.new_tokens if round_ else min(plan.new_tokens, WARM_UP_TOKENS)
+            for cell in measured:
+                if cell.reason is None and time.monotonic() < end:
+                    _measure(cell, model, new_tokens, kvpress, counted=round_ > 0)
+        _close(measured)
+        yield measured, bandwidth
     on_progress("done", total, total)
 
 
-def _measure(cell: Cell, model: PreTrainedModel, new_tokens: int, *, counted: bool) -> None:
+def _close(measured: Sequence[Cell]) -> None:
+    """Leave only rounds that all cells have taken part in, where the time was up."""
+    open_ = [cell for cell in measured if cell.reason is None]
+    rounds = min((len(cell.samples) for cell in open_), default=0)
+    for cell in open_:
+        del cell.samples[rounds:]
+        cell.reason = None if rounds else TIME_UP
+
+
+def _measure(
+    cell: Cell, model: PreTrainedModel, new_tokens: int, kvpress: Kvpress | CannotRun | None, *, counted: bool
+) -> None:
     """Add a sample to a cell, or the reason why it has none."""
+    try:
+        sample = _sample(cell, model, new_tokens, kvpress)
+    except CannotRun as error:
+        cell.samples.clear()
+        cell.reason = str(error)
+        return
+    if counted:
+        cell.samples.append(sample)
+
+
+def _sample(cell: Cell, model: PreTrainedModel, new_tokens: int, kvpress: Kvpress | CannotRun | None) -> Sample:
     config = model.config.get_text_config()
     needed = prefill_bytes(config, cell.prompt_tokens, cell.batch, new_tokens, model.dtype.itemsize)
     free = machine.available_bytes(model.device)
     if needed > free:
-        cell.reason = f"does not fit: about {_gib(needed)} GiB needed, {_gib(free)} GiB free"
-        return
+        raise CannotRun(f"does not fit: about {_gib(needed)} GiB needed, {_gib(free)} GiB free")
+    if cell.method == KVPRESS:
+        if not isinstance(kvpress, Kvpress):
+            raise CannotRun(str(kvpress))
+        with machine.lent(model.device):
+            return kvpress.measure(cell.budget, cell.context, cell.batch, new_tokens, needed)
     inputs = random_inputs(model, cell.prompt_tokens, cell.batch)
     cache: Cache = CompressedCache(model, cell.recipe, inputs) if cell.recipe else DynamicCache(config=config)
     try:
-        sample = measure(model, inputs["input_ids"], cache, new_tokens)
+        return measure(model, inputs["input_ids"], cache, new_tokens)
     except RuntimeError as error:
         # CUDA has an exception of its own for it, the CPU's allocator has not.
         if "memory" not in str(error) or "allocate" not in str(error):
             raise
-        cell.samples.clear()
-        cell.reason = "does not fit: memory ran out"
-        return
-    if counted:
-        cell.samples.append(sample)
+        raise CannotRun("does not fit: memory ran out") from error
 
 
 def prefill_bytes(config: PreTrainedConfig, tokens: int, batch: int, new_tokens: int, itemsize: int) -> int:

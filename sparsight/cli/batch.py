@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,49 +61,71 @@ def batch(
     started = time.perf_counter()
     recipe = chosen_recipe(model, method, budget, heads)
     size = _batch_size(batch_size)
+    if ray is None and (replicas != 1 or gpus_per_replica is not None):
+        raise ValueError("--replicas and --gpus-per-replica are for --ray, which is not given.")
     cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
     if source.resolve() == output.resolve():
         raise ValueError(f"{source} cannot be both the input and the output.")
     ids = read_ids(source, prompt)
     job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
-    written = Output(output)
-    missing = {row for row in ids if row not in written}
-    new: list[Result] = []
-    try:
-        if missing:
-            rows = (row for row in read_rows(source, prompt) if row.id in missing)
-            with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
-                found = results(job, rows) if cluster is None else results_on(cluster, job, rows)
-                for some in found:
-                    new += written.append(some)
-                    on_results(some)
-    except KeyboardInterrupt as stop:
-        print(f"Stopped. What was answered is on disk; the same command goes on from there: {output}", file=sys.stderr)
-        raise typer.Exit(130) from stop
-    written.close(finished=True)
-    told = summary(len(ids), written, new, time.perf_counter() - started)
+    with Output(output, job.about) as written:
+        missing = {row for row, asked in ids.items() if written.lacks(row, asked)}
+        told = Totals(len(ids), written.results)
+        try:
+            if missing:
+                rows = (row for row in read_rows(source, prompt) if row.id in missing)
+                with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
+                    found = results(job, rows) if cluster is None else results_on(cluster, job, rows)
+                    for some in found:
+                        told.add(written.append(some))
+                        on_results(some)
+            written.finish()
+        except KeyboardInterrupt as stop:
+            print(
+                f"Stopped. What was answered is on disk; the same command goes on from there: {output}", file=sys.stderr
+            )
+            raise typer.Exit(130) from stop
+    summary = told.summary(written, time.perf_counter() - started)
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(summary))
     else:
-        Console(highlight=False).print(table(told), f"Wrote {output}", sep="\n")
+        Console(highlight=False).print(table(summary), f"Wrote {output}", sep="\n")
     if written.errors:
         raise typer.Exit(1)
 
 
-def summary(rows: int, written: Output, new: list[Result], seconds: float) -> dict[str, Any]:
-    """A run as plain data."""
-    return {
-        "rows": rows,
-        "before": written.results - len(new),
-        "answered": written.results - sum(written.errors.values()),
-        "errors": written.errors,
-        "seconds": seconds,
-        "rows_per_second": len(new) / seconds,
-        "new_tokens": sum(result.tokens or 0 for result in new),
-        "kv_bytes": sum(result.kv_bytes or 0 for result in new),
-        "full_kv_bytes": sum(result.full_kv_bytes or 0 for result in new),
-        "output": str(written.path),
-    }
+@dataclass
+class Totals:
+    """What a run adds up to, without its results, which may be many."""
+
+    rows: int
+    before: int
+    new: int = 0
+    tokens: int = 0
+    kv_bytes: int = 0
+    full_kv_bytes: int = 0
+
+    def add(self, results: list[Result]) -> None:
+        """Take new results in."""
+        self.new += len(results)
+        self.tokens += sum(result.tokens or 0 for result in results)
+        self.kv_bytes += sum(result.kv_bytes or 0 for result in results)
+        self.full_kv_bytes += sum(result.full_kv_bytes or 0 for result in results)
+
+    def summary(self, written: Output, seconds: float) -> dict[str, Any]:
+        """The run as plain data."""
+        return {
+            "rows": self.rows,
+            "before": self.before,
+            "answered": written.results - sum(written.errors.values()),
+            "errors": written.errors,
+            "seconds": seconds,
+            "rows_per_second": self.new / seconds,
+            "new_tokens": self.tokens,
+            "kv_bytes": self.kv_bytes,
+            "full_kv_bytes": self.full_kv_bytes,
+            "output": str(written.path),
+        }
 
 
 def table(told: dict[str, Any]) -> Table:

@@ -3,7 +3,9 @@
 import json
 import platform
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from sparsight.bench import machine, report
+from sparsight.bench.kvpress import CannotRun, Kvpress
 from sparsight.bench.results import results
 from sparsight.bench.run import RIVALS, Plan, run
 from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
@@ -42,9 +45,12 @@ def bench(
     ] = "full,vl-cache,elastic",
     budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = "0.1",
     against: Annotated[
-        str, typer.Option(help=f"What methods are compared with: {', '.join(RIVALS)}, or none.", metavar="NAMES")
-    ] = ",".join(RIVALS),
+        str, typer.Option(help=f"Libraries to compare with: {', '.join(RIVALS)}, or none.", metavar="NAMES")
+    ] = "transformers",
     rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.", min=1)] = 5,
+    minutes: Annotated[
+        float | None, typer.Option(help="What has not begun by then is left out; large sizes come last.", min=0)
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.", min=1)] = None,
     output: Annotated[
         Path, typer.Option(help="Folder for bench.json, speed-up.png and growth.png.", metavar="DIR")
@@ -65,6 +71,7 @@ def bench(
         against=rivals,
         new_tokens=new_tokens,
         rounds=rounds,
+        minutes=inf if minutes is None else minutes,
     )
     if threads is not None:
         torch.set_num_threads(threads)
@@ -76,11 +83,10 @@ def bench(
         CompressedCache(loaded, each, random_inputs(loaded, length=1, batch=1))
     report.make_folder(output)
     weights, room = weight_bytes(loaded), machine.available_bytes(loaded.device)
-    with progress("Measuring", quiet=as_json) as on_progress:
-        measured = list(run(plan, loaded, on_progress))
-    found = {
+    about = {
         "command": "sparsight " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": loaded.device.type,
         "machine": machine.describe(loaded.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -91,19 +97,29 @@ def bench(
         "new_tokens": new_tokens,
         "rounds": rounds,
         "weight_bytes": weights,
-        "cells": results(measured, new_tokens, weights, room),
     }
-    written = report.write(found, output)
+    measured = []
+    with progress("Measuring", quiet=as_json) as on_progress:
+        if "kvpress" in rivals:
+            on_progress("setting up kvpress", 0, 1)
+        with _kvpress(rivals, loaded) as kvpress:
+            if isinstance(kvpress, Kvpress):
+                about["kvpress"] = kvpress.versions
+            for size in run(plan, loaded, on_progress, kvpress):
+                measured.append(size)
+                measured.sort(key=lambda size: (size[0][0].context, size[0][0].batch))
+                found = {**about, "cells": results(measured, new_tokens, weights, room)}
+                # A run that is stopped leaves what it found.
+                report.write(found, output)
+    written = [report.RESULTS, *(path.name for path in report.draw(found, output))]
     if as_json:
         print(json.dumps(found))
         return
     console = Console(highlight=False)
     console.print(f"{found['model']}, {found['dtype']}, {found['machine']}, {new_tokens} tokens, {rounds} rounds\n")
-    for headline, table in report.tables(found):
-        if headline:
-            console.print(headline, style="bold")
-        console.print(table, "")
-    console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
+    for part in report.tables(found):
+        console.print(part)
+    console.print(f"Wrote {', '.join(written)} in {output}", markup=False)
 
 
 def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
@@ -127,6 +143,16 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
             f"{place} has {free / 2**30:.1f} GiB free: choose another shape, dtype or device."
         )
     return random_model(SHAPES[shape], place, chosen)
+
+
+def _kvpress(rivals: list[str], model: PreTrainedModel) -> AbstractContextManager[Kvpress | CannotRun | None]:
+    """The process of kvpress, or why there is none, if it was asked for."""
+    if "kvpress" not in rivals:
+        return nullcontext()
+    try:
+        return Kvpress.like(model)
+    except CannotRun as error:
+        return nullcontext(error)
 
 
 def _recipes(methods: list[str], budgets: list[float]) -> list[Recipe]:

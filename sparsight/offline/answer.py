@@ -138,6 +138,7 @@ class Answerer:
         report, length = cache.report(), inputs["input_ids"].shape[1]
         result = {
             "id": row.id,
+            "prompt_checksum": row.checksum,
             "prompt_tokens": length,
             "kept": fmean(report.kept_per_layer()),
             "kv_bytes": report.bytes_held,
@@ -188,7 +189,7 @@ OUT_OF_MEMORY = RowError("out of memory", "There is not enough memory for this p
 
 
 def _failed(row: Row, error: RowError) -> Result:
-    return Result(row.id, error=error.sentence, error_kind=error.kind)
+    return Result(row.id, row.checksum, error=error.sentence, error_kind=error.kind)
 
 
 def _padded(prompts: Sequence[Tensor], firsts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TextIO, get_args, get_type_hints
 
 from sparsight.jsonl import append, recover
@@ -22,6 +24,7 @@ class Result:
 
     Args:
         id: the row's.
+        prompt_checksum: CRC-32 of its prompt, by which a run that goes on knows that the prompt is the same.
         text: the answer without special tokens.
         finish_reason: ``stop`` where the model ended the answer, ``length`` where it was as long as it may be.
         prompt_tokens: tokens of the prompt.
@@ -35,6 +38,7 @@ class Result:
     """
 
     id: str
+    prompt_checksum: int | None = None
     text: str | None = None
     finish_reason: str | None = None
     prompt_tokens: int | None = None
@@ -54,63 +58,138 @@ class Result:
 class Output:
     """A file of results that a stopped run goes on with: JSON lines, or Parquet where it is called ``.parquet``.
 
-    Parquet cannot be appended to: results are JSON lines beside it until :meth:`close`.
+    Parquet cannot be appended to: results are JSON lines beside it until :meth:`finish`. What all results have in
+    common is beside the file in ``<name>.run.json``, so that no run goes on with the results of another.
 
     Args:
         path: the file; made if it does not exist.
+        about: what all results have in common, as JSON has it.
 
     Attributes:
         results: how many results there are.
         errors: how many of them are errors, by kind.
 
     Raises:
-        ValueError: the file cannot be written, holds something else, or another run is writing it.
+        ValueError: the file cannot be written, holds something else or results of another run, or is being written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
         self._is_parquet = path.suffix.lower() == ".parquet"
         self._lines = path.with_name(path.name + ".jsonl") if self._is_parquet else path
-        self._ids: set[str] = set()
+        self._run = path.with_name(path.name + ".run.json")
+        self._asked: dict[str, int | None] = {}
         self.errors: dict[str, int] = {}
+        self._file: TextIO | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._lines, "a", encoding="utf-8")  # noqa: SIM115
+            self._open(about)
         except OSError as error:
             raise ValueError(f"Cannot write {path}: {error.strerror}.") from error
-        _lock(self._file, path)
+
+    def _open(self, about: Mapping[str, Any]) -> None:
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder: name a file.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # What is not ours is left alone, and nothing is put beside it.
+        if not self._run.exists():
+            self._check_empty()
+        self._claim = open(self._run, "a+", encoding="utf-8")  # noqa: SIM115
+        _lock(self._claim, self.path)
+        self._claim.seek(0)
+        text = self._claim.read()
+        # It is cut short where a run was killed before it had results.
+        if not text.endswith("\n"):
+            self._check_empty()
         try:
+            there = json.loads(text) if text.endswith("\n") else {}
             for record in self._records():
                 self._count(Result(**record))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} holds something that is no results: name another file.") from error
-        # Such a lock is gone when the process closes the file, if only for reading.
-        _lock(self._file, path)
+            raise ValueError(f"{self.path} holds something that is no results: name another file.") from error
+        if self._asked:
+            self._check_same(there, about)
+        else:
+            self._claim.truncate(0)
+            append(self._claim, [about])
 
-    def __contains__(self, row: str) -> bool:
-        return row in self._ids
+    def _check_empty(self) -> None:
+        """Raise ValueError if there is anything in the file already."""
+        if any(file.exists() and file.stat().st_size for file in (self.path, self._lines)):
+            raise ValueError(f"{self.path} holds something, but no {self._run.name} says what: name another file.")
+
+    def _check_same(self, there: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Raise ValueError unless the results that are there have in common what the new ones will have."""
+        for name, value in about.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"{self.path} holds results with {name} {_short(there.get(name))}, not {_short(value)}: "
+                    "give the options that it was begun with, or name another file."
+                )
+
+    def lacks(self, row: str, asked: int | None) -> bool:
+        """Whether a row has no result yet; ``asked`` is its prompt's checksum.
+
+        Raises:
+            ValueError: it has the result of another prompt.
+        """
+        if row not in self._asked:
+            return True
+        # None where the row was no question.
+        if self._asked[row] not in (None, asked):
+            raise ValueError(
+                f"{self.path} holds the answer to another prompt for row {row!r}: "
+                "give the prompts that it was begun with, or name another file."
+            )
+        return False
 
     @property
     def results(self) -> int:
         """How many results there are."""
-        return len(self._ids)
+        return len(self._asked)
 
     def append(self, results: Iterable[Result]) -> list[Result]:
-        """Put on disk those whose rows have no result yet, and return them."""
-        new = [result for result in results if result.id not in self._ids]
-        append(self._file, [result.record() for result in new])
+        """Put on disk those whose rows have no result yet, and return them.
+
+        Raises:
+            ValueError: they cannot be written.
+        """
+        new = [result for result in results if result.id not in self._asked]
+        try:
+            if self._file is None:
+                self._file = open(self._lines, "a", encoding="utf-8")  # noqa: SIM115
+            append(self._file, [result.record() for result in new])
+        except OSError as error:
+            raise ValueError(f"Cannot write {self.path}: {error.strerror}.") from error
         for result in new:
             self._count(result)
         return new
 
-    def close(self, *, finished: bool) -> None:
-        """Close the file; Parquet is written when the run is finished."""
-        if finished and self._is_parquet:
-            temporary = self.path.with_name(self.path.name + ".tmp")
+    def finish(self) -> None:
+        """Write the Parquet file, if it is one, from the JSON lines beside it.
+
+        Raises:
+            ValueError: it cannot be written; the results are still beside it.
+        """
+        if not self._is_parquet or not self._lines.exists():
+            return
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
             _write_parquet(temporary, self._records())
             temporary.replace(self.path)
+            _sync_folder(self.path.parent)
             self._lines.unlink()
-        self._file.close()
+        except OSError as error:
+            raise ValueError(f"Cannot write {self.path}: {error.strerror}.") from error
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # What could not be written on a full disk is tried again, and has been said.
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._claim.close()
 
     def _records(self) -> Iterator[dict[str, Any]]:
         """What is on disk, every row once."""
@@ -122,13 +201,27 @@ class Output:
                 yield record
 
     def _count(self, result: Result) -> None:
-        self._ids.add(result.id)
+        self._asked[result.id] = result.prompt_checksum
         if result.error_kind is not None:
             self.errors[result.error_kind] = self.errors.get(result.error_kind, 0) + 1
 
 
+def _short(value: Any) -> str:
+    """A value as JSON, in a sentence's length."""
+    return shorten(json.dumps(value), 80)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Return when the folder's names are on disk."""
+    # Windows opens no folders.
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        os.fsync(opened)
+        os.close(opened)
+
+
 def _lock(file: TextIO, path: Path) -> None:
-    """Keep others from writing the file until this process ends.
+    """Keep others from writing ``path`` until ``file`` is closed.
 
     Raises:
         ValueError: another process does.

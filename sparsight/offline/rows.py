@@ -1,6 +1,7 @@
 """What is asked: rows of pictures and a prompt, from JSON lines, a folder of pictures, or Parquet."""
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +34,11 @@ class Row:
     prompt: str = ""
     malformed: str = ""
 
+    @property
+    def checksum(self) -> int | None:
+        """The prompt's, None where there is no question."""
+        return None if self.malformed else checksum(self.prompt)
+
 
 def read_rows(source: Path, prompt: str | None) -> Iterator[Row]:
     """The rows of a file or folder; ``prompt`` is that of the rows that have none.
@@ -59,21 +65,29 @@ def read_rows(source: Path, prompt: str | None) -> Iterator[Row]:
         raise ValueError(f"Cannot read {source}: {reason}.") from error
 
 
-def read_ids(source: Path, prompt: str | None) -> list[str]:
-    """The ids of all rows, in their order.
+def read_ids(source: Path, prompt: str | None) -> dict[str, int | None]:
+    """The ids of all rows in their order, and the checksums of their prompts; pictures are not read.
 
     Raises:
         ValueError: as :func:`read_rows`, or there is no row, or two rows have the same id.
     """
     if source.suffix.lower() == ".parquet" and source.is_file():
-        given = _parquet_file(source).read(columns=["id"])["id"].to_pylist()
-        ids = [_place("row", number) if each is None else str(each) for number, each in enumerate(given, 1)]
+        found = _ids_of_parquet(source, prompt)
     else:
-        ids = [row.id for row in read_rows(source, prompt)]
+        found = ((row.id, row.checksum) for row in read_rows(source, prompt))
+    ids: dict[str, int | None] = {}
+    for row, asked in found:
+        if row in ids:
+            raise _twice(row)
+        ids[row] = asked
     if not ids:
         raise ValueError(f"{source} has no rows.")
-    check_different(ids)
     return ids
+
+
+def checksum(prompt: str) -> int:
+    """CRC-32 of a prompt."""
+    return zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
 
 
 def check_different(ids: Iterable[str]) -> None:
@@ -81,8 +95,12 @@ def check_different(ids: Iterable[str]) -> None:
     seen = set()
     for each in ids:
         if each in seen:
-            raise ValueError(f"Two rows have the id {each!r}: every row needs its own.")
+            raise _twice(each)
         seen.add(each)
+
+
+def _twice(row: str) -> ValueError:
+    return ValueError(f"Two rows have the id {row!r}: every row needs its own.")
 
 
 def row_of(given: Any, place: str, folder: Path, prompt: str | None) -> Row:
@@ -125,6 +143,16 @@ def _of_parquet(source: Path, prompt: str | None) -> Iterator[Row]:
     batches = file.iter_batches(READ_ROWS, columns=columns)
     for number, given in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
         yield row_of(given, _place("row", number), source.parent, prompt)
+
+
+def _ids_of_parquet(source: Path, prompt: str | None) -> Iterator[tuple[str, int | None]]:
+    file = _parquet_file(source)
+    columns = [name for name in ("id", "prompt") if name in file.schema_arrow.names]
+    rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(columns=columns))
+    for number, given in enumerate(rows, 1):
+        asked = prompt if given.get("prompt") is None else given["prompt"]
+        name = _place("row", number) if given["id"] is None else str(given["id"])
+        yield name, checksum(asked) if isinstance(asked, str) else None
 
 
 def _parquet_file(source: Path) -> Any:

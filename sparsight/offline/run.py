@@ -1,5 +1,6 @@
 """A model's answers to many rows, on this machine."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,6 +38,23 @@ class Job:
     device: str = "auto"
     dtype: str = "auto"
     max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number above 0 or None, got {self.batch_size!r}.")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides the results, as JSON has it: the same job gives the same results."""
+        recipe = json.loads(self.recipe.to_json())
+        return {
+            "model": self.checkpoint.name,
+            "dtype": self.dtype,
+            "method": recipe.pop("name"),
+            **recipe,
+            "max_new_tokens": self.max_new_tokens,
+            "max_pixels": self.max_pixels,
+        }
 
     @property
     def preparation(self) -> Preparation:

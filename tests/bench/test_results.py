@@ -1,11 +1,13 @@
+import json
 import math
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
 from sparsight import recipe
 from sparsight.bench.measure import Sample
 from sparsight.bench.plots import draw_growth, draw_speed_up, tokens
-from sparsight.bench.report import name_of, tables, write
+from sparsight.bench.report import draw, name_of, tables, write
 from sparsight.bench.results import results
 from sparsight.bench.run import Cell
 
@@ -25,8 +27,13 @@ def size(context=100):
         sample(first=5.0, token=drift / 2, end=4 * drift, held=200, entries=100, peak=peak)
         for drift, peak in ((1.0, 7), (2.0, 9), (3.0, 8))
     ]
+    theirs = Cell("kvpress", 0.1, context, 2)
+    theirs.samples = [
+        replace(sample(first=2.0, token=drift, end=10 * drift, held=400), statistics=None, compaction=None)
+        for drift in (1.0, 2.0, 3.0)
+    ]
     large = Cell("elastic", 0.1, context, 2, recipe("elastic"), reason="does not fit: memory ran out")
-    return [full, kept, ours, large]
+    return [full, kept, ours, large, theirs]
 
 
 def found(context=100):
@@ -38,6 +45,7 @@ def test_ratios_are_taken_within_rounds():
     assert ours["seconds"]["token"] == {"median": 1.0, "low": 0.5, "high": 1.5}
     assert ours["seconds"]["first_token"] == {"median": 5.0, "low": 5.0, "high": 5.0}
     assert ours["of_full"] == {"first_token": 1.25, "token": 0.5, "end_to_end": 0.4, "bytes": 0.2}
+    assert ours["of_kvpress"] == {"first_token": 2.5, "token": 0.5, "end_to_end": 0.4, "bytes": 0.5}
     assert ours["of_kept_length"] == 2.0
     assert ours["seconds"]["statistics"]["median"] == 0.5
     assert ours["seconds"]["compaction"]["median"] == 0.25
@@ -66,9 +74,15 @@ def test_a_cell_without_samples_has_its_reason_and_nothing_else():
     }
 
 
+def test_stages_that_are_not_told_apart_are_none():
+    theirs = found()[4]
+    assert theirs["seconds"]["statistics"] is theirs["seconds"]["compaction"] is None
+    assert theirs["seconds"]["first_token"]["median"] == 2
+
+
 def test_without_something_to_compare_with_there_are_no_ratios():
     alone = results([(size()[2:3], 2000.0)], new_tokens=6, weights=400, room=1900)[0]
-    assert alone["of_full"] == dict.fromkeys(("first_token", "token", "end_to_end", "bytes"))
+    assert alone["of_full"] == alone["of_kvpress"] == dict.fromkeys(("first_token", "token", "end_to_end", "bytes"))
     assert alone["of_kept_length"] is None
 
 
@@ -97,14 +111,18 @@ def test_pictures_show_speed_up_and_growth_by_context():
 
 
 def test_files_are_written_and_no_speed_up_without_plain_transformers(tmp_path):
-    assert [path.name for path in write({"cells": found()}, tmp_path)] == ["bench.json", "growth.png", "speed-up.png"]
+    write({"cells": found()}, tmp_path)
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"cells": found()}
+    assert [path.name for path in draw({"cells": found()}, tmp_path)] == ["growth.png", "speed-up.png"]
     alone = results([(size()[2:3], 2000.0)], new_tokens=6, weights=400, room=1900)
-    assert [path.name for path in write({"cells": alone}, tmp_path)] == ["bench.json", "growth.png"]
-    assert [path.name for path in write({"cells": found()[3:]}, tmp_path)] == ["bench.json"]
+    assert [path.name for path in draw({"cells": alone}, tmp_path)] == ["growth.png"]
+    assert draw({"cells": found()[3:4]}, tmp_path) == []
 
 
-def test_tables_have_a_row_for_every_cell():
-    (headline, times), (_, costs) = tables({"cells": found()})
-    assert headline.startswith("prompt of 100 tokens, batch 2")
-    assert (times.row_count, costs.row_count) == (4, 3)
-    assert [name_of(cell) for cell in found()] == ["transformers", "kept-length 10 %", "vl-cache 10 %", "elastic 10 %"]
+def test_tables_have_a_row_for_every_cell_that_was_measured_and_the_others_say_why():
+    headline, times, reason, _, costs, _ = tables({"cells": found()})
+    assert headline.plain.startswith("prompt of 100 tokens, batch 2")
+    assert (times.row_count, costs.row_count) == (4, 4)
+    assert reason.plain == "elastic 10 %: does not fit: memory ran out"
+    names = ["transformers", "kept-length 10 %", "vl-cache 10 %", "elastic 10 %", "kvpress 10 %"]
+    assert [name_of(cell) for cell in found()] == names

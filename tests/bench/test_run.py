@@ -1,11 +1,14 @@
+from itertools import count
+
 import pytest
 import torch
 
 from sparsight import CompressedCache, recipe
 from sparsight.bench import machine
 from sparsight.bench import run as module
+from sparsight.bench.kvpress import CannotRun, Kvpress
 from sparsight.bench.measure import Sample
-from sparsight.bench.run import RIVALS, Plan, cells, prefill_bytes, run
+from sparsight.bench.run import TIME_UP, WARM_UP_TOKENS, Plan, cells, prefill_bytes, run
 from tests.bench.conftest import ENTRY, TINY
 
 SAMPLE = Sample(1.0, 0.1, 0.1, 0.5, 2.0, 10, 10, None)
@@ -13,11 +16,11 @@ SAMPLE = Sample(1.0, 0.1, 0.1, 0.5, 2.0, 10, 10, None)
 
 def plan(**changes):
     recipes = [recipe("full"), recipe("vl-cache", budget=0.1), recipe("elastic", budget=0.2)]
-    return Plan(**{"contexts": [40], "batches": [2], "recipes": recipes, "against": list(RIVALS)} | changes)
+    return Plan(**{"contexts": [40], "batches": [2], "recipes": recipes, "against": ["transformers"]} | changes)
 
 
-def run_all(plan, model):
-    return list(run(plan, model, lambda *_: None))
+def run_all(plan, model, kvpress=None):
+    return list(run(plan, model, lambda *_: None, kvpress))
 
 
 def test_cells_are_rivals_and_methods_with_their_prompts():
@@ -30,11 +33,11 @@ def test_cells_are_rivals_and_methods_with_their_prompts():
         ("vl-cache", 0.1, 40),
         ("elastic", 0.2, 40),
     ]
-    assert [cell.method for cell in cells(plan(against=[], new_tokens=2, rounds=1), 40, 2)] == [
-        "full",
-        "vl-cache",
-        "elastic",
-    ]
+    own = ["full", "vl-cache", "elastic"]
+    assert [cell.method for cell in cells(plan(against=[], new_tokens=2, rounds=1), 40, 2)] == own
+    asked = cells(plan(against=["kvpress"], new_tokens=2, rounds=1), 40, 2)
+    assert [(cell.method, cell.budget) for cell in asked[:2]] == [("kvpress", 0.1), ("kvpress", 0.2)]
+    assert [cell.method for cell in asked[2:]] == own
 
 
 def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch):
@@ -57,6 +60,60 @@ def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch)
     assert all(bandwidth > 0 for _, bandwidth in measured)
     assert [step for _, step, _ in done] == [0, 1, 2, 3, 4, 5, 6]
     assert {total for *_, total in done} == {6}
+
+
+def test_the_round_that_does_not_count_is_short_and_small_sizes_come_first(model, monkeypatch):
+    taken = []
+    monkeypatch.setattr(module, "measure", lambda model, ids, cache, new: taken.append((*ids.shape, new)) or SAMPLE)
+    asked = plan(contexts=[40, 60], batches=[1, 2], recipes=[recipe("full")], against=[], new_tokens=30, rounds=1)
+    run_all(asked, model)
+    sizes = [(1, 40), (1, 60), (2, 40), (2, 60)]
+    assert taken == [(*size, new) for size in sizes for new in (WARM_UP_TOKENS, 30)]
+
+
+def test_when_the_time_is_up_only_whole_rounds_count_and_the_rest_is_said(model, monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
+    # Every look at the clock is a minute later: two cases a round, three rounds and a half within seven minutes.
+    ticks = count(0, 60)
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(ticks))
+    asked = plan(
+        batches=[1, 2], recipes=[recipe("full"), recipe("h2o")], against=[], new_tokens=2, rounds=4, minutes=7.5
+    )
+    (first, _), (second, _) = run_all(asked, model)
+    assert [(len(cell.samples), cell.reason) for cell in first] == [(2, None)] * 2
+    assert [(len(cell.samples), cell.reason) for cell in second] == [(0, TIME_UP)] * 2
+
+
+class Elsewhere(Kvpress):
+    """Measures nothing but what it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def measure(self, budget, tokens, batch, new_tokens, needed):
+        self.asked.append((budget, tokens, batch, new_tokens))
+        if budget == 0.2:
+            raise CannotRun("kvpress: no such case")
+        return SAMPLE
+
+
+def test_kvpress_takes_its_turns_and_what_it_cannot_run_is_said(model, monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
+    kvpress = Elsewhere()
+    ((size, _),) = run_all(plan(against=["transformers", "kvpress"], new_tokens=30, rounds=2), model, kvpress)
+    assert kvpress.asked == [(0.1, 40, 2, 8), (0.2, 40, 2, 8), (0.1, 40, 2, 30), (0.1, 40, 2, 30)]
+    assert [(cell.budget, len(cell.samples), cell.reason) for cell in size if cell.method == "kvpress"] == [
+        (0.1, 2, None),
+        (0.2, 0, "kvpress: no such case"),
+    ]
+    assert all(len(cell.samples) == 2 for cell in size if cell.method != "kvpress")
+
+
+def test_without_kvpress_its_cells_say_why(model, monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
+    refusal = CannotRun("kvpress cannot be installed: no matching distribution")
+    ((size, _),) = run_all(plan(against=["kvpress"], new_tokens=2, rounds=1), model, refusal)
+    assert [cell.reason for cell in size] == [str(refusal)] * 2 + [None] * 3
 
 
 def test_what_would_not_fit_is_not_tried(model, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,7 +194,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     assert json.loads(out)["answered"] == 30
     assert json.loads(out)["before"] == counts[-1]
     assert read(output) == read(tmp_path / "expected.jsonl")
-    assert {path.name for path in tmp_path.iterdir()} == {"expected.jsonl", name}
+    wrote = {each for output in ("expected.jsonl", name) for each in (output, f"{output}.run.json")}
+    assert {path.name for path in tmp_path.iterdir()} == wrote
 
 
 def test_ctrl_c_says_how_to_go_on(asked: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
@@ -219,6 +221,7 @@ def test_ctrl_c_says_how_to_go_on(asked: Path, options: tuple[Any, ...], tmp_pat
     ("arguments", "sentence"),
     [
         (["--batch-size", "0"], "--batch-size is a whole number above 0 or auto, not '0'."),
+        (["--replicas", "2"], "--replicas and --gpus-per-replica are for --ray, which is not given."),
         (["--batch-size", "many"], "--batch-size is a whole number above 0 or auto, not 'many'."),
         (["--budget", "2"], "budget must be a number in (0, 1], got 2.0."),
         (["--method", "vlcache"], "Unknown method 'vlcache': did you mean 'vl-cache'?"),
@@ -235,6 +238,39 @@ def test_wrong_options_are_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_run_does_not_go_on_with_the_results_of_another(
+    run: Run, asked: Path, folder: Path, llava: str, options: tuple[Any, ...], tmp_path: Path, name: str
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(llava, copied)
+    (tmp_path / "results").mkdir()
+    output = tmp_path / "results" / name
+    assert run("batch", asked, output, *options)[0] == 0
+    before = {path: path.read_bytes() for path in output.parent.iterdir()}
+    changes: list[tuple[list[Any], str]] = [
+        (["--model", copied], f'model "{llava}", not "{copied}"'),
+        (["--method", "snapkv"], 'method "vl-cache", not "snapkv"'),
+        (["--budget", 0.3], "budget 0.2, not 0.3"),
+        (["--max-new-tokens", 13], "max_new_tokens 12, not 13"),
+        (["--dtype", "bfloat16"], 'dtype "auto", not "bfloat16"'),
+    ]
+    for change, difference in changes:
+        code, out, err = run("batch", asked, output, *options, *change, "--json")
+        assert (code, out) == (2, "")
+        end = "give the options that it was begun with, or name another file."
+        assert err == f"Error: {output} holds results with {difference}: {end}\n"
+    other = asked.with_name("other.jsonl")
+    other.write_text(asked.read_text().replace(prompt_of(3), "Which?", 1))
+    code, out, err = run("batch", other, output, *options, "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {output} holds the answer to another prompt for row '0': give the prompts")
+    assert {path: path.read_bytes() for path in output.parent.iterdir()} == before
+    # More rows are no other run, and how rows are put together decides nothing.
+    code, out, _ = run("batch", write_rows(folder, count=COUNT + 2), output, *options, "--batch-size", 2, "--json")
+    assert (code, json.loads(out)["before"], json.loads(out)["answered"]) == (0, COUNT, COUNT + 2)
+
+
 def test_files_that_cannot_be_used(run: Run, asked: Path, folder: Path, llava: str, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
         code, out, err = run("batch", *arguments, "--model", llava)
@@ -245,5 +281,5 @@ def test_files_that_cannot_be_used(run: Run, asked: Path, folder: Path, llava: s
     assert refused(asked, asked) == f"{asked} cannot be both the input and the output."
     assert "say with a prompt" in refused(folder, tmp_path / "out.jsonl")
     (tmp_path / "notes.txt").write_text("hello")
-    assert "holds something that is no results" in refused(asked, tmp_path / "notes.txt")
+    assert "holds something, but no notes.txt.run.json says what" in refused(asked, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "hello"

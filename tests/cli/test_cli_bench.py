@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from sparsight.bench import machine
+from sparsight.bench import kvpress, machine
 from sparsight.bench import shapes as module
+from sparsight.bench.kvpress import CannotRun
 from sparsight.cli import bench as command
 from sparsight.recipes import RECIPES
 
@@ -116,6 +117,48 @@ def test_weights_that_do_not_fit_are_refused(run: Run, tmp_path: Path, monkeypat
         "Error: The weights of llava-next-34b take 64.1 GiB in bfloat16, and cpu has 1.0 GiB free: "
         "choose another shape, dtype or device.\n"
     )
+
+
+def test_kvpress_is_set_up_when_it_is_asked_for_and_the_rest_goes_on_without(
+    run_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> Path:
+        raise CannotRun("kvpress cannot be installed: no network")
+
+    monkeypatch.setattr(kvpress, "environment", refuse)
+    options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--methods", "snapkv", "--output", tmp_path)
+    found = run_json("bench", *options, "--against", "transformers,kvpress")
+    reasons = {cell["method"]: cell["reason"] for cell in found["cells"]}
+    assert reasons == {
+        "transformers": None, "kept-length": None, "kvpress": "kvpress cannot be installed: no network", "snapkv": None
+    }  # fmt: skip
+    monkeypatch.setattr(kvpress, "environment", lambda: pytest.fail("set up"))
+    assert len(run_json("bench", *options)["cells"]) == 3
+
+
+def test_a_decode_step_reads_the_weights_once_and_every_sequences_entries(
+    run_json: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = ("--contexts", 120, "--batch", 3, "--new-tokens", 2, "--rounds", 1, "--budgets", 0.1)
+    found = run_json("bench", *options, "--methods", "full,sparsight,adakv", "--output", tmp_path)
+    # Two layers with two KV heads, which four query heads share, keep twelve entries of a key and a value of 8 numbers.
+    entries = 3 * 2 * 2 * 12 * (2 * 8 * 4)
+    for cell in found["cells"]:
+        read = cell["token_limit"] * cell["copy_bandwidth"] - found["weight_bytes"]
+        assert round(read) == (entries * 10 if cell["budget"] == 1 else entries)
+    (kept,) = [cell for cell in found["cells"] if cell["method"] == "kept-length"]
+    assert (kept["prompt_tokens"], kept["of_kept_length"]) == (12, 1)
+
+
+def test_sizes_after_the_time_is_up_are_said_so(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    found = run_json("bench", *SMALL, "--methods", "vl-cache", "--minutes", 0, "--output", tmp_path)
+    assert {cell["reason"] for cell in found["cells"]} == {"not measured: the time was up"}
+    assert [(cell["context"], cell["batch"]) for cell in found["cells"][::3]] == [
+        (120, 1),
+        (120, 2),
+        (160, 1),
+        (160, 2),
+    ]
 
 
 def test_a_method_runs_once_though_named_twice(run_json: Callable[..., Any], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sparsight.offline.rows import Row, read_ids, read_rows, row_of
+from sparsight.offline.rows import Row, checksum, read_ids, read_rows, row_of
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -29,7 +29,7 @@ def test_json_lines_with_one_picture_or_several(tmp_path: Path) -> None:
         Row("7", (tmp_path / "a.png", Path("/b.png")), "Which?"),
         Row("c", (tmp_path / "sub/c.png",), "Why?"),
     ]
-    assert read_ids(source, "Why?") == ["a", "7", "c"]
+    assert list(read_ids(source, "Why?")) == ["a", "7", "c"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_folder_is_its_pictures_at_any_depth(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     names = ["a.jpg", "b.PNG", "deep/er/c.webp"]
     assert list(read_rows(tmp_path, "What?")) == [Row(name, (tmp_path / name,), "What?") for name in names]
-    assert read_ids(tmp_path, "What?") == names
+    assert read_ids(tmp_path, "What?") == dict.fromkeys(names, checksum("What?"))
 
 
 def test_parquet_holds_bytes_alone_or_as_data_sets_have_them(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_parquet_holds_bytes_alone_or_as_data_sets_have_them(tmp_path: Path) -> 
     found = list(read_rows(source, "Why?"))
     assert found[:2] == [Row("1", (b"one",), "What?"), Row("2", (tmp_path / "two.png",), "Why?")]
     assert found[2].malformed == "Row 3 has no 'id', a text or a whole number."
-    assert read_ids(source, "Why?") == [row.id for row in found]
+    assert read_ids(source, "Why?") == {row.id: checksum(row.prompt or "Who?") for row in found}
     parquet.write_table(pyarrow.table({"id": ["a"], "images": [[b"one", b"two"]]}), source)
     assert list(read_rows(source, "Why?")) == [Row("a", (b"one", b"two"), "Why?")]
 

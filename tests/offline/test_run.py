@@ -16,7 +16,7 @@ from sparsight.load import load_checkpoint, load_model, prepare
 from sparsight.offline import answer
 from sparsight.offline.prepare import Preparation, prepared
 from sparsight.offline.results import Result
-from sparsight.offline.rows import Row, read_rows
+from sparsight.offline.rows import Row, checksum, read_rows
 from tests.test_images import huge_png
 
 TOKENS = 12
@@ -36,6 +36,7 @@ def alone(model: str, row: Row, chosen: Recipe) -> Result:
     assert new[0] == first[-1]
     return Result(
         id=row.id,
+        prompt_checksum=row.checksum,
         text=checkpoint.processor.tokenizer.decode(new, skip_special_tokens=True),
         finish_reason="length",
         prompt_tokens=inputs["input_ids"].shape[1],
@@ -124,13 +125,14 @@ def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pict
     assert set(found) == {"first", "last", "line 16", *wrong}
     assert found["first"].text == found["last"].text != ""
     assert found["line 16"].error_kind == "malformed row"
-    for name, (_, kind, sentence) in wrong.items():
+    for name, (row, kind, sentence) in wrong.items():
         result = found[name]
         assert result.error is not None
         assert sentence in result.error
         assert result.error.endswith(".")
         assert "\n" not in result.error
-        assert lasting(result) == lasting(Result(name, error=result.error, error_kind=kind))
+        asked = None if kind == "malformed row" else checksum(row.get("prompt", "What?"))
+        assert lasting(result) == lasting(Result(name, asked, error=result.error, error_kind=kind))
 
 
 def test_what_no_library_expects_of_a_picture_is_the_error_of_its_row(
