@@ -171,7 +171,7 @@ class CompressedCache(Cache):
             return output.transpose(1, 2).contiguous(), None
         if layer is self.compressed[0]:
             self._check_padding(mask, layer.seen + query.shape[2])
-            self._causal = is_causal(mask)
+            self._causal = is_causal(mask, self.prompt.valid_mask)
         result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, **kwargs)
         if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
             self._compact()

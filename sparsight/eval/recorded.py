@@ -105,7 +105,7 @@ class _Recorder(CompressedCache):
     ) -> tuple[Tensor, Tensor | None]:
         # The key itself knows this cache: keeping it would keep the cache for ever.
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        seen = None if is_causal(mask) else visible(mask)
+        seen = None if is_causal(mask, self.prompt.valid_mask) else visible(mask)
         self.states.append(States(query.detach(), key.detach(), value.detach(), scaling, seen))
         return super()._attend(layer, module, query, key, value, mask, **kwargs)
 
