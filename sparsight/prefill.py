@@ -143,13 +143,13 @@ class Prefill:
     def finish(self) -> None:
         """Turn the sums into scores, once the whole prompt has been observed."""
         for row, span in enumerate(self.prompt.spans):
-            vision = self.vision(row).to(self.keys.device)
+            vision = self.vision(row).to(self.keys.device, non_blocking=True)
             score = self.recipe.score
             if isinstance(score, EliteWindow):
                 keys = self.keys[row, :, span.start : span.stop]
                 queries, visible = torch.cat(self.queries[row], dim=1), torch.cat(self.query_sees[row])
                 self.scores[row] = score.sums(queries, keys, vision, visible)
-            grids = [grid.to(vision.device) - span.start for grid in self.prompt.grids[row]]
+            grids = [grid.to(vision.device, non_blocking=True) - span.start for grid in self.prompt.grids[row]]
             self.scores[row] = score.importance(self.scores[row], vision, grids)
 
     def observed(self, row: int, sparsity: float, budget: float) -> Observed:

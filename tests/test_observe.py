@@ -1,5 +1,4 @@
 import gc
-import weakref
 
 import pytest
 import torch
@@ -7,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sparsight import observe
 from sparsight.observe import attend_and_sum, attention_sums
 from tests import reference
+from tests.memory import PeakMemory
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -120,35 +118,6 @@ def test_attention_in_one_pass_is_as_exact_as_torchs(dtype):
 def test_without_a_threshold_nothing_is_counted():
     query, key = random_states(2, 2, 3, 9, 4, torch.float32)
     assert attention_sums(query, key, 0.5)[1] is None
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make of ``inputs``, and the most that live at once."""
-
-    def __init__(self, *inputs):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return output
-
-    def count(self, storage):
-        if storage.data_ptr() in self.seen:
-            return
-        address, size = storage.data_ptr(), storage.nbytes()
-        self.seen.add(address)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.release, address, size)
-
-    def release(self, address, size):
-        self.seen.discard(address)
-        self.live -= size
 
 
 @pytest.mark.parametrize(
