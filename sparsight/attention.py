@@ -88,15 +88,18 @@ def is_causal(mask: Tensor | None, valid: Tensor) -> bool:
     return not torch.stack(differ).any()
 
 
-def is_plain(module: Any, query: Tensor, **kwargs: Any) -> bool:
-    """Whether the model's attention of these queries is sdpa on a CPU, causal, without dropout and gradients."""
+def is_plain(module: Any, *states: Tensor, **kwargs: Any) -> bool:
+    """Whether the model's attention, of these queries, keys and values, is sdpa on a CPU without dropout or gradients.
+
+    Whether it is causal the mask tells, if there is one.
+    """
     return (
         module.config._attn_implementation.removeprefix(PREFIX) == "sdpa"
-        and query.device.type == "cpu"
+        and all(each.device.type == "cpu" for each in states)
         and getattr(module, "is_causal", True)
         and kwargs.get("is_causal") is not False
         and not kwargs.get("dropout")
-        and not (query.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in states))
     )
 
 

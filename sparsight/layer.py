@@ -85,7 +85,7 @@ class CompressedLayer(CacheLayerMixin):
             key, value = self.prefill.keys, self.prefill.values
         self.seen, self.is_initialized = key.shape[2], True
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if causal and self.prefill.needs_every_query and is_plain(module, query, **kwargs):
+        if causal and self.prefill.needs_every_query and is_plain(module, query, key, value, **kwargs):
             return self.prefill.attend(query, scaling), None
         output = own_attention(module, query, key, value, attention_mask, **kwargs)
         self.prefill.observe(query, scaling, None if causal else visible(attention_mask))
