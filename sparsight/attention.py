@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 PREFIX = "sparsight_"
@@ -65,18 +66,41 @@ def visible(mask: Tensor) -> Tensor:
     return mask.bool() if mask.ndim == 2 or mask.dtype == torch.bool else mask == 0
 
 
-def is_causal(mask: Tensor | None) -> bool:
-    """Whether no query sees a later key, by a mask ``[B, 1, q, n]`` that transformers built for the newest queries."""
+def is_causal(mask: Tensor | None, valid: Tensor) -> bool:
+    """Whether every token sees all tokens up to its own and nothing else, padding excepted.
+
+    Args:
+        mask: ``[B or 1, 1, q, n]``, what transformers built for the newest ``q`` of ``n`` tokens.
+        valid: bool ``[B, T]``, the prompts' tokens that are no padding; what follows the prompts is none.
+    """
     # Flash attention is given the padding only and attends causally; so does sdpa without a mask.
     if mask is None or mask.ndim == 2:
         return True
     count, keys = mask.shape[-2:]
-    # Some rows at a time, and of them only what lies ahead of the first: masks are large.
-    blocks = [
-        visible(mask[:, :, start : start + MASK_ROWS, keys - count + start + 1 :]).triu().any()
-        for start in range(0, count, MASK_ROWS)
-    ]
-    return not torch.stack(blocks).any()
+    valid = functional.pad(valid[:, :keys], (0, max(keys - valid.shape[1], 0)), value=True).to(mask.device)
+    differ = []
+    # Some rows at a time: masks are large.
+    for first in range(keys - count, keys, MASK_ROWS):
+        seen = visible(mask[:, 0, first - keys + count :][:, :MASK_ROWS])
+        rows = seen.shape[1]
+        causal = valid[:, None].expand(-1, rows, -1).tril(first)
+        differ.append(((seen != causal) & valid[:, first : first + rows, None]).any())
+    return not torch.stack(differ).any()
+
+
+def is_plain(module: Any, *states: Tensor, **kwargs: Any) -> bool:
+    """Whether the model's attention, of these queries, keys and values, is sdpa on a CPU without dropout or gradients.
+
+    Whether it is causal the mask tells, if there is one.
+    """
+    return (
+        module.config._attn_implementation.removeprefix(PREFIX) == "sdpa"
+        and all(each.device.type == "cpu" for each in states)
+        and getattr(module, "is_causal", True)
+        and kwargs.get("is_causal") is not False
+        and not kwargs.get("dropout")
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in states))
+    )
 
 
 class _With:

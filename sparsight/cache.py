@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsight.attention import is_causal, lease, mark, visible
 from sparsight.layer import CompressedLayer
 from sparsight.parts import VisualHeads
-from sparsight.parts.observed import Share
+from sparsight.parts.observed import Share, gathered
 from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt, locate
 from sparsight.recipe import Recipe
@@ -171,7 +171,7 @@ class CompressedCache(Cache):
             return output.transpose(1, 2).contiguous(), None
         if layer is self.compressed[0]:
             self._check_padding(mask, layer.seen + query.shape[2])
-            self._causal = is_causal(mask)
+            self._causal = is_causal(mask, self.prompt.valid_mask)
         result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, **kwargs)
         if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
             self._compact()
@@ -223,9 +223,7 @@ class CompressedCache(Cache):
 
     def _sparsities(self, prefills: list[Prefill]) -> list[list[float]]:
         """Sparsity by layer and sequence."""
-        # Layers may lie on several devices; one copy brings all of their counts to the CPU.
-        device = prefills[0].zeroed.device
-        counts = torch.stack([torch.stack([prefill.zeroed, prefill.visible]).to(device) for prefill in prefills]).cpu()
+        counts = gathered(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)
         return [prefill.sparsity(*layer) for prefill, layer in zip(prefills, counts.tolist(), strict=True)]
 
     def _foreign_model(self) -> ValueError:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sparsight.attention import own_attention, visible
+from sparsight.attention import is_plain, own_attention, visible
 from sparsight.parts import Grow, HeavyHitter
 from sparsight.parts.observed import Share
 from sparsight.prefill import Prefill
@@ -75,7 +75,8 @@ class CompressedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model's own attention over the prompt so far, and observe the queries that matter.
 
-        ``causal`` tells that they see the keys before them only, whatever padding the mask has.
+        ``causal`` tells that they see all keys up to their own but padding. Where all of them matter, one pass of
+        our own gives their attention too, on a CPU.
         """
         if self.prefill is None:
             self.prefill = Prefill(self.recipe, self.prompt, key, value)
@@ -83,8 +84,10 @@ class CompressedLayer(CacheLayerMixin):
             self.prefill.extend(key, value)
             key, value = self.prefill.keys, self.prefill.values
         self.seen, self.is_initialized = key.shape[2], True
-        output = own_attention(module, query, key, value, attention_mask, **kwargs)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if causal and self.prefill.needs_every_query and is_plain(module, query, key, value, **kwargs):
+            return self.prefill.attend(query, scaling), None
+        output = own_attention(module, query, key, value, attention_mask, **kwargs)
         self.prefill.observe(query, scaling, None if causal else visible(attention_mask))
         return output
 

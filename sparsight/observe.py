@@ -8,8 +8,14 @@ from torch import Tensor
 
 from sparsight import kernels
 
-BLOCK_KEYS = 4096
+BLOCK_KEYS = 2**15
 """Keys that are worked on together: more than that take a second pass."""
+
+BLOCK_ELEMENTS = 2**18
+"""Weights that are worked on together on a CPU, unless the rows get too few: 1 MiB stays in its caches."""
+
+BLOCK_ROWS = 64
+"""Rows that are worked on together on a CPU at least, as far as there are so many: products of fewer are slow."""
 
 Hide = Callable[[slice, Tensor], None]
 """Sets logits ``[h, group * r, c]`` of keys in a slice to -inf where a query does not see the key."""
@@ -34,12 +40,37 @@ def attention_sums(
         The column sums ``sum_i A[h, i, j]``, float32 ``[H_kv, S]``; and with a threshold the number of weights that the
         filter zeroes, ``A[h, i, j] < p * max_j A[h, i, j]``, in all query heads, int64 scalar.
     """
-    compute = kernels.attention_sums if kernels.usable(query, key) else _blocked_sums
-    sums, survivors = compute(query, key, scaling, threshold, visible)
+    if kernels.usable(query, key):
+        sums, survivors = kernels.attention_sums(query, key, scaling, threshold, visible)
+    else:
+        sums, survivors = _blocked_sums(query, key, scaling, threshold, query.shape[1], visible)
     if threshold is None:
         return sums, None
     # Of the visible weights the filter zeroes all but the survivors.
     return sums, visible_pairs(query.shape[1], key.shape[1], visible) * len(query) - survivors
+
+
+def attend_and_sum(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, threshold: float | None = None, counted: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Causal attention, and what :func:`attention_sums` tells about it, in one pass.
+
+    Args:
+        query: ``[H, R, D]``, after RoPE: the queries of the last ``R`` of the ``S`` positions.
+        key: ``[H_kv, S, D]``, after RoPE; ``H`` is a multiple of ``H_kv``.
+        value: ``[H_kv, S, D_v]``.
+        scaling: factor of the logits.
+        threshold: ``p`` of the threshold filter.
+        counted: how many of the queries, the last ones, the zeroed weights are counted of.
+
+    Returns:
+        The attention ``[H, R, D_v]``, in the dtype of the values; the column sums over all of the queries; and the
+        number of zeroed weights.
+    """
+    output = value.new_empty(len(key), len(query) // len(key), query.shape[1], value.shape[-1])
+    sums, survivors = _blocked_sums(query, key, scaling, threshold, counted, value=value, output=output)
+    zeroed = None if threshold is None else visible_pairs(counted, key.shape[1]) * len(query) - survivors
+    return output.flatten(0, 1), sums, zeroed
 
 
 def visible_pairs(rows: int, keys: int, visible: Tensor | None = None) -> Tensor | int:
@@ -48,36 +79,64 @@ def visible_pairs(rows: int, keys: int, visible: Tensor | None = None) -> Tensor
 
 
 def _blocked_sums(
-    query: Tensor, key: Tensor, scaling: float, threshold: float | None, visible: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    threshold: float | None,
+    counted: int,
+    visible: Tensor | None = None,
+    value: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Column sums, and how many weights survive the threshold filter in all query heads, block by block."""
+    """Column sums, and how many weights of the last ``counted`` rows survive the filter in all query heads.
+
+    With values ``[H_kv, S, D_v]``, what the weights make of them goes to ``output`` ``[H_kv, group, R, D_v]``.
+    """
     kv_heads, keys, size = key.shape
     rows = query.shape[1]
     query = query.unflatten(0, (kv_heads, -1))
     group = query.shape[1]
     sums = torch.zeros(kv_heads, keys, device=key.device)
     survivors = torch.zeros((), dtype=torch.int64, device=key.device)
-    for heads, block in _query_blocks(kv_heads, group, rows, min(keys, BLOCK_KEYS), size, key.device):
-        queries = (query[heads, :, block].float() * scaling).flatten(1, 2)
-        if visible is None:
-            first, stop = keys - rows + block.start, keys - rows + block.stop
-            hide = partial(_hide_later, first, group)
-        else:
-            stop = keys
-            hide = partial(_hide_unseen, visible[block], group)
-        columns = [slice(start, min(start + BLOCK_KEYS, stop)) for start in range(0, stop, BLOCK_KEYS)]
-        for column, weights, top in _weights(queries, key[heads], hide, columns):
-            sums[heads, column] += weights.sum(1) / group
-            if threshold is not None:
-                survivors += weights.ge_(threshold * top).sum().long()
-    return sums, survivors
+    for heads, blocks in _query_blocks(kv_heads, group, rows, min(keys, BLOCK_KEYS), size, key.device):
+        states, values = key[heads], value[heads] if value is not None else None
+        if keys <= BLOCK_KEYS:
+            # What every block takes whole is converted once.
+            states, values = states.float(), values.float() if values is not None else None
+        for block in blocks:
+            queries = (query[heads, :, block].float() * scaling).flatten(1, 2)
+            if visible is None:
+                first, stop = keys - rows + block.start, keys - rows + block.stop
+                hide = partial(_hide_later, first, group)
+            else:
+                stop = keys
+                hide = partial(_hide_unseen, visible[block], group)
+            columns = [slice(start, min(start + BLOCK_KEYS, stop)) for start in range(0, stop, BLOCK_KEYS)]
+            # Rows in front of those that count.
+            before = max(rows - counted - block.start, 0)
+            filtered = threshold is not None and before < block.stop - block.start
+            attended = torch.zeros((), device=key.device)
+            for column, weights, top in _weights(queries, states, hide, columns, filtered):
+                sums[heads, column] += weights.sum(1)
+                if values is not None:
+                    attended = attended + weights @ values[:, column].float()
+                if top is not None:
+                    # In place: the weights have served.
+                    counting = weights.unflatten(1, (group, -1))[:, :, before:]
+                    least = top.unflatten(1, (group, -1))[:, :, before:] * threshold
+                    survivors += counting.ge_(least).sum().long()
+            if output is not None:
+                output[heads, :, block] = attended.unflatten(1, (group, -1))
+    return sums.div_(group), survivors
 
 
-def _weights(queries: Tensor, key: Tensor, hide: Hide, columns: list[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Attention weights of a block of queries, some columns of keys at a time, and the largest weight of each row."""
+def _weights(
+    queries: Tensor, key: Tensor, hide: Hide, columns: list[slice], tops: bool
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Attention weights of a block of queries, some columns of keys at a time, and each row's largest if ``tops``."""
     if len(columns) == 1:
         weights = _logits(queries, key, hide, columns[0]).softmax(-1)
-        yield columns[0], weights, weights.amax(-1, keepdim=True)
+        yield columns[0], weights, weights.amax(-1, keepdim=True) if tops else None
         return
     # Too many keys for one product: a first pass finds each row's maximum and normaliser.
     maximum = normaliser = torch.full((), -torch.inf, device=key.device)
@@ -87,20 +146,22 @@ def _weights(queries: Tensor, key: Tensor, hide: Hide, columns: list[slice]) -> 
         normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1, keepdim=True))
     for column in columns:
         logits = _logits(queries, key, hide, column)
-        yield column, logits.sub_(normaliser).exp_(), (maximum - normaliser).exp()
+        yield column, logits.sub_(normaliser).exp_(), (maximum - normaliser).exp() if tops else None
 
 
 def _query_blocks(
     kv_heads: int, group: int, rows: int, keys: int, size: int, device: torch.device
-) -> Iterator[tuple[slice, slice]]:
-    """KV heads and query rows that are worked on together, so that no temporary is larger than it pays to be."""
-    # On a CPU a temporary should stay in its caches, on a GPU it should fill the device: 1 MiB and 64 MiB of float32.
-    elements = 2**18 if device.type == "cpu" else 2**24
-    row_step = max(1, min(rows, elements // (group * keys)))
+) -> Iterator[tuple[slice, list[slice]]]:
+    """KV heads that are worked on together, and blocks of their rows: temporaries are as large as it pays to be."""
+    on_cpu = device.type == "cpu"
+    # On a GPU a temporary should fill the device: 64 MiB.
+    elements = BLOCK_ELEMENTS if on_cpu else 2**24
+    row_step = max(elements // (group * keys), BLOCK_ROWS // group if on_cpu else 1, 1)
+    row_step = min(row_step, rows)
     head_step = max(1, elements // max(group * row_step * keys, keys * size))
+    blocks = [slice(row, min(row + row_step, rows)) for row in range(0, rows, row_step)]
     for head in range(0, kv_heads, head_step):
-        for row in range(0, rows, row_step):
-            yield slice(head, head + head_step), slice(row, min(row + row_step, rows))
+        yield slice(head, head + head_step), blocks
 
 
 def _logits(queries: Tensor, key: Tensor, hide: Hide, column: slice) -> Tensor:
@@ -118,6 +179,9 @@ def _hide_unseen(visible: Tensor, group: int, column: slice, logits: Tensor) -> 
 def _hide_later(first: int, group: int, column: slice, logits: Tensor) -> None:
     """Hide the keys later than each of the queries from position ``first`` on."""
     seen_by_all = min(max(first + 1 - column.start, 0), logits.shape[-1])
-    later = torch.arange(column.start + seen_by_all, column.stop, device=logits.device)
-    positions = torch.arange(first, first + logits.shape[1] // group, device=logits.device).repeat(group)
-    logits[..., seen_by_all:].masked_fill_(later > positions[:, None], -torch.inf)
+    unseen = torch.ones(
+        logits.shape[1] // group, logits.shape[-1] - seen_by_all, dtype=torch.bool, device=logits.device
+    )
+    # Query i sees the keys up to first + i.
+    unseen = unseen.triu_(first + 1 - column.start - seen_by_all)
+    logits.unflatten(1, (group, -1))[..., seen_by_all:].masked_fill_(unseen, -torch.inf)

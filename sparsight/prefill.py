@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.entries import Entries
-from sparsight.observe import attention_sums, visible_pairs
+from sparsight.observe import attend_and_sum, attention_sums, visible_pairs
 from sparsight.parts import EliteWindow, PostVision
 from sparsight.parts.observed import Observed, Share
 from sparsight.prompt import Prompt, Span
@@ -65,6 +65,38 @@ class Prefill:
             if threshold is not None and not together:
                 self._sums(row, post_vision, query, scaling, threshold, seen)
 
+    @property
+    def needs_every_query(self) -> bool:
+        """Whether the score sums the attention of all of the prompt's queries, and of nothing after the prompt."""
+        score, seen = self.recipe.score, self.keys.shape[2]
+        every = all(score.rows(span) == range(span.start, span.stop) for span in self.prompt.spans)
+        return every and not isinstance(score, EliteWindow) and seen <= self.prompt.length
+
+    @torch.no_grad()
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """:meth:`observe` where :attr:`needs_every_query`, and the queries' causal attention ``[B, q, H, D]``.
+
+        What padding attends to is 0.
+        """
+        threshold = self.recipe.allocate.threshold
+        batch, heads, count, _ = query.shape
+        output = self.values.new_zeros(batch, count, heads, self.values.shape[-1])
+        for row, span in enumerate(self.prompt.spans):
+            newest, post_vision = (
+                self._newest(rows, query) for rows in (range(span.start, span.stop), PostVision().rows(span))
+            )
+            if newest.start >= newest.stop:
+                continue
+            seen = slice(span.start, min(span.stop, self.keys.shape[2]))
+            keys, values = self.keys[row, :, seen], self.values[row, :, seen]
+            counted = max(post_vision.stop - post_vision.start, 0)
+            attended, sums, zeroed = attend_and_sum(query[row, :, newest], keys, values, scaling, threshold, counted)
+            output[row, newest] = attended.transpose(0, 1)
+            self.scores[row][:, : sums.shape[1]] += sums
+            if zeroed is not None:
+                self._count(row, zeroed, visible_pairs(counted, keys.shape[1]) * heads)
+        return output
+
     def _sums(
         self, row: int, rows: range, query: Tensor, scaling: float, threshold: float | None, visible: Tensor | None
     ) -> Tensor | None:
@@ -82,9 +114,13 @@ class Prefill:
         keys = self.keys[row, :, span.start : end]
         sums, zeroed = attention_sums(query[row, :, newest], keys, scaling, threshold, visible)
         if zeroed is not None:
-            self.zeroed[row] += zeroed
-            self.visible[row] += visible_pairs(count, end - span.start, visible) * query.shape[1]
+            self._count(row, zeroed, visible_pairs(count, end - span.start, visible) * query.shape[1])
         return sums
+
+    def _count(self, row: int, zeroed: Tensor, visible: Tensor | int) -> None:
+        """Add to a sequence's counts of weights that the threshold filter zeroes, and of all of its weights."""
+        self.zeroed[row] += zeroed
+        self.visible[row] += visible
 
     def _keep(self, row: int, rows: range, query: Tensor, scaling: float, visible: Tensor | None) -> None:
         """Keep those of a sequence's ``rows`` that are among the newest queries, and which keys they see."""
@@ -107,13 +143,13 @@ class Prefill:
     def finish(self) -> None:
         """Turn the sums into scores, once the whole prompt has been observed."""
         for row, span in enumerate(self.prompt.spans):
-            vision = self.vision(row).to(self.keys.device)
+            vision = self.vision(row).to(self.keys.device, non_blocking=True)
             score = self.recipe.score
             if isinstance(score, EliteWindow):
                 keys = self.keys[row, :, span.start : span.stop]
                 queries, visible = torch.cat(self.queries[row], dim=1), torch.cat(self.query_sees[row])
                 self.scores[row] = score.sums(queries, keys, vision, visible)
-            grids = [grid.to(vision.device) - span.start for grid in self.prompt.grids[row]]
+            grids = [grid.to(vision.device, non_blocking=True) - span.start for grid in self.prompt.grids[row]]
             self.scores[row] = score.importance(self.scores[row], vision, grids)
 
     def observed(self, row: int, sparsity: float, budget: float) -> Observed:

@@ -1,17 +1,16 @@
 import gc
-import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sparsight import observe
-from sparsight.observe import attention_sums
+from sparsight.observe import attend_and_sum, attention_sums
 from tests import reference
+from tests.memory import PeakMemory
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -64,38 +63,61 @@ def test_two_passes_over_blocks_of_keys_equal_the_full_matrix(rows, monkeypatch)
     assert_close(zeroed.item() / len(query), expected_zeroed, rtol=0, atol=1e-6)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 8]),
+    keys=st.integers(1, 70),
+    rows=st.integers(1, 70),
+    counted=st.integers(0, 70),
+    block_keys=st.sampled_from([16, 4096]),
+    block_elements=st.sampled_from([64, 2**18]),
+    dtype=DTYPES,
+    seed=st.integers(0, 1000),
+)
+def test_one_pass_gives_the_attention_and_what_two_passes_tell_of_it(
+    kv_heads, group, keys, rows, counted, block_keys, block_elements, dtype, seed
+):
+    rows = min(rows, keys)
+    counted = min(counted, rows)
+    query, key = random_states(kv_heads * group, kv_heads, rows, keys, 8, dtype, seed)
+    value = random_states(1, kv_heads, 1, keys, 12, dtype, seed + 1)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observe, "BLOCK_KEYS", block_keys)
+        patch.setattr(observe, "BLOCK_ROWS", 2)
+        patch.setattr(observe, "BLOCK_ELEMENTS", block_elements)
+        attended, sums, zeroed = attend_and_sum(query, key, value, 0.3, 0.01, counted)
+    logits = query.double() @ key.double().repeat_interleave(group, dim=0).mT * 0.3
+    attention = logits.masked_fill(torch.ones(rows, keys).triu(keys - rows + 1).bool(), -torch.inf).softmax(-1)
+    expected = attention @ value.double().repeat_interleave(group, dim=0)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    assert attended.dtype == dtype
+    assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance)
+    assert_close(sums, attention_sums(query, key, 0.3)[0], rtol=1e-5, atol=1e-5)
+    if counted:
+        assert zeroed == attention_sums(query[:, rows - counted :], key, 0.3, 0.01)[1]
+    else:
+        assert zeroed == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_in_one_pass_is_as_exact_as_torchs(dtype):
+    query, key = random_states(4, 4, 400, 400, 32, dtype)
+    value = random_states(4, 4, 400, 400, 32, dtype, seed=1)[1]
+    exact = scaled_dot_product_attention(*(states.double() for states in (query, key, value)), is_causal=True)
+    own, torchs = (
+        (attended.double() - exact).abs().max()
+        for attended in (
+            attend_and_sum(query, key, value, 32**-0.5)[0],
+            scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[0],
+        )
+    )
+    assert own < 1.1 * torchs
+
+
 def test_without_a_threshold_nothing_is_counted():
     query, key = random_states(2, 2, 3, 9, 4, torch.float32)
     assert attention_sums(query, key, 0.5)[1] is None
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make of ``inputs``, and the most that live at once."""
-
-    def __init__(self, *inputs):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return output
-
-    def count(self, storage):
-        if storage.data_ptr() in self.seen:
-            return
-        address, size = storage.data_ptr(), storage.nbytes()
-        self.seen.add(address)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.release, address, size)
-
-    def release(self, address, size):
-        self.seen.discard(address)
-        self.live -= size
 
 
 @pytest.mark.parametrize(

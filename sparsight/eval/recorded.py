@@ -42,8 +42,9 @@ class Recorded:
     """Prompts that the model has seen once, from which the caches of any number of recipes are made.
 
     A prompt attends to all of itself whatever the recipe, so that one prefill serves them all. A cache made here holds
-    what a :class:`~sparsight.CompressedCache` would hold after a prefill of its own. Models that remember positions of
-    the prompt they saw last, as Qwen2.5-VL does, must not see another one while the caches are in use.
+    what a :class:`~sparsight.CompressedCache` would hold after a prefill of its own, up to rounding. Models that
+    remember positions of the prompt they saw last, as Qwen2.5-VL does, must not see another one while the caches are in
+    use.
 
     Args:
         model: an unmodified transformers model.
@@ -105,7 +106,7 @@ class _Recorder(CompressedCache):
     ) -> tuple[Tensor, Tensor | None]:
         # The key itself knows this cache: keeping it would keep the cache for ever.
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        seen = None if is_causal(mask) else visible(mask)
+        seen = None if is_causal(mask, self.prompt.valid_mask) else visible(mask)
         self.states.append(States(query.detach(), key.detach(), value.detach(), scaling, seen))
         return super()._attend(layer, module, query, key, value, mask, **kwargs)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsight.parts import check
-from sparsight.parts.observed import Observed, Share
+from sparsight.parts.observed import Observed, Share, gathered
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,8 @@ class SharedMass:
 
     def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
         """Share of the prompt's entries that each layer keeps."""
-        masses = []
-        for layer in layers:
-            score = layer.score.mean(0).cpu().double().sort(descending=True).values
-            masses.append(score.cumsum(0) / score.sum())
+        scores = gathered(layer.score.mean(0) for layer in layers).double().sort(-1, descending=True).values
+        masses = scores.cumsum(-1) / scores.sum(-1, keepdim=True)
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
@@ -129,15 +127,17 @@ class StrengthSkewness:
         text = 1 - seen / len(vision)
         if not seen or budget <= text:
             return [budget] * len(layers)
-        importance = torch.stack([layer.score[:, vision].mean(0).double().cpu() for layer in layers])
+        importance = gathered(layer.score.mean(0) for layer in layers)[:, vision].double()
         weights = (relative(importance.sum(1)) + relative(skewness(importance).clamp(min=0))) / 2
         of_vision = water_fill(weights, (budget - text) / (1 - text) * len(layers), 0.0)
         return (text + (1 - text) * of_vision).tolist()
 
 
-def _prefixes(masses: list[Tensor], threshold: float) -> list[float]:
-    """Share of its entries that each layer needs for a cumulative mass of ``threshold``."""
-    return [(int((mass < threshold).sum()) + 1) / len(mass) if threshold < 1 else 1.0 for mass in masses]
+def _prefixes(masses: Tensor, threshold: float) -> list[float]:
+    """Share of its entries that each layer needs for a cumulative mass ``[L, T]`` of ``threshold``."""
+    if threshold == 1:
+        return [1.0] * len(masses)
+    return (((masses < threshold).sum(-1) + 1).double() / masses.shape[1]).tolist()
 
 
 def skewness(samples: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsight.parts import check
 from sparsight.parts.allocate import water_fill
-from sparsight.parts.observed import Observed, Share
+from sparsight.parts.observed import Observed, Share, gathered
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,17 @@ class AcrossHeads:
         """Share of the prompt's entries that each KV head of each layer keeps."""
         length = layers[0].score.shape[1]
         equal = max(1, round(budget * length))
-        return [[count / length for count in self._counts(layer, equal)] for layer in layers]
+        chosen = gathered(self._chosen(layer, equal) for layer in layers).tolist()
+        counts = (whole([self.floor * equal + (1 - self.floor) * best for best in heads]) for heads in chosen)
+        return [[count / length for count in heads] for heads in counts]
 
-    def _counts(self, layer: Observed, equal: int) -> list[int]:
-        """How many entries each head of a layer keeps, where all would keep ``equal`` if they shared equally."""
+    def _chosen(self, layer: Observed, equal: int) -> Tensor:
+        """How many of the best entries of a layer are each head's, of as many as all heads keep in sum, ``[H_kv]``."""
         heads, length = layer.score.shape
-        score = layer.score.masked_fill(layer.always.to(layer.score.device), torch.inf)
+        score = layer.score.masked_fill(layer.always.to(layer.score.device, non_blocking=True), torch.inf)
         best = score.flatten().sort(descending=True, stable=True).indices[: heads * equal] // length
-        counts = best.bincount(minlength=heads).double().cpu()
-        return whole(self.floor * equal + (1 - self.floor) * counts)
+        # Unlike bincount, this does not wait for a GPU.
+        return best.new_zeros(heads).scatter_add_(0, best, torch.ones_like(best))
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ class VisualHeads:
         return (least + (1 - least) * rest).view_as(scores).tolist()
 
 
-def whole(numbers: Tensor) -> list[int]:
+def whole(numbers: Sequence[float]) -> list[int]:
     """Whole numbers near ``numbers`` with the same sum, itself whole: the largest remainders are rounded up."""
-    floors = numbers.floor()
-    up = (numbers - floors).sort(descending=True, stable=True).indices[: round(float((numbers - floors).sum()))]
-    floors[up] += 1
-    return [int(number) for number in floors]
+    floors = [math.floor(number) for number in numbers]
+    by_remainder = sorted(range(len(floors)), key=lambda index: floors[index] - numbers[index])
+    for index in by_remainder[: round(sum(numbers) - sum(floors))]:
+        floors[index] += 1
+    return floors

@@ -1,7 +1,9 @@
 """What allocations go by, and what they give."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +26,9 @@ class Observed:
 
 Share = float | list[float]
 """Share of the prompt's entries that a layer keeps, or of each of its KV heads."""
+
+
+def gathered(layers: Iterable[Tensor]) -> Tensor:
+    """What several layers, maybe on several devices, have of the same shape, stacked on the CPU by one copy."""
+    first, *others = layers
+    return torch.stack([first, *(other.to(first.device, non_blocking=True) for other in others)]).cpu()

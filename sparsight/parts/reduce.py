@@ -135,7 +135,7 @@ def top_positions(score: Tensor, kept: int, always: Tensor, *, per_head: bool) -
     heads, length = score.shape
     if not per_head:
         score = score.mean(0, keepdim=True)
-    score = score.masked_fill(always.to(score.device), torch.inf)
+    score = score.masked_fill(always.to(score.device, non_blocking=True), torch.inf)
     # One integer holds score and position, so that of two equal scores the later position is the greater: the bits of
     # floats are in the order of the floats, for negative ones once all but the sign are flipped.
     bits = score.float().view(torch.int32).long()
@@ -171,10 +171,15 @@ def bucket_means(states: Tensor, bucket: Tensor, count: int) -> Tensor:
     index = (bucket + count * torch.arange(heads, device=states.device)[:, None]).flatten()
     sums = torch.zeros(heads * count, size, device=states.device)
     sums.index_add_(0, index, states.flatten(0, 1).float())
-    means = sums / index.bincount(minlength=heads * count)[:, None]
+    # Unlike bincount, this does not wait for a GPU.
+    members = index.new_zeros(heads * count).scatter_add_(0, index, torch.ones_like(index))
+    means = sums / members[:, None]
     return means.unflatten(0, (heads, count)).to(states.dtype)
 
 
 def _gather(states: Tensor, positions: Tensor) -> Tensor:
     """States ``[H, kept, D]`` at ``positions`` ``[H, kept]`` of ``[H, T, D]``."""
+    if states.device.type == "cpu":
+        # Whole rows, head by head, are copied several times as fast as elements.
+        return torch.stack([head.index_select(0, own) for head, own in zip(states, positions, strict=True)])
     return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))

@@ -137,7 +137,9 @@ class Random:
 
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
         """Score ``[H_kv, T]``, of sums of that shape."""
-        return torch.rand(sums.shape, generator=torch.Generator().manual_seed(self.seed)).to(sums.device)
+        return torch.rand(sums.shape, generator=torch.Generator().manual_seed(self.seed)).to(
+            sums.device, non_blocking=True
+        )
 
 
 def as_window(pool: Any) -> Window:
