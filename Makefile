@@ -8,8 +8,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .PHONY: demo test test-ray test-gpu lint tables performance bench bench-gpu bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
-	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "Find LI on the page." --method vl-cache --compare
-	$(BIN)/sparsight inspect --image examples/receipt-1.png --prompt "Find LI on the page." --method sparsight --output demo.png
+	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "How much is JU?" --method vl-cache --compare
+	$(BIN)/sparsight inspect --image examples/receipt-1.png --prompt "How much is JU?" --method sparsight --output demo.png
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90

@@ -162,7 +162,7 @@ def _patches(page: Page, question: str, answer: str) -> set[tuple[int, int]]:
     printed, centres = "".join(glyph.char for glyph in page.glyphs), page.centres()
     patches = set()
     for name, value in asked:
-        found = re.search(rf"{name}[:=./-]*{re.escape(value)}", printed)
+        found = re.search(rf"{name}[:=./-]*{value}", printed)
         assert found is not None, f"{name} {value} is not on its page"
         patches |= {(int(y // PATCH), int(x // PATCH)) for _, x, y in centres[found.start() : found.end()]}
     return patches

@@ -136,10 +136,8 @@ def is_held_out(content: object) -> bool:
     return zlib.crc32(repr(content).encode()) % 8 == 0
 
 
-def random_records(
-    rng: np.random.Generator, count: int, split: str, avoid: str = "", decimal: bool = False
-) -> tuple[Record, ...]:
-    """Records with different keys of two letters and values of three digits, "482" or, with `decimal`, "4.82".
+def random_records(rng: np.random.Generator, count: int, split: str, avoid: str = "") -> tuple[Record, ...]:
+    """Records with different keys of two letters and values of three digits.
 
     Redrawn until the whole set falls into the split: no page of one split is a page of the other.
     """
@@ -147,8 +145,6 @@ def random_records(
     while True:
         chosen = [keys[i] for i in rng.choice(len(keys), count, replace=False)]
         values = ["".join(DIGITS[d] for d in rng.integers(0, 10, 3)) for _ in chosen]
-        if decimal:
-            values = [f"{v[0]}.{v[1:]}" for v in values]
         records = tuple(zip(chosen, values, strict=True))
         if is_held_out(records) == (split == "heldout"):
             return records

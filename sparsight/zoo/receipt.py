@@ -17,7 +17,7 @@ def random_receipt(rng: np.random.Generator, count: int, split: str = "train") -
     style = random_style(rng)
     heading, farewell = HEADINGS[rng.integers(len(HEADINGS))], FAREWELLS[rng.integers(len(FAREWELLS))]
     number = f"NO. {rng.integers(10000):04d}"
-    records = random_records(rng, count, split, avoid=f"{heading} {farewell} NO", decimal=bool(rng.random() < 0.5))
+    records = random_records(rng, count, split, avoid=f"{heading} {farewell} NO")
     rows = [key + style.separator + value for key, value in records]
     inner = max(width_of(line, style) for line in (*rows, heading, number, farewell))
     rule = "-" * (inner // width_of("-", style))
