@@ -54,9 +54,12 @@ bench-gpu: $(VENV)/.ready
 
 # Stopped, it goes on where it was; what is in runs/ is as good as new.
 accuracy: $(VENV)/.ready
-	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --budgets 0.01,0.03,0.05,0.1,0.2 --limit 500 --seed 1 --output runs/accuracy
+	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --budgets 0.01,0.05,0.1,0.2,0.4 --batch 100 --limit 500 --seed 1 --output runs/accuracy
 	$(BIN)/sparsight analyze --limit 100 --seed 1 --output runs/analysis
+	$(BIN)/python -m bench.asked transcribe:4 runs/lists --limit 50 --seed 1
+	$(BIN)/sparsight analyze --prompts runs/lists/asked.jsonl --limit 50 --max-new-tokens 80 --output runs/analysis-lists
 	$(BIN)/python -m bench.accuracy runs/accuracy runs/analysis docs/accuracy.md
+	for kind in json png; do cp runs/analysis-lists/analysis.$$kind docs/accuracy/lists.$$kind; done
 
 bench-batch: $(VENV)/.ready
 	$(BIN)/python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json

@@ -30,7 +30,7 @@ def generated(seed: int, count: int) -> Iterator[Asked]:
 def read(path: Path, count: int, max_pixels: int) -> Iterator[Asked]:
     """The first prompts of a JSON-lines file, ``{"image": "page.png", "prompt": "What is this?"}`` a line.
 
-    ``image`` may be a list, and be missing; its paths start at the file's folder.
+    ``images`` in place of ``image`` are several; both may be missing; their paths start at the file's folder.
 
     Raises:
         ValueError: the file cannot be read, or has no prompt, or a line is not such an object, or a picture is bad.
@@ -48,7 +48,7 @@ def read(path: Path, count: int, max_pixels: int) -> Iterator[Asked]:
 def _asked(path: Path, number: int, line: str, max_pixels: int) -> Asked:
     try:
         given: Any = json.loads(line)
-        images, prompt = given.get("image", []), given["prompt"]
+        images, prompt = given.get("images", given.get("image", [])), given["prompt"]
         images = [images] if isinstance(images, str) else list(images)
         if not isinstance(prompt, str) or not all(isinstance(image, str) for image in images):
             raise TypeError

@@ -188,7 +188,7 @@ def test_prompts_are_read_from_json_lines(tmp_path: Path, picture: Callable[[str
     picture("a.png"), picture("b.png")
     file = tmp_path / "prompts.jsonl"
     file.write_text(
-        '{"image": "a.png", "prompt": "one"}\n\n{"image": ["a.png", "b.png"], "prompt": "two"}\n{"prompt": "three"}\n'
+        '{"image": "a.png", "prompt": "one"}\n\n{"images": ["a.png", "b.png"], "prompt": "two"}\n{"prompt": "three"}\n'
     )
     found = list(read(file, 10, 10**6))
     assert [(len(asked.images), asked.prompt) for asked in found] == [(1, "one"), (2, "two"), (0, "three")]
