@@ -46,7 +46,8 @@ def test_a_conversation_asks_for_as_many_records_as_its_size() -> None:
 def test_transcribing_asks_for_every_record_in_order() -> None:
     example = task("transcribe:5").example(0, 0)
     ((_, answer),) = example.turns
-    assert answer == "\n".join(f"{key} {value}" for key, value in example.images[0].records)
+    lines = [f"{line:02d}. {key} {value}" for line, (key, value) in enumerate(example.images[0].records, 1)]
+    assert answer == "\n".join([*lines, f"{len(lines) + 1:02d}. END"])
 
 
 def test_two_pages_are_asked_about_one_record_of_the_one_that_is_named() -> None:
