@@ -63,6 +63,7 @@ accuracy: $(VENV)/.ready
 
 bench-batch: $(VENV)/.ready
 	$(BIN)/python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json
+	$(BIN)/python -m bench.batch memory bench/results/batch-cpu.json
 	$(BIN)/python -m docs.sizing
 
 # glibc is told to keep large blocks: a training step frees and takes hundreds of them.

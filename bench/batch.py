@@ -9,6 +9,7 @@ each turn in a process of its own, so that a machine whose speed drifts slows bo
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -122,41 +123,67 @@ def draw(folder: Path, first: int, count: int) -> Path:
 
 
 def run(side: str, rows: Path, size: int, *chosen: object) -> dict[str, Any]:
-    """One side's turn in a process of its own: its seconds rows, tokens, and peaks of memory."""
-    command = [sys.executable, "-m", "bench.batch", "side", side, rows, size, *chosen]
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    peaks = Peaks(process.pid)
-    out, _ = process.communicate()
+    """One side's turn in a process of its own: its seconds, rows, tokens, and that process's peak of memory."""
+    with started(side, rows, size, *chosen) as process:
+        out, _ = process.communicate()
     if process.returncode:
         raise SystemExit(process.returncode)
-    return {**json.loads(out), **peaks.stop()}
+    told: dict[str, Any] = json.loads(out)
+    return told
 
 
-class Peaks:
-    """Most memory that a process took, alone and together with its children, from polling.
+def started(*arguments: object) -> "subprocess.Popen[str]":
+    """A process that takes one side's turn."""
+    command = [sys.executable, "-m", "bench.batch", "side", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-    Together, pages that processes share count once (proportional set size).
+
+@app.command()
+def memory(
+    result: Annotated[Path, typer.Argument(help="What `measure` wrote, to which the peaks are added.")],
+    pages: Annotated[int, typer.Option(help="Pages that are read out.")] = 256,
+) -> None:
+    """Add each side's peak of private memory with its children, from a turn of its own: watching it takes time."""
+    found = json.loads(result.read_text())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        endless_model(folder / MODEL)
+        rows = draw(folder, 0, pages)
+        chosen = [found[each] for each in ("loop_batch_size", "new_tokens", "threads", "method", "budget")]
+        for label, side in ((LOOP, "loop"), (BATCH, "batch")):
+            with started(side, rows, *chosen) as process:
+                peak = Peak(process.pid)
+                process.communicate()
+            found["cases"][label]["peak_bytes_with_children"] = peak.stop()
+    found["memory_command"] = "python -m bench.batch " + " ".join(sys.argv[1:])
+    show(found)
+    result.write_text(json.dumps(found, indent=2) + "\n")
+
+
+class Peak:
+    """Most private memory that a process took together with its children, from polling.
+
+    Libraries that this process has loaded as well are nobody's private memory: they count for neither side.
     """
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
-        self._alone = self._together = 0
+        self._bytes = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._poll)
         self._thread.start()
 
-    def stop(self) -> dict[str, int]:
-        """The peaks, in bytes."""
+    def stop(self) -> int:
+        """The peak, in bytes."""
         self._stopped.set()
         self._thread.join()
-        return {"peak_bytes": self._alone, "peak_bytes_with_children": self._together}
+        return self._bytes
 
     def _poll(self) -> None:
         while not self._stopped.wait(POLL_SECONDS):
             try:
-                self._alone = max(self._alone, self._process.memory_info().rss)
                 every = [self._process, *self._process.children(recursive=True)]
-                self._together = max(self._together, sum(each.memory_full_info().pss for each in every))
+                self._bytes = max(self._bytes, sum(each.memory_full_info().uss for each in every))
             except (psutil.Error, OSError):
                 # It has ended, or one of its children has.
                 continue
@@ -178,7 +205,9 @@ def side(which: str, rows: Path, size: int, new_tokens: int, threads: int, metho
         tokens = [result.tokens or 0 for result in found]
     seconds = time.perf_counter() - begun
     assert tokens == [new_tokens] * len(asked), "both must do the same work"
-    print(json.dumps({"seconds": seconds, "rows": len(tokens), "tokens": sum(tokens)}))
+    told = {"seconds": seconds, "rows": len(tokens), "tokens": sum(tokens)}
+    # Linux counts in KiB.
+    print(json.dumps({**told, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
 def loop(checkpoint: Any, asked: list[Row], size: int, new_tokens: int) -> Iterator[int]:
@@ -218,23 +247,22 @@ def picture(row: Row) -> Any:
 def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One side's turns together."""
     rows, seconds = sum(part["rows"] for part in parts), sum(part["seconds"] for part in parts)
-    peaks = {name: max(part[name] for part in parts) for name in ("peak_bytes", "peak_bytes_with_children")}
     return {
         "rows_per_second": rows / seconds,
         "seconds": seconds,
         "seconds_per_turn": [part["seconds"] for part in parts],
         "new_tokens_per_row": fmean(part["tokens"] / part["rows"] for part in parts),
-        **peaks,
+        "peak_bytes": max(part["peak_bytes"] for part in parts),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the result as a table."""
     table = Table(title=f"{result['pages']} pages, {result['new_tokens']} new tokens each, {result['threads']} threads")
-    for column in ("", "rows a second", "peak MiB", "peak MiB with children"):
+    for column in ("", "rows a second", "peak MiB", "private, with children"):
         table.add_column(column, justify="right" if column else "left")
     for label, case in result["cases"].items():
-        peaks = [f"{case[name] / 2**20:,.0f}" for name in ("peak_bytes", "peak_bytes_with_children")]
+        peaks = [f"{case.get(name, 0) / 2**20:,.0f}" for name in ("peak_bytes", "peak_bytes_with_children")]
         table.add_row(label, f"{case['rows_per_second']:.3f}", *peaks)
     Console().print(table, f"{result['speed_up']:.2f}x; the loop's best batch size is {result['loop_batch_size']}")
 

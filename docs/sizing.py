@@ -17,7 +17,7 @@ DAYS = (1, 7, 30)
 def sizing(result: dict[str, Any]) -> str:
     """The estimate in Markdown, from a result of ``python -m bench.batch measure``."""
     measured = table(
-        ["one replica, measured", "rows a second", "peak memory"],
+        ["one replica, measured", "rows a second", "private memory, peak"],
         [[name, f"{case['rows_per_second']:.2f}", _memory(case, 1)] for name, case in result["cases"].items()],
     )
     rows = [
@@ -40,7 +40,7 @@ def _replicas(case: dict[str, Any], days: int) -> int:
 
 
 def _memory(case: dict[str, Any], replicas: int) -> str:
-    """What so many replicas take at most, the processes that open pictures included."""
+    """Private memory of so many replicas at most, the processes that open pictures included."""
     gibibytes = case["peak_bytes_with_children"] * replicas / 2**30
     return f"{gibibytes:,.{2 if gibibytes < 10 else 0}f} GiB"
 
