@@ -21,7 +21,7 @@ def both(query, key, scaling, threshold, visible=None):
     """Sums and survivors by the kernel and by torch, on the CPU."""
     given_ = [None if each is None else each.to(DEVICE) for each in (query, key, visible)]
     ours = kernel.attention_sums(given_[0], given_[1], scaling, threshold, given_[2])
-    return [each.cpu() for each in ours], observe._blocked_sums(query, key, scaling, threshold, visible)
+    return [each.cpu() for each in ours], observe._blocked_sums(query, key, scaling, threshold, query.shape[1], visible)
 
 
 def check(ours, theirs, pairs):
