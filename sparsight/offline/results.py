@@ -208,7 +208,9 @@ class Output:
 
 def _short(value: Any) -> str:
     """A value as JSON, in a sentence's length."""
-    return shorten(json.dumps(value), 80)
+    text = json.dumps(value)
+    # Of a path every part matters.
+    return text if isinstance(value, str) else shorten(text, 80)
 
 
 def _sync_folder(folder: Path) -> None:
