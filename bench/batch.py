@@ -2,8 +2,10 @@
 
 Both read the same pages out with the same number of new tokens each, the loop at its best batch size. They take turns,
 each turn in a process of its own, so that a machine whose speed drifts slows both, and memory is that of one alone.
+What children take besides is watched in turns that are not timed.
 
     python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json
+    python -m bench.batch memory bench/results/batch-cpu.json
 """
 
 import json
@@ -262,7 +264,9 @@ def show(result: dict[str, Any]) -> None:
     for column in ("", "rows a second", "peak MiB", "private, with children"):
         table.add_column(column, justify="right" if column else "left")
     for label, case in result["cases"].items():
-        peaks = [f"{case.get(name, 0) / 2**20:,.0f}" for name in ("peak_bytes", "peak_bytes_with_children")]
+        peaks = [
+            f"{case[name] / 2**20:,.0f}" if name in case else "-" for name in ("peak_bytes", "peak_bytes_with_children")
+        ]
         table.add_row(label, f"{case['rows_per_second']:.3f}", *peaks)
     Console().print(table, f"{result['speed_up']:.2f}x; the loop's best batch size is {result['loop_batch_size']}")
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,7 +140,7 @@ def launch_counts(device: torch.device) -> list[dict[str, Any]]:
                 )
             )
             for stage, tokens in (("prefill", inputs["input_ids"]), ("decode", inputs["input_ids"][:, :1])):
-                _, counts[stage] = watched(lambda: model(input_ids=tokens, past_key_values=cache, logits_to_keep=1))  # noqa: B023
+                _, counts[stage] = watched(partial(model, input_ids=tokens, past_key_values=cache, logits_to_keep=1))
         found.append({"method": method or "transformers", "layers": model.config.num_hidden_layers, **counts})
     return found
 

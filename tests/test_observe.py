@@ -13,6 +13,12 @@ from tests import reference
 from tests.memory import PeakMemory
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+SIZES = {
+    "kv_heads": st.integers(1, 3),
+    "group": st.sampled_from([1, 2, 8]),
+    "keys": st.integers(1, 70),
+    "rows": st.integers(1, 70),
+}
 
 
 def random_states(heads, kv_heads, rows, keys, size, dtype, seed=0):
@@ -35,10 +41,7 @@ def brute_force(query, key, scaling, threshold):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 8]),
-    keys=st.integers(1, 70),
-    rows=st.integers(1, 70),
+    **SIZES,
     size=st.sampled_from([1, 8, 24]),
     dtype=DTYPES,
     seed=st.integers(0, 1000),
@@ -65,10 +68,7 @@ def test_two_passes_over_blocks_of_keys_equal_the_full_matrix(rows, monkeypatch)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 8]),
-    keys=st.integers(1, 70),
-    rows=st.integers(1, 70),
+    **SIZES,
     counted=st.integers(0, 70),
     block_keys=st.sampled_from([16, 4096]),
     block_elements=st.sampled_from([64, 2**18]),
@@ -135,10 +135,7 @@ def test_transient_memory_stays_under_64_mebibytes(heads, kv_heads, rows, keys, 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 8]),
-    keys=st.integers(1, 70),
-    rows=st.integers(1, 70),
+    **SIZES,
     block_keys=st.sampled_from([16, 4096]),
     seed=st.integers(0, 1000),
 )

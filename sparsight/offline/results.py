@@ -93,7 +93,7 @@ class Output:
         # What is not ours is left alone, and nothing is put beside it.
         if not self._run.exists():
             self._check_empty()
-        self._claim = open(self._run, "a+", encoding="utf-8")  # noqa: SIM115
+        self._claim = open(self._run, "a+", encoding="utf-8")  # noqa: SIM115, it stays open: it is the lock
         _lock(self._claim, self.path)
         self._claim.seek(0)
         text = self._claim.read()
@@ -156,7 +156,7 @@ class Output:
         new = [result for result in results if result.id not in self._asked]
         try:
             if self._file is None:
-                self._file = open(self._lines, "a", encoding="utf-8")  # noqa: SIM115
+                self._file = open(self._lines, "a", encoding="utf-8")  # noqa: SIM115, it stays open for the run
             append(self._file, [result.record() for result in new])
         except OSError as error:
             raise ValueError(f"Cannot write {self.path}: {error.strerror}.") from error

@@ -155,24 +155,16 @@ def capacity(height: int) -> int:
     return (height - 2 * MARGIN_Y) // MIN_PITCH
 
 
-def random_page(
-    rng: np.random.Generator,
-    count: int,
-    split: str = "train",
-    height: int = WIDTH,
-    columns: int | None = None,
-    title: bool | None = None,
-) -> Page:
+def random_page(rng: np.random.Generator, count: int, split: str = "train", height: int = WIDTH) -> Page:
     """A page of `count` records, each somewhere in a cell of its own; one column is a list of lines close together."""
     style = random_style(rng)
     lines = capacity(height)
-    titled = title if title is not None else height == WIDTH and rng.random() < 0.25
+    titled = height == WIDTH and rng.random() < 0.25
     heading = TITLES[rng.integers(len(TITLES))] if titled else ""
     lines -= bool(heading)
     fewest = -(-count // lines)
-    if columns is None:
-        columns = int(rng.integers(fewest, max(fewest, min(4, count)) + 1))
-    if fewest > columns or columns > 4:
+    columns = int(rng.integers(fewest, max(fewest, min(4, count)) + 1))
+    if columns > 4:
         raise ValueError(f"{count} records do not fit into {columns} columns of {lines} lines")
     records = random_records(rng, count, split, avoid=heading)
 

@@ -43,7 +43,7 @@ def test_characters_stand_on_the_page_and_off_the_grid():
 
 
 def test_a_page_holds_its_records_and_keys_are_different():
-    page = random_page(np.random.default_rng(3), 64, title=False)
+    page = random_page(np.random.default_rng(3), 64)
     assert len({key for key, _ in page.records}) == 64
     printed = "".join(glyph.char for glyph in page.glyphs)
     for key, value in page.records:
