@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sparsight.attention import is_causal, lease, mark, visible
+from sparsight.bounded import check_bound
 from sparsight.layer import CompressedLayer
 from sparsight.parts import VisualHeads
 from sparsight.parts.observed import Share, gathered
@@ -44,21 +45,34 @@ class CompressedCache(Cache):
             Sparsight, which leaves everything but this cache's own calls to the model's attention.
         recipe: the method and its numbers.
         inputs: what the processor returned for the prompts, as they will be given to ``generate``.
+        prefill_bound: bounds the prefill's peak: each layer is cut to so many times the budget as soon as it has seen
+            the prompt, instead of when all have. The outcome is the same unless a layer was planned more than that,
+            which the report tells; and, since in a prompt given in chunks (``prefill_chunk_size``) each chunk sees only
+            what was left of those before it, unless that happened, which it tells too. None for no bound.
 
     Raises:
-        ValueError: the model has no language part or none of its layers can be compressed, or the inputs are not a
-            batch of prompts (see :func:`sparsight.prompt.locate`).
+        ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a
+            batch of prompts (see :func:`sparsight.prompt.locate`), or the bound is no number of at least 1 or the
+            recipe one that merges.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        inputs: Mapping[str, Any],
+        prefill_bound: float | None = None,
+    ) -> None:
         if not isinstance(recipe, Recipe):
             raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got {recipe!r}.")
+        if prefill_bound is not None:
+            check_bound(prefill_bound, recipe)
         language = _language_part(model)
         self.recipe = recipe
         prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
         layers = DynamicCache(config=language.config).layers
         for index in compressible(language.config):
-            layers[index] = CompressedLayer(recipe, prompt)
+            layers[index] = CompressedLayer(recipe, prompt, prefill_bound)
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if not self.compressed:
@@ -170,23 +184,24 @@ class CompressedCache(Cache):
             output = layer.attend_held(query, key, value, mask, kwargs.get("scaling"))
             return output.transpose(1, 2).contiguous(), None
         if layer is self.compressed[0]:
-            self._check_padding(mask, layer.seen + query.shape[2])
-            self._causal = is_causal(mask, self.prompt.valid_mask)
+            seen, first = layer.seen + query.shape[2], layer.get_mask_sizes(query.shape[2])[1]
+            self._check_padding(mask, first, seen)
+            self._causal = is_causal(mask, self.prompt.valid_mask[:, first:])
         result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, **kwargs)
         if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
             self._compact()
         return result
 
-    def _check_padding(self, mask: Any, seen: int) -> None:
-        """Raise ValueError unless transformers' mask for the prompt so far has the padding of the cache's inputs."""
+    def _check_padding(self, mask: Any, first: int, seen: int) -> None:
+        """Raise ValueError unless transformers' mask for tokens ``[first, seen)`` has the padding of the inputs."""
         length = min(seen, self.prompt.length)
         if mask is None:
-            same = all(span.start == 0 and span.stop >= length for span in self.prompt.spans)
+            same = all(span.start <= first and span.stop >= length for span in self.prompt.spans)
         else:
             # The last query sees every valid key.
             seen_keys = visible(mask) if mask.ndim == 2 else visible(mask[:, :, -1:])[:, 0, 0]
-            seen_keys = seen_keys[:, :length].cpu().expand(len(self.prompt.spans), -1)
-            same = torch.equal(seen_keys, self.prompt.valid_mask[:, :length])
+            seen_keys = seen_keys[:, : length - first].cpu().expand(len(self.prompt.spans), -1)
+            same = torch.equal(seen_keys, self.prompt.valid_mask[:, first:length])
         if not same:
             raise ValueError(
                 "The prompts given to the model are padded otherwise than the inputs that the cache was made for: "
@@ -196,7 +211,7 @@ class CompressedCache(Cache):
     def adopt(self, prefills: Sequence[Prefill]) -> None:
         """Compact a prompt that was observed elsewhere, one :class:`~sparsight.prefill.Prefill` a compressed layer."""
         for layer, prefill in zip(self.compressed, prefills, strict=True):
-            layer.prefill, layer.seen = prefill, prefill.keys.shape[2]
+            layer.prefill, layer.seen = prefill, prefill.seen
         self._compact()
 
     @torch.no_grad()
@@ -302,6 +317,8 @@ class CompressedCache(Cache):
             prompt_tokens=[span.length for span in self.prompt.spans],
             vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
             tokens_seen=self.compressed[0].seen,
+            exact=all(layer.exact for layer in self.compressed),
+            cut_short=[index for index, layer in enumerate(self.layers) if getattr(layer, "cut_short", False)],
             kept=[held.by_head(layer.kept) for layer, held in compacted],
             held=[held.by_head(held.held) for _, held in compacted],
             sparsity=self._sparsity,

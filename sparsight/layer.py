@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention import is_plain, own_attention, visible
+from sparsight.bounded import BoundedPrefill, check_parts
 from sparsight.parts import Grow, HeavyHitter
 from sparsight.parts.observed import Share
 from sparsight.prefill import Prefill
@@ -25,13 +26,16 @@ class CompressedLayer(CacheLayerMixin):
         prefill: the prompt so far, until it is compacted.
         entries: what is held from then on.
         kept: how many prompt entries each row of the entries kept.
+        exact: whether every token of the prompt saw all of those before it.
+        cut_short: whether the prefill's bound left fewer entries than were planned.
     """
 
     is_sliding = False
 
-    def __init__(self, recipe: Recipe, prompt: Prompt) -> None:
+    def __init__(self, recipe: Recipe, prompt: Prompt, bound: float | None = None) -> None:
         super().__init__()
         self.recipe = recipe
+        self.bound = bound
         self.start(prompt)
 
     @classmethod
@@ -40,7 +44,9 @@ class CompressedLayer(CacheLayerMixin):
 
         ``prompt`` is all of theirs, with ``padding[i]`` more tokens in front of those of ``layers[i]``.
         """
-        joined = cls(layers[0].recipe, prompt)
+        joined = cls(layers[0].recipe, prompt, layers[0].bound)
+        joined.exact = all(layer.exact for layer in layers)
+        joined.cut_short = any(layer.cut_short for layer in layers)
         joined.seen, joined.is_initialized = prompt.length, True
         parts: list[Any] = [layer.entries for layer in layers]
         joined.entries = type(parts[0]).join(parts, padding)
@@ -59,6 +65,7 @@ class CompressedLayer(CacheLayerMixin):
         self.kept: list[int] = []
         self.ring: Ring | None = None
         self.record_past = False
+        self.exact, self.cut_short = True, False
         # Some models ask whether their prompt's prefix has been seen.
         self.is_initialized = False
 
@@ -78,17 +85,27 @@ class CompressedLayer(CacheLayerMixin):
         ``causal`` tells that they see all keys up to their own but padding. Where all of them matter, one pass of
         our own gives their attention too, on a CPU.
         """
-        if self.prefill is None:
-            self.prefill = Prefill(self.recipe, self.prompt, key, value)
-        else:
-            self.prefill.extend(key, value)
-            key, value = self.prefill.keys, self.prefill.values
-        self.seen, self.is_initialized = key.shape[2], True
+        if self.bound is not None and query.shape[2] < self.prompt.length:
+            check_parts(self.recipe, causal=causal)
+        self.seen, self.is_initialized = self.seen + query.shape[2], True
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if causal and self.prefill.needs_every_query and is_plain(module, query, key, value, **kwargs):
-            return self.prefill.attend(query, scaling), None
-        output = own_attention(module, query, key, value, attention_mask, **kwargs)
-        self.prefill.observe(query, scaling, None if causal else visible(attention_mask))
+        prefill = self.prefill
+        if isinstance(prefill, BoundedPrefill) and prefill.rows is not None:
+            return prefill.attend_cut(query, key, value, scaling), None
+        if prefill is None:
+            first = self.recipe, self.prompt, key, value
+            self.prefill = prefill = Prefill(*first) if self.bound is None else BoundedPrefill(*first, self.bound)
+        else:
+            prefill.extend(key, value)
+            key, value = prefill.keys, prefill.values
+        output: tuple[Tensor, Tensor | None]
+        if causal and prefill.needs_every_query and is_plain(module, query, key, value, **kwargs):
+            output = prefill.attend(query, scaling), None
+        else:
+            output = own_attention(module, query, key, value, attention_mask, **kwargs)
+            prefill.observe(query, scaling, None if causal else visible(attention_mask))
+        if isinstance(prefill, BoundedPrefill):
+            prefill.cut(query, scaling)
         return output
 
     def compact(self, shares: Sequence[Share]) -> None:
@@ -96,6 +113,7 @@ class CompressedLayer(CacheLayerMixin):
         assert self.prefill is not None
         prefill, self.prefill = self.prefill, None
         self.entries = prefill.compact(shares)
+        self.exact, self.cut_short = prefill.exact, prefill.cut_short
         beyond = self.seen - self.prompt.length
         self.kept = [held - beyond for held in self.entries.held]
         rule = self.recipe.decode
@@ -139,6 +157,11 @@ class CompressedLayer(CacheLayerMixin):
         """Expect candidates that may be taken back; refused where they could not be."""
         if not self.is_croppable:
             self._refuse_crop()
+        if self.bound is not None:
+            raise ValueError(
+                "Assisted generation brings its first candidates together with the prompt, which a bounded prefill "
+                "cannot take: leave prefill_bound out."
+            )
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -189,10 +212,10 @@ class CompressedLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that transformers builds: after compression it is about the new tokens only."""
-        if self.entries is None:
-            return self.seen + query_length, 0
-        return query_length, self.seen
+        """Length and offset of the mask that transformers builds: once entries went it is about the new tokens only."""
+        cut = isinstance(self.prefill, BoundedPrefill) and self.prefill.rows is not None
+        offset = self.seen if cut or self.entries is not None else 0
+        return self.seen + query_length - offset, offset
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -216,7 +239,7 @@ class CompressedLayer(CacheLayerMixin):
         """Bytes that the layer's tensors occupy."""
         if self.entries is not None:
             return self.entries.nbytes
-        return 0 if self.prefill is None else self.prefill.keys.nbytes + self.prefill.values.nbytes
+        return 0 if self.prefill is None else self.prefill.nbytes
 
     @property
     def full_bytes(self) -> int:

@@ -19,17 +19,23 @@ class Prefill:
     """Keys and values of the prompt so far, its scores, and the sparsity of its post-vision queries.
 
     Attributes:
+        seen: tokens seen, padding included.
         keys, values: ``[B, H_kv, seen, D]``.
         scores: ``[H_kv, T_b]`` for each sequence: attention sums, until :meth:`finish` makes scores of them.
         zeroed: how many weights of each sequence's post-vision rows the threshold filter zeroes in all heads, int64.
         visible: how many weights those rows have, int64.
         queries, query_sees: for a score that waits for the whole prompt, its queries (scaled, ``[H, r, D]`` of each
             part of the prompt) and which keys each sees, bool ``[r, T_b]``.
+        exact: whether every query saw all of the prompt before it.
+        cut_short: whether more should have stayed than there still was.
     """
+
+    exact, cut_short = True, False
 
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
         self.recipe = recipe
         self.prompt = prompt
+        self.seen = keys.shape[2]
         self.keys, self.values = _alone(keys), _alone(values)
         heads, device = keys.shape[1], keys.device
         self.scores = [torch.zeros(heads, span.length, device=device) for span in prompt.spans]
@@ -40,6 +46,7 @@ class Prefill:
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of the prompt's next part."""
+        self.seen += keys.shape[2]
         self.keys = torch.cat([self.keys, keys.detach()], dim=2)
         self.values = torch.cat([self.values, values.detach()], dim=2)
 
@@ -68,9 +75,9 @@ class Prefill:
     @property
     def needs_every_query(self) -> bool:
         """Whether the score sums the attention of all of the prompt's queries, and of nothing after the prompt."""
-        score, seen = self.recipe.score, self.keys.shape[2]
+        score = self.recipe.score
         every = all(score.rows(span) == range(span.start, span.stop) for span in self.prompt.spans)
-        return every and not isinstance(score, EliteWindow) and seen <= self.prompt.length
+        return every and not isinstance(score, EliteWindow) and self.seen <= self.prompt.length
 
     @torch.no_grad()
     def attend(self, query: Tensor, scaling: float) -> Tensor:
@@ -87,7 +94,7 @@ class Prefill:
             )
             if newest.start >= newest.stop:
                 continue
-            seen = slice(span.start, min(span.stop, self.keys.shape[2]))
+            seen = slice(span.start, min(span.stop, self.seen))
             keys, values = self.keys[row, :, seen], self.values[row, :, seen]
             counted = max(post_vision.stop - post_vision.start, 0)
             attended, sums, zeroed = attend_and_sum(query[row, :, newest], keys, values, scaling, threshold, counted)
@@ -108,7 +115,7 @@ class Prefill:
         count = newest.stop - newest.start
         if count <= 0:
             return None
-        end = min(rows.stop if visible is None else span.stop, self.keys.shape[2])
+        end = min(rows.stop if visible is None else span.stop, self.seen)
         if visible is not None:
             visible = visible[newest, span.start : end]
         keys = self.keys[row, :, span.start : end]
@@ -126,7 +133,7 @@ class Prefill:
         """Keep those of a sequence's ``rows`` that are among the newest queries, and which keys they see."""
         span, newest = self.prompt.spans[row], self._newest(rows, query)
         if visible is None:
-            keys = torch.arange(self.keys.shape[2], device=query.device)
+            keys = torch.arange(self.seen, device=query.device)
             seen = keys <= keys[-query.shape[2] :][newest, None]
         else:
             seen = visible[newest]
@@ -136,21 +143,27 @@ class Prefill:
 
     def _newest(self, rows: range, query: Tensor) -> slice:
         """Where ``rows`` are among the newest queries ``[B, H, q, D]``."""
-        first = self.keys.shape[2] - query.shape[2]
+        first = self.seen - query.shape[2]
         return slice(max(rows.start - first, 0), max(min(rows.stop - first, query.shape[2]), 0))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Turn the sums into scores, once the whole prompt has been observed."""
         for row, span in enumerate(self.prompt.spans):
-            vision = self.vision(row).to(self.keys.device, non_blocking=True)
             score = self.recipe.score
             if isinstance(score, EliteWindow):
                 keys = self.keys[row, :, span.start : span.stop]
                 queries, visible = torch.cat(self.queries[row], dim=1), torch.cat(self.query_sees[row])
+                vision = self.vision(row).to(keys.device, non_blocking=True)
                 self.scores[row] = score.sums(queries, keys, vision, visible)
-            grids = [grid.to(vision.device, non_blocking=True) - span.start for grid in self.prompt.grids[row]]
-            self.scores[row] = score.importance(self.scores[row], vision, grids)
+            self.scores[row] = self.importance(row, self.scores[row])
+
+    def importance(self, row: int, sums: Tensor) -> Tensor:
+        """Score ``[H_kv, T_b]`` that a sequence's attention sums of that shape give."""
+        vision = self.vision(row).to(sums.device, non_blocking=True)
+        first = self.prompt.spans[row].start
+        grids = [grid.to(sums.device, non_blocking=True) - first for grid in self.prompt.grids[row]]
+        return self.recipe.score.importance(sums, vision, grids)
 
     def observed(self, row: int, sparsity: float, budget: float) -> Observed:
         """What one sequence showed, as allocations see it."""
@@ -179,33 +192,50 @@ class Prefill:
     def compact(self, shares: Sequence[Share]) -> Held:
         """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one of a KV head does."""
         rows = list(self._rows(shares))
-        kept = [min(max(1, round(share * span.length)), span.length) for share, span, *_ in rows]
+        kept = [min(max(1, round(share * span.length)), keys.shape[1]) for share, span, _, keys, *_ in rows]
         storage = RaggedEntries if self.recipe.allocate.head_wise else Entries
         entries: Held = storage.allocate(kept, self.keys, self.values)
-        for row, (_, span, score, keys, values) in enumerate(rows):
-            positions = self.recipe.reduce.select(score, kept[row])
-            entries.fill(row, *self.recipe.reduce.apply(keys, values, positions), positions + span.start)
-        length, seen = self.prompt.length, self.keys.shape[2]
-        if seen > length:
+        for row, (_, span, score, keys, values, positions) in enumerate(rows):
+            chosen = self.recipe.reduce.select(score.gather(1, positions), kept[row])
+            states = self.recipe.reduce.apply(keys, values, chosen)
+            entries.fill(row, *states, positions.gather(1, chosen) + span.start)
+        length = self.prompt.length
+        if self.seen > length:
             # Assisted generation brings its first candidates together with the prompt.
             entries.append(self.keys[:, :, length:], self.values[:, :, length:], length)
         return entries
 
-    def _rows(self, shares: Sequence[Share]) -> Iterator[tuple[float, Span, Tensor, Tensor, Tensor]]:
-        """What selection works on: share, span, scores, keys and values of a sequence, or of each of its KV heads."""
+    def _rows(self, shares: Sequence[Share]) -> Iterator[tuple[float, Span, Tensor, Tensor, Tensor, Tensor]]:
+        """What selection works on, of a sequence or of each of its KV heads.
+
+        Share, span, score of the whole prompt, and keys, values and positions held.
+        """
         for row, (share, span) in enumerate(zip(shares, self.prompt.spans, strict=True)):
-            valid = slice(span.start, span.stop)
-            score, keys, values = self.scores[row], self.keys[row, :, valid], self.values[row, :, valid]
+            states = (self.scores[row], *self.held(row))
             if isinstance(share, list):
                 for head, own_share in enumerate(share):
-                    yield own_share, span, score[head, None], keys[head, None], values[head, None]
+                    score, keys, values, positions = (state[head, None] for state in states)
+                    yield own_share, span, score, keys, values, positions
             else:
-                yield share, span, score, keys, values
+                yield share, span, *states
+
+    def held(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of one sequence, ``[H_kv, n, D]``, and where in it they are, ascending, ``[H_kv, n]``."""
+        span = self.prompt.spans[row]
+        valid = slice(span.start, min(span.stop, self.seen))
+        keys, values = self.keys[row, :, valid], self.values[row, :, valid]
+        return keys, values, torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return self.keys.nbytes + self.values.nbytes
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all sequences."""
-        return self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes
+        batch, heads, _, size = self.keys.shape
+        return batch * heads * (size + self.values.shape[-1]) * self.keys.element_size()
 
 
 def _alone(states: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ class Report:
         prompt_tokens: valid prompt tokens of each sequence.
         vision_tokens: vision tokens of each sequence's prompt.
         tokens_seen: tokens of each sequence that the model has processed, padding included.
+        exact: whether every token of the prompt saw all of those before it, as it does unless chunks of the prompt were
+            cut to the prefill's bound.
+        cut_short: layers that kept fewer entries than were planned, since the prefill's bound left no more.
         kept: prompt entries kept at compression, by layer (of those that are compressed), sequence and KV head.
         held: entries held now, by layer, sequence and KV head.
         sparsity: share of post-vision attention that the threshold filter zeroes, by layer and sequence; None where the
@@ -31,6 +34,8 @@ class Report:
     prompt_tokens: list[int]
     vision_tokens: list[int]
     tokens_seen: int
+    exact: bool
+    cut_short: list[int]
     kept: list[list[list[int]]]
     held: list[list[list[int]]]
     sparsity: list[list[float]] | None
@@ -45,12 +50,23 @@ class Report:
         """Prompt entries kept by each layer, a mean over sequences and KV heads."""
         return [_mean(heads for sequence in layer for heads in sequence) for layer in self.kept]
 
+    def caveats(self) -> list[str]:
+        """What the prefill's bound made different from a prefill without, a sentence each."""
+        said = []
+        if not self.exact:
+            said.append("Approximate: each chunk of the prompt saw only what the bound left of those before it.")
+        if self.cut_short:
+            layers = ", ".join(map(str, self.cut_short))
+            said.append(f"Cut short: fewer entries than planned were left by the bound in layers {layers}.")
+        return said
+
     def __str__(self) -> str:
         prompt, vision = sum(self.prompt_tokens), sum(self.vision_tokens)
         lines = [
             f"{self.method} at {self.budget:.1%}: {prompt} prompt tokens, {vision} of them vision",
             f"{mebibytes(self.bytes_held)} held, {mebibytes(self.full_bytes)} in the full cache "
             f"({self.bytes_held / max(self.full_bytes, 1):.1%})",
+            *self.caveats(),
             "layer  kept per head   share  sparsity",
         ]
         length = prompt / len(self.prompt_tokens)

@@ -72,8 +72,7 @@ class Pyramid:
     steepness: float = 20.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steepness, int | float) or self.steepness < 1:
-            raise ValueError(f"steepness must be a number of at least 1, got {self.steepness!r}.")
+        check.at_least("steepness", self.steepness, 1)
 
     def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
         """Share of the prompt's entries that each layer keeps."""

@@ -1,5 +1,7 @@
 """Checks of the numbers that parts and recipes are made of."""
 
+import math
+
 
 def fraction(name: str, value: float, *, zero: bool = False) -> None:
     """Raise ValueError unless ``value`` lies in (0, 1], or in [0, 1] with ``zero``."""
@@ -12,6 +14,12 @@ def count(name: str, value: int, *, least: int = 0) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``least``."""
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raise ValueError unless ``value`` is a number of at least ``least``."""
+    if not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
 
 
 def window(name: str, value: int | tuple[int, int]) -> None:
