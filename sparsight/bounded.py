@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from sparsight.observe import attention_sums, visible_pairs
 from sparsight.parts import EliteWindow, Evict, check
@@ -18,6 +17,9 @@ from sparsight.recipe import Recipe
 
 WINDOW = 32
 """Newest queries that stand in for the score's own where a prompt is cut before those have come."""
+
+BLOCK_ROWS = 256
+"""Queries that attend together, so that no mask is as large as a chunk."""
 
 
 def check_bound(bound: float, recipe: Recipe) -> None:
@@ -84,14 +86,7 @@ class BoundedPrefill(Prefill):
             added = keys[row, :, new].detach(), values[row, :, new].detach(), places.expand(keys.shape[1], -1)
             held = [torch.cat(both, dim=1) for both in zip(self.rows[row], added, strict=True)]
             self.rows[row] = held[0], held[1], held[2]
-            output[row, new] = functional.scaled_dot_product_attention(
-                query[row, None, :, new],
-                held[0][None],
-                held[1][None],
-                attn_mask=causal_lower_right(new.stop - new.start, held[0].shape[1]),
-                scale=scaling,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
+            output[row, new] = attend(query[row, :, new], held[0], held[1], scaling).transpose(0, 1)
         self.observe(query, scaling)
         self.cut(query, scaling)
         return output
@@ -139,7 +134,7 @@ class BoundedPrefill(Prefill):
         """A sequence's score so far, or that of its newest queries while the score's own have hardly come."""
         span = self.prompt.spans[row]
         end = min(span.stop, self.seen)
-        newest = range(max(span.start, end - WINDOW), end)
+        newest = range(max(span.start, end - WINDOW, self.seen - query.shape[2]), end)
         own = self.recipe.score.rows(span)
         sums = self.scores[row]
         if own and own.start > newest.start:
@@ -169,3 +164,21 @@ class BoundedPrefill(Prefill):
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return super().nbytes + sum(keys.nbytes + values.nbytes for keys, values, _ in self.rows or [])
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Causal attention ``[H, q, D]`` of the last ``q`` of the ``n`` positions, for keys ``[H_kv, n, D]``."""
+    count, length = query.shape[1], keys.shape[1]
+    grouped = query.unflatten(0, (len(keys), -1))
+    outputs = []
+    for first in range(0, count, BLOCK_ROWS):
+        # The query heads of a group are rows of one KV head: no key is repeated.
+        block = grouped[:, :, first : first + BLOCK_ROWS]
+        group, rows = block.shape[1:3]
+        seen = length - count + first + rows
+        mask = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(seen - rows).repeat(group, 1)
+        output = functional.scaled_dot_product_attention(
+            block.flatten(1, 2)[None], keys[None, :, :seen], values[None, :, :seen], attn_mask=mask, scale=scaling
+        )
+        outputs.append(output[0].unflatten(1, (group, rows)))
+    return torch.cat(outputs, dim=2).flatten(0, 1)

@@ -43,6 +43,23 @@ def test_heads_share_one_choice_unless_they_choose_for_themselves(case):
     assert torch.equal(shared, alone.expand(len(score), -1))
 
 
+@settings(deadline=None)
+@given(
+    case=scores(),
+    more=st.integers(0, 40),
+    recent=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+    first=st.integers(0, 6),
+    last=st.integers(1, 40),
+    per_head=st.booleans(),
+)
+def test_what_few_entries_keep_is_found_among_what_more_keep(case, more, recent, first, last, per_head):
+    score, kept = case
+    evict = Evict(recent=recent, first=first, last=last, per_head=per_head)
+    outer = evict.select(score, min(kept + more, score.shape[1]))
+    inner = evict.select(score.gather(1, outer), kept)
+    assert torch.equal(outer.gather(1, inner), evict.select(score, kept))
+
+
 def test_negative_scores_rank_below_positive_ones():
     score = torch.tensor([[-1.0, 3.0, -0.5, 0.0, -2.0, 9.0]])
     assert top_positions(score, 4, ends(4, 6, first=0, last=1), per_head=True).tolist() == [[1, 2, 3, 5]]
