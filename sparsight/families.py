@@ -25,6 +25,8 @@ class Family:
         token_fields: config fields that hold the ids of the tokens that stand for pieces of images and video frames.
         video: whether the family takes videos.
         left_alone: layers that hold a bounded state already and stay as they are; transformers tells which they are.
+        in_chunks: whether a prompt with pictures in chunks is prefilled as it is whole: not where pictures are seen in
+            both directions, nor where a forward pass wants all of them.
     """
 
     model_type: str
@@ -33,6 +35,7 @@ class Family:
     token_fields: tuple[str, ...] = ("image_token_id",)
     video: bool = False
     left_alone: str = ""
+    in_chunks: bool = True
 
     def token_ids(self, config: Any) -> list[int]:
         """Ids of the tokens that stand for vision, by a model's config."""
@@ -59,10 +62,10 @@ FAMILIES = {
         Family("internvl", "InternVLForConditionalGeneration", square_tiles, video=True),
         Family("idefics3", "Idefics3ForConditionalGeneration", square_tiles),
         Family("smolvlm", "SmolVLMForConditionalGeneration", square_tiles, video=True),
-        Family("ovis2", "Ovis2ForConditionalGeneration", square_tiles),
+        Family("ovis2", "Ovis2ForConditionalGeneration", square_tiles, in_chunks=False),
         Family("aya_vision", "AyaVisionForConditionalGeneration", square_tiles, left_alone="sliding window"),
-        Family("gemma3", "Gemma3ForConditionalGeneration", squares, left_alone="sliding window"),
-        Family("paligemma", "PaliGemmaForConditionalGeneration", squares),
+        Family("gemma3", "Gemma3ForConditionalGeneration", squares, left_alone="sliding window", in_chunks=False),
+        Family("paligemma", "PaliGemmaForConditionalGeneration", squares, in_chunks=False),
         Family("mistral3", "Mistral3ForConditionalGeneration", whole_grid),
         Family(
             "minicpmv4_6",
@@ -97,3 +100,10 @@ def family_of(config: Any) -> Family | None:
             f"{', '.join(FAMILIES)}. Adding one takes five lines, which CONTRIBUTING.md shows."
         )
     return FAMILIES.get(name)
+
+
+def check_chunks(config: Any) -> None:
+    """Raise ValueError unless prompts of a model, by its config, can be given in chunks."""
+    family = family_of(config)
+    if family is not None and not family.in_chunks:
+        raise ValueError(f"Prompts of {config.model_type!r} models cannot be prefilled in chunks: give them whole.")

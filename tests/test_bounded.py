@@ -265,7 +265,7 @@ def test_128k_tokens_of_a_model_of_seven_billion_parameters_peak_at_less_than_tw
     assert config.hidden_size // config.num_attention_heads == 128
     most = allowance(3, 0.1, length)
     every = most * (entry + position) + length * score
-    # In the layer that is worked on: what is held with a chunk behind it, the chunk itself, and the newest queries' sums.
+    # In the layer that is worked on: what is held with a chunk behind it, the chunk itself, and sums of new queries.
     one = (most + chunk) * (entry + position) + chunk * entry + 2 * length * score
     assert config.num_hidden_layers * every + one < 0.4 * config.num_hidden_layers * length * entry
 

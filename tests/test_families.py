@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import (
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from sparsight import CompressedCache, recipe
 from sparsight.cache import CompressedLayer
-from sparsight.families import FAMILIES, Family, family_of
+from sparsight.families import FAMILIES, Family, check_chunks, family_of
 from sparsight.prompt import locate
 from sparsight.tiles import find_tiles, whole_grid
 from tests import families, models
@@ -57,6 +58,27 @@ def test_video_frames_are_found_without_the_processors_type_mask(name):
     assert mask[0].any()
     assert torch.equal(mask, torch.isin(inputs["input_ids"], torch.tensor([IMAGE_TOKEN, VIDEO_TOKEN])))
     assert torch.equal(mask, locate(models.model(name).config, inputs).vision_mask)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_prompts_in_chunks_are_prefilled_as_whole_ones_or_refused(name):
+    model, inputs = models.model(name), models.inputs(name, ONE_IMAGE, THREE_IMAGES, NO_IMAGE)
+
+    def logits(**options):
+        cache = CompressedCache(model, recipe("vl-cache", budget=0.2), inputs)
+        return torch.stack(models.logits(model, inputs, 8, past_key_values=cache, **options))
+
+    if FAMILIES[name].in_chunks:
+        check_chunks(model.config)
+        assert_close(logits(prefill_chunk_size=9), logits(), rtol=1e-3, atol=1e-3)
+        return
+    with pytest.raises(ValueError, match=f"Prompts of '{name}' models cannot be prefilled in chunks"):
+        check_chunks(model.config)
+    try:
+        assert not torch.allclose(logits(prefill_chunk_size=9), logits(), rtol=1e-3, atol=1e-3)
+    except TypeError:
+        # Ovis2 wants a picture in every part.
+        assert name == "ovis2"
 
 
 def test_a_config_without_a_video_token():

@@ -59,7 +59,6 @@ def check_same_answer(first, second, tolerance=1e-4):
 def test_64_tokens_are_those_of_two_passes(chosen, heads, prompts, chunk, own_attention, monkeypatch):
     family, options = "llava", {}
     if chunk:
-        # Pictures come with the first part of a prompt or not at all.
         family, options = "llama", {"prefill_chunk_size": chunk}
         prompts = [models.Prompt(0, 20 + 9 * prompt.images, 10) for prompt in prompts]
     model, inputs = models.model(family, heads), models.inputs(family, *prompts)

@@ -29,8 +29,17 @@ class Answer:
     decode_seconds: float
 
 
-def answer(ready: Ready, cache: Cache, max_new_tokens: int, on_text: Callable[[str], Any] | None = None) -> Answer:
-    """Let a model answer greedily; ``on_text`` is given the text as it comes, piece by piece."""
+def answer(
+    ready: Ready,
+    cache: Cache,
+    max_new_tokens: int,
+    prefill_chunk: int | None = None,
+    on_text: Callable[[str], Any] | None = None,
+) -> Answer:
+    """Let a model answer greedily, given the prompt ``prefill_chunk`` tokens at a time.
+
+    ``on_text`` is given the text as it comes, piece by piece.
+    """
     stream = _Stream(ready.tokenizer, on_text)
     started = time.perf_counter()
     output = ready.model.generate(
@@ -39,6 +48,7 @@ def answer(ready: Ready, cache: Cache, max_new_tokens: int, on_text: Callable[[s
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
+        prefill_chunk_size=prefill_chunk,
         streamer=stream,
     )
     tokens = tuple(output[0, ready.inputs["input_ids"].shape[1] :].tolist())

@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
+from sparsight.bounded import check_bound
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.cli.answer import Answer, agreement, answer
 from sparsight.cli.chosen import chosen_recipe
 from sparsight.cli.ready import get_ready, read_question
+from sparsight.families import check_chunks
 from sparsight.images import MAX_PIXELS
 from sparsight.report import Report, mebibytes
 
@@ -29,6 +31,13 @@ def generate(
     decode: options.Decode = None,
     heads: options.Heads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
+    prefill_bound: Annotated[
+        float | None,
+        typer.Option(help="Let no layer hold more than so many times the budget once it has seen the prompt."),
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="Prefill the prompt in chunks of so many tokens.", min=2)
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run the full cache too, and show both.")] = False,
     as_json: options.Json = False,
     device: options.Device = "auto",
@@ -38,17 +47,23 @@ def generate(
     """Answer a question about pictures, and show what the KV cache held."""
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
     chosen = chosen_recipe(model, method, budget, heads, **parts)
-    ready = get_ready(read_question(model, image or [], prompt, max_pixels), device, dtype)
+    if prefill_bound is not None:
+        check_bound(prefill_bound, chosen)
+    question = read_question(model, image or [], prompt, max_pixels)
+    if prefill_chunk is not None:
+        check_chunks(question.checkpoint.config)
+    ready = get_ready(question, device, dtype)
     if compare:
         # Neither of the two runs shall be the one that warms up.
-        answer(ready, DynamicCache(), 1)
-    cache = CompressedCache(ready.model, chosen, ready.inputs)
-    compressed = answer(ready, cache, max_new_tokens, None if as_json else _write)
+        answer(ready, DynamicCache(), 1, prefill_chunk)
+    cache = CompressedCache(ready.model, chosen, ready.inputs, prefill_bound)
+    compressed = answer(ready, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
     report = cache.report()
     result = describe(compressed, report, report.kept_per_layer(), report.bytes_held)
+    result |= {"exact": report.exact, "cut_short": report.cut_short}
     if compare:
         full_cache: Any = DynamicCache(config=ready.model.config.get_text_config(decoder=True))
-        full = answer(ready, full_cache, max_new_tokens)
+        full = answer(ready, full_cache, max_new_tokens, prefill_chunk)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in full_cache.layers)
         kept = [float(report.prompt_tokens[0])] * len(report.kept)
         result["full"] = describe(full, report, kept, held) | {"full_kv_bytes": held}
@@ -56,7 +71,7 @@ def generate(
     if as_json:
         print(json.dumps(result))
     else:
-        print("\n")
+        print("\n", *report.caveats(), sep="\n")
         Console().print(table(f"{chosen.name}, {budget * 100:.3g}%", result))
 
 

@@ -39,6 +39,16 @@ def test_a_budget_outside_the_unit_interval(refused: Callable[..., str], command
     assert refused(command, "--budget", budget) == f"budget must be a number in (0, 1], got {float(budget)}."
 
 
+@pytest.mark.parametrize("bound", ["0.5", "nan"])
+def test_a_bound_below_one(refused: Callable[..., str], bound: str) -> None:
+    sentence = f"prefill_bound must be a number of at least 1, got {float(bound)}."
+    assert refused("generate", "--prefill-bound", bound) == sentence
+
+
+def test_a_bound_for_a_method_that_merges(refused: Callable[..., str]) -> None:
+    assert "'merge-nearest' merges" in refused("generate", "--prefill-bound", 3, "--method", "elastic")
+
+
 @COMMANDS
 def test_an_unknown_method(refused: Callable[..., str], command: str) -> None:
     assert refused(command, "--method", "vlcache").startswith("Unknown method 'vlcache': did you mean 'vl-cache'?")

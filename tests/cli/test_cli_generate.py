@@ -57,7 +57,8 @@ def test_json_holds_what_the_cache_reports(
         model, [image] * images, lambda weights, inputs: CompressedCache(weights, recipe(method, budget=budget), inputs)
     )
     report = cache.report()
-    assert set(result) == KEYS
+    assert set(result) == KEYS | {"exact", "cut_short"}
+    assert (result["exact"], result["cut_short"]) == (True, [])
     assert result["text"] == text
     assert result["prompt_tokens"] == report.prompt_tokens[0]
     assert result["vision_tokens"] == report.vision_tokens[0]
@@ -76,7 +77,7 @@ def test_compare_adds_the_full_cache(run_json: Callable[..., Any], llava: str, i
     )
     _, text, count = from_python(llava, [image], lambda weights, inputs: DynamicCache())
     full = result["full"]
-    assert set(result) == KEYS | {"full", "agreement"}
+    assert set(result) == KEYS | {"exact", "cut_short", "full", "agreement"}
     assert set(full) == KEYS
     assert full["text"] == text
     assert full["new_tokens"] == count
@@ -96,6 +97,30 @@ def test_the_whole_budget_agrees_with_the_full_cache(run_json: Callable[..., Any
     assert result["agreement"] == 1
     assert result["text"] == result["full"]["text"]
     assert result["kept_per_layer"] == result["full"]["kept_per_layer"]
+
+
+def test_a_bounded_prefill_of_a_whole_prompt_answers_as_without_the_bound(
+    run_json: Callable[..., Any], llava: str, image: str
+) -> None:
+    arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--budget", 0.2)
+    plain, bounded = run_json(*arguments), run_json(*arguments, "--prefill-bound", 3)
+    assert all(plain[key] == bounded[key] for key in ("text", "kept_per_layer", "kv_bytes", "exact", "cut_short"))
+
+
+def test_chunks_of_the_prompt_change_the_answer_only_under_a_bound_and_that_is_said(
+    run: Callable[..., tuple[int, str, str]], run_json: Callable[..., Any], llava: str, image: str
+) -> None:
+    arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--budget", 0.2)
+    plain, chunked = run_json(*arguments), run_json(*arguments, "--prefill-chunk", 8)
+    assert (chunked["text"], chunked["kept_per_layer"]) == (plain["text"], plain["kept_per_layer"])
+    bounded = run_json(*arguments, "--prefill-chunk", 8, "--prefill-bound", 1, "--allocate", "pyramid")
+    assert not bounded["exact"]
+    assert bounded["cut_short"] == [0]
+    code, out, _ = run(*arguments, "--prefill-chunk", 8, "--prefill-bound", 1, "--allocate", "pyramid")
+    assert code == 0
+    assert "\nApproximate: each chunk of the prompt saw only what the bound left of those before it.\n" in out
+    assert "\nCut short: fewer entries than planned were left by the bound in layers 0.\n" in out
+    assert "Approximate" not in run(*arguments)[1]
 
 
 def test_agreement_counts_equal_tokens_over_the_longer_answer() -> None:
