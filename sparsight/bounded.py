@@ -32,14 +32,13 @@ def check_bound(bound: float, recipe: Recipe) -> None:
         )
 
 
-def check_parts(recipe: Recipe, *, causal: bool) -> None:
+def check_cuts(recipe: Recipe, *, causal: bool) -> None:
     """Raise ValueError unless a prompt that comes in chunks can be cut between them."""
-    why = None
-    if isinstance(recipe.score, EliteWindow):
-        why = f"score {recipe.score.kind!r} looks back at all of it"
-    elif not causal:
-        why = "this model lets tokens see later ones"
-    if why is not None:
+    waits = isinstance(recipe.score, EliteWindow)
+    if waits or not causal:
+        why = (
+            f"score {recipe.score.kind!r} looks back at all of it" if waits else "the model lets tokens see later ones"
+        )
         raise ValueError(
             f"A prompt in chunks cannot be cut between them, since {why}: give it whole, or leave prefill_bound out."
         )
@@ -53,10 +52,9 @@ def allowance(bound: float, budget: float, length: int) -> int:
 class BoundedPrefill(Prefill):
     """A prefill whose layers are cut to ``bound`` times the budget as soon as each has been observed.
 
-    A prompt that comes whole is cut in the order of the final selection: what a smaller number keeps is among what a
-    larger one keeps, so the compressed prompt is the same. Of a prompt that comes in chunks, what exceeds the allowance
-    goes after each chunk, by what the newest queries paid to it; the chunks that follow see only what is left. That is
-    an approximation.
+    A prompt that comes whole is cut in the order of the final selection, and what fewer entries keep is among what more
+    keep: the compressed prompt is the same. One that comes in chunks is cut after each by the attention of its newest
+    queries, and the chunks that follow see only what is left: an approximation.
 
     Attributes:
         rows: once something has been cut, what :meth:`held` gives of each sequence; :attr:`keys` and :attr:`values` are
@@ -76,8 +74,9 @@ class BoundedPrefill(Prefill):
         What padding attends to is 0.
         """
         assert self.rows is not None
-        first, self.seen = self.seen, self.seen + query.shape[2]
-        output = values.new_zeros(*query.transpose(1, 2).shape[:3], values.shape[-1])
+        batch, heads, count, _ = query.shape
+        first, self.seen = self.seen, self.seen + count
+        output = values.new_zeros(batch, count, heads, values.shape[-1])
         for row, span in enumerate(self.prompt.spans):
             new = self._newest(range(span.start, span.stop), query)
             if new.start >= new.stop:

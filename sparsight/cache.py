@@ -45,23 +45,18 @@ class CompressedCache(Cache):
             Sparsight, which leaves everything but this cache's own calls to the model's attention.
         recipe: the method and its numbers.
         inputs: what the processor returned for the prompts, as they will be given to ``generate``.
-        prefill_bound: bounds the prefill's peak: each layer is cut to so many times the budget as soon as it has seen
-            the prompt, instead of when all have. The outcome is the same unless a layer was planned more than that,
-            which the report tells; and, since in a prompt given in chunks (``prefill_chunk_size``) each chunk sees only
-            what was left of those before it, unless that happened, which it tells too. None for no bound.
+        prefill_bound: to bound the peak of memory, cut each layer to so many times the budget as soon as it has seen the
+            prompt; the outcome is the same, but in layers that were planned more. A prompt that comes in chunks
+            (``prefill_chunk_size``) is cut after each of them, which is approximate. The report tells of both.
 
     Raises:
         ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a
-            batch of prompts (see :func:`sparsight.prompt.locate`), or the bound is no number of at least 1 or the
-            recipe one that merges.
+            batch of prompts (see :func:`sparsight.prompt.locate`), the bound is no number of at least 1, or the recipe
+            merges and there is a bound.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        recipe: Recipe,
-        inputs: Mapping[str, Any],
-        prefill_bound: float | None = None,
+        self, model: PreTrainedModel, recipe: Recipe, inputs: Mapping[str, Any], prefill_bound: float | None = None
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got {recipe!r}.")

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention import is_plain, own_attention, visible
-from sparsight.bounded import BoundedPrefill, check_parts
+from sparsight.bounded import BoundedPrefill, check_cuts
 from sparsight.parts import Grow, HeavyHitter
 from sparsight.parts.observed import Share
 from sparsight.prefill import Prefill
@@ -86,7 +86,7 @@ class CompressedLayer(CacheLayerMixin):
         our own gives their attention too, on a CPU.
         """
         if self.bound is not None and query.shape[2] < self.prompt.length:
-            check_parts(self.recipe, causal=causal)
+            check_cuts(self.recipe, causal=causal)
         self.seen, self.is_initialized = self.seen + query.shape[2], True
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         prefill = self.prefill
