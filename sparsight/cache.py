@@ -45,8 +45,8 @@ class CompressedCache(Cache):
             Sparsight, which leaves everything but this cache's own calls to the model's attention.
         recipe: the method and its numbers.
         inputs: what the processor returned for the prompts, as they will be given to ``generate``.
-        prefill_bound: to bound the peak of memory, cut each layer to so many times the budget as soon as it has seen the
-            prompt; the outcome is the same, but in layers that were planned more. A prompt that comes in chunks
+        prefill_bound: to bound the peak of memory, cut each layer to so many times the budget as soon as it has seen
+            the prompt; the outcome is the same, but in layers that were planned more. A prompt that comes in chunks
             (``prefill_chunk_size``) is cut after each of them, which is approximate. The report tells of both.
 
     Raises:
