@@ -1,7 +1,6 @@
 """One layer during a prefill that holds no more of the prompt than a multiple of the budget."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,14 +8,12 @@ from torch.nn import functional
 
 from sparsight.observe import attention_sums, visible_pairs
 from sparsight.parts import EliteWindow, Evict, check
-from sparsight.parts.observed import Share
 from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt
-from sparsight.ragged import Held
 from sparsight.recipe import Recipe
 
 WINDOW = 32
-"""Newest queries that stand in for the score's own where a prompt is cut before those have come."""
+"""Newest queries that stand in for the score's own until those have come."""
 
 BLOCK_ROWS = 256
 """Queries that attend together, so that no mask is as large as a chunk."""
@@ -65,7 +62,6 @@ class BoundedPrefill(Prefill):
         super().__init__(recipe, prompt, keys, values)
         self.rows: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.allowances = [allowance(bound, recipe.budget, span.length) for span in prompt.spans]
-        self._finished = False
 
     @torch.no_grad()
     def attend_cut(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -110,7 +106,7 @@ class BoundedPrefill(Prefill):
         """Cut every sequence to its allowance, once its newest queries ``[B, H, q, D]`` have been observed."""
         whole = self.seen >= self.prompt.length
         if whole:
-            self.finish()
+            super().finish()
         every = [self.held(row) for row in range(len(self.allowances))]
         excess = [held[0].shape[1] > most for held, most in zip(every, self.allowances, strict=True)]
         if not any(excess):
@@ -143,21 +139,11 @@ class BoundedPrefill(Prefill):
         return self.importance(row, sums)
 
     def finish(self) -> None:
-        """:meth:`Prefill.finish`, which must come before the cut."""
-        if not self._finished:
-            super().finish()
-            self._finished = True
+        """Nothing to do: the last :meth:`cut` has made the scores."""
 
     def held(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`Prefill.held`."""
         return super().held(row) if self.rows is None else self.rows[row]
-
-    def compact(self, shares: Sequence[Share]) -> Held:
-        """:meth:`Prefill.compact`, and note whether that cuts a budget short."""
-        self.cut_short = any(
-            round(share * span.length) > keys.shape[1] for share, span, _, keys, *_ in self._rows(shares)
-        )
-        return super().compact(shares)
 
     @property
     def nbytes(self) -> int:

@@ -27,10 +27,11 @@ class Prefill:
         queries, query_sees: for a score that waits for the whole prompt, its queries (scaled, ``[H, r, D]`` of each
             part of the prompt) and which keys each sees, bool ``[r, T_b]``.
         exact: whether every query saw all of the prompt before it.
-        cut_short: whether more should have stayed than there still was.
+        cut_short: whether :meth:`compact` found fewer entries than were planned.
     """
 
-    exact, cut_short = True, False
+    exact = True
+    cut_short = False
 
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
         self.recipe = recipe
@@ -192,7 +193,9 @@ class Prefill:
     def compact(self, shares: Sequence[Share]) -> Held:
         """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one of a KV head does."""
         rows = list(self._rows(shares))
-        kept = [min(max(1, round(share * span.length)), keys.shape[1]) for share, span, _, keys, *_ in rows]
+        planned = [max(1, round(share * span.length)) for share, span, *_ in rows]
+        kept = [min(count, keys.shape[1]) for count, (*_, keys, _, _) in zip(planned, rows, strict=True)]
+        self.cut_short = kept != planned
         storage = RaggedEntries if self.recipe.allocate.head_wise else Entries
         entries: Held = storage.allocate(kept, self.keys, self.values)
         for row, (_, span, score, keys, values, positions) in enumerate(rows):
