@@ -54,7 +54,7 @@ def own_attention(
         function = AttentionInterface()[name]
     if "flash" in name:
         # transformers finds the flash kernel by the config's name for it.
-        module = _With(module, config=_With(module.config, _attn_implementation=name))
+        module = With(module, config=With(module.config, _attn_implementation=name))
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -103,7 +103,7 @@ def is_plain(module: Any, *states: Tensor, **kwargs: Any) -> bool:
     )
 
 
-class _With:
+class With:
     """An object as it is but for some attributes."""
 
     def __init__(self, target: Any, **attributes: Any) -> None:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsight.attention import is_causal, lease, mark, visible
 from sparsight.bounded import check_bound
 from sparsight.layer import CompressedLayer
-from sparsight.parts import VisualHeads
+from sparsight.parts import VisualHeads, check
 from sparsight.parts.observed import Share, gathered
 from sparsight.prefill import Prefill
 from sparsight.prompt import Prompt, locate
@@ -45,19 +45,29 @@ class CompressedCache(Cache):
             Sparsight, which leaves everything but this cache's own calls to the model's attention.
         recipe: the method and its numbers.
         inputs: what the processor returned for the prompts, as they will be given to ``generate``.
+        max_new_tokens: make room for so many tokens after the prompt, and after each new turn, where their addresses
+            stay: then ``generate`` compiles decoding on a GPU, as it does with transformers' own static cache
+            (see also :func:`sparsight.generate`). Storage grows as it needs to if None.
         prefill_bound: to bound the peak of memory, cut each layer to so many times the budget as soon as it has seen
             the prompt; the outcome is the same, but in layers that were planned more. A prompt that comes in chunks
             (``prefill_chunk_size``) is cut after each of them, which is approximate. The report tells of both.
 
     Raises:
-        ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a
-            batch of prompts (see :func:`sparsight.prompt.locate`), the bound is no number of at least 1, or the recipe
-            merges and there is a bound.
+        ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a batch
+            of prompts (see :func:`sparsight.prompt.locate`), ``max_new_tokens`` is not a positive number, the bound is
+            no number of at least 1, or the recipe merges and there is a bound.
     """
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, inputs: Mapping[str, Any], prefill_bound: float | None = None
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int | None = None,
+        prefill_bound: float | None = None,
     ) -> None:
+        if max_new_tokens is not None:
+            check.count("max_new_tokens", max_new_tokens, least=1)
         if not isinstance(recipe, Recipe):
             raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got {recipe!r}.")
         if prefill_bound is not None:
@@ -67,7 +77,7 @@ class CompressedCache(Cache):
         prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
         layers = DynamicCache(config=language.config).layers
         for index in compressible(language.config):
-            layers[index] = CompressedLayer(recipe, prompt, prefill_bound)
+            layers[index] = CompressedLayer(recipe, prompt, max_new_tokens, prefill_bound)
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if not self.compressed:
@@ -100,6 +110,7 @@ class CompressedCache(Cache):
         """
         first = caches[0]
         for cache in caches:
+            cache._settle()
             if cache._lease is not first._lease or cache.recipe != first.recipe:
                 raise ValueError("Only caches of one model and one recipe can be joined.")
             if any(layer.entries is None or layer.seen != cache.prompt.length for layer in cache.compressed):
@@ -301,8 +312,14 @@ class CompressedCache(Cache):
         """Bytes that the tensors of the cache occupy."""
         return sum(layer_bytes(layer) for layer in self.layers)
 
+    def _settle(self) -> None:
+        """Let the layers take note of tokens that were taken in where addresses stay."""
+        for layer in self.compressed:
+            layer.settle()
+
     def report(self) -> Report:
         """Entries kept and held, sparsity, and bytes against the full cache's."""
+        self._settle()
         compacted = [(layer, layer.entries) for layer in self.compressed if layer.entries is not None]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return Report(

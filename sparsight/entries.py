@@ -1,6 +1,7 @@
 """The entries that one layer holds after compression, in storage of their own size plus room to grow."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ class Entries:
     @writable
     def join(cls, parts: Sequence["Entries"], padding: Sequence[int]) -> "Entries":
         """The sequences of several, one after the other, those of ``parts[i]`` at positions ``padding[i]`` later."""
-        joined = cls.allocate([held for part in parts for held in part.held], parts[0].keys, parts[0].values)
+        joined = cls.allocate([part.used for part in parts for _ in part.held], parts[0].keys, parts[0].values)
+        joined.held = [held for part in parts for held in part.held]
         row = 0
         for part, later in zip(parts, padding, strict=True):
             rows, slots = slice(row, row + len(part.held)), slice(joined.used - part.used, joined.used)
@@ -94,6 +96,19 @@ class Entries:
             added = valid.sum(-1).tolist()
         self.held = [held + new for held, new in zip(self.held, added, strict=True)]
         self.used += count
+
+    def put(self, keys: Tensor, values: Tensor, position: int, slots: Sequence[int], grown: Sequence[bool]) -> None:
+        """:meth:`overwrite`, the same slot in all KV heads of a sequence."""
+        slot = slots[0]
+        if any(other != slot for other in slots):
+            by_head = torch.tensor(slots, device=keys.device)[:, None].expand(-1, self.heads)
+            self.overwrite(keys, values, position, by_head, grown)
+            return
+        self.held = [held + new for held, new in zip(self.held, grown, strict=True)]
+        self.keys[:, :, slot] = keys[:, :, 0]
+        self.values[:, :, slot] = values[:, :, 0]
+        self.positions[:, :, slot] = position
+        self.used = max(self.used, slot + 1)
 
     def overwrite(self, keys: Tensor, values: Tensor, position: int, slots: Tensor, grown: Sequence[bool]) -> None:
         """Write one entry a sequence, ``[B, H_kv, 1, D]``, to its slot ``[B, H_kv]``; it was vacant where ``grown``."""
@@ -154,6 +169,51 @@ class Entries:
         ]
         return torch.stack(found)
 
+    @property
+    def ends(self) -> list[int]:
+        """Slots of each sequence up to the last one in use."""
+        return [self.used] * len(self.held)
+
+    @property
+    def flat_positions(self) -> Tensor:
+        """The positions of all slots, one after the other."""
+        return self.positions.view(-1)
+
+    def settle(self, held: list[int], ends: list[int]) -> None:
+        """Take note of entries that were written without this object, and of the slots that are in use now."""
+        self.held, self.used = held, max(ends)
+
+    def rows(self) -> Tensor:
+        """First slot of each KV head of each sequence, all slots counted, and slots in use, ``[2, B * H_kv]``."""
+        count, capacity = len(self.held) * self.heads, self.keys.shape[2]
+        places = [list(range(0, count * capacity, capacity)), [self.used] * count]
+        return torch.tensor(places, device=self.keys.device)
+
+    def whole(self) -> "Entries":
+        """The same entries with all slots in use, so that what is in them is all that tells which are vacant."""
+        entries = Entries(self.keys, self.values, self.positions, [0] * len(self.held))
+        entries.used = self.positions.shape[2]
+        return entries
+
+    def replace(self, row: int, other: Any) -> None:
+        """Put the only sequence of ``other`` in the place of one of these, whose neighbours are not touched.
+
+        Raises:
+            ValueError: it has more slots than these.
+        """
+        slots = other.keys.shape[2]
+        if slots > self.keys.shape[2]:
+            raise ValueError(
+                f"A sequence with {slots} slots does not fit in the place of one with {self.keys.shape[2]}."
+            )
+        self.clear(row)
+        self.keys[row, :, :slots], self.values[row, :, :slots] = other.keys[0], other.values[0]
+        self.positions[row, :, :slots] = other.positions[0]
+
+    def clear(self, row: int) -> None:
+        """Drop all entries of a sequence, whose neighbours are not touched."""
+        self.positions[row] = VACANT
+
     def rows_of(self, index: Tensor) -> Tensor:
         """The rows of the sequences at ``index``: each sequence is one."""
         return index
@@ -174,7 +234,7 @@ class Entries:
             ``[B, H, q, D]``.
         """
         if query.shape[2] == 1 and kernels.usable(query, self.keys, self.values):
-            return kernels.attend(query, self.keys, self.values, self.positions, *self._rows(), scaling)
+            return kernels.attend(query, *self.tensors, self.rows(), self.used, scaling)
         keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
         mask = self._mask(query, recent_mask)
         output = functional.scaled_dot_product_attention(self._pack(query), keys, values, attn_mask=mask, scale=scaling)
@@ -201,11 +261,6 @@ class Entries:
             weights = weights * tokens[..., None]
         got = weights.sum(2) * self.heads / query.shape[1]
         return output, functional.pad(got, (0, self.positions.shape[2] - self.used))
-
-    def _rows(self) -> tuple[list[int], list[int]]:
-        """First slot of each KV head of each sequence, all slots counted, and how many are in use."""
-        rows, capacity = len(self.held) * self.heads, self.keys.shape[2]
-        return list(range(0, rows * capacity, capacity)), [self.used] * rows
 
     def _pack(self, query: Tensor) -> Tensor:
         """Queries ``[B, H_kv, G * q, D]``: the query heads of a group are rows of one KV head, no key is repeated."""
@@ -239,6 +294,11 @@ class Entries:
         return self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where everything lies."""
+        return self.keys, self.values, self.positions
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values, self.positions))
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)

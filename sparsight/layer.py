@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention import is_plain, own_attention, visible
 from sparsight.bounded import BoundedPrefill, check_cuts
+from sparsight.fixed import FixedEntries
 from sparsight.parts import Grow, HeavyHitter
 from sparsight.parts.observed import Share
 from sparsight.prefill import Prefill
@@ -25,6 +26,7 @@ class CompressedLayer(CacheLayerMixin):
         seen: tokens seen, padding included; positions follow it.
         prefill: the prompt so far, until it is compacted.
         entries: what is held from then on.
+        fixed: the same with addresses that stay, if there is room for a known number of tokens.
         kept: how many prompt entries each row of the entries kept.
         exact: whether every token of the prompt saw all of those before it.
         cut_short: whether the prefill's bound left fewer entries than were planned.
@@ -32,10 +34,9 @@ class CompressedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, recipe: Recipe, prompt: Prompt, bound: float | None = None) -> None:
+    def __init__(self, recipe: Recipe, prompt: Prompt, room: int | None = None, bound: float | None = None) -> None:
         super().__init__()
-        self.recipe = recipe
-        self.bound = bound
+        self.recipe, self.room, self.bound = recipe, room, bound
         self.start(prompt)
 
     @classmethod
@@ -44,7 +45,7 @@ class CompressedLayer(CacheLayerMixin):
 
         ``prompt`` is all of theirs, with ``padding[i]`` more tokens in front of those of ``layers[i]``.
         """
-        joined = cls(layers[0].recipe, prompt, layers[0].bound)
+        joined = cls(layers[0].recipe, prompt, layers[0].room, layers[0].bound)
         joined.exact = all(layer.exact for layer in layers)
         joined.cut_short = any(layer.cut_short for layer in layers)
         joined.seen, joined.is_initialized = prompt.length, True
@@ -54,6 +55,7 @@ class CompressedLayer(CacheLayerMixin):
         if layers[0].ring is not None:
             rings = [layer.ring for layer in layers]
             joined.ring = type(layers[0].ring).join(rings, parts, padding, joined.entries, prompt.length)
+        joined._fix()
         return joined
 
     def start(self, prompt: Prompt) -> None:
@@ -62,8 +64,9 @@ class CompressedLayer(CacheLayerMixin):
         self.seen = 0
         self.prefill: Prefill | None = None
         self.entries: Held | None = None
+        self.fixed: FixedEntries | None = None
         self.kept: list[int] = []
-        self.ring: Ring | None = None
+        self.ring: Ring | HeavyHitters | None = None
         self.record_past = False
         self.exact, self.cut_short = True, False
         # Some models ask whether their prompt's prefix has been seen.
@@ -124,6 +127,17 @@ class CompressedLayer(CacheLayerMixin):
             kind = HeavyHitters if isinstance(rule, HeavyHitter) else Ring
             self.ring = kind(rule, by_row, padding)
             self.ring.start(self.entries, prefill, self.seen)
+        self._fix()
+
+    def _fix(self) -> None:
+        """Make room for the tokens to come, if their number is known, where addresses stay."""
+        if self.room is not None and self.entries is not None:
+            self.fixed = FixedEntries(self.entries, self.ring, self.seen, self.room)
+
+    def settle(self) -> None:
+        """Take note of the tokens that were taken in where addresses stay."""
+        if self.fixed is not None:
+            self.seen = self.fixed.settle()
 
     def attend_held(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None
@@ -132,6 +146,10 @@ class CompressedLayer(CacheLayerMixin):
         assert self.entries is not None
         key, value = key.detach(), value.detach()
         count = key.shape[2]
+        if self.fixed is not None and count == 1:
+            self.fixed.take_in(key, value)
+            return self.fixed.attend(query, scaling)
+        self.settle()
         position, self.seen = self.seen, self.seen + count
         # A single token sees everything; of a new turn, the last token sees every other but padding.
         mask = _recent_mask(attention_mask) if count > 1 else None
@@ -142,9 +160,12 @@ class CompressedLayer(CacheLayerMixin):
             self.entries.append(key, value, position, None if mask is None else mask[:, 0, -1])
             if self.ring is not None:
                 self.ring.add_turn(self.entries, before, count, self.seen)
-        if self.ring is not None:
-            return self.ring.attend(self.entries, query, mask, scaling)
-        return self.entries.attend(query, mask, scaling)
+        if self.ring is None:
+            output = self.entries.attend(query, mask, scaling)
+        else:
+            output = self.ring.attend(self.entries, query, mask, scaling)
+        self._fix()
+        return output
 
     # What generation strategies ask of a cache
 
@@ -177,6 +198,7 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}.")
         if not self.is_croppable:
             self._refuse_crop()
+        self.settle()
         added = self.seen - self.prompt.length
         if self.entries is None or count > added:
             raise ValueError(
@@ -184,6 +206,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         self.entries.drop_newest(count)
         self.seen -= count
+        self._fix()
 
     def _refuse_crop(self) -> NoReturn:
         raise ValueError(
@@ -200,22 +223,33 @@ class CompressedLayer(CacheLayerMixin):
         if self.prefill is not None:
             raise ValueError("The sequences of a cache cannot be reordered before it has seen the whole prompt.")
         self.prompt = prompt
+        self.settle()
         if self.entries is not None:
             rows = self.entries.rows_of(index)
             self.entries.select_rows(rows)
             self.kept = [self.kept[row] for row in rows.tolist()]
             if self.ring is not None:
                 self.ring.select_rows(rows)
+            self._fix()
 
-    def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self.seen
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether decoding one token can be recorded and replayed: addresses stay."""
+        return self.room is not None
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, as a tensor where addresses stay, so that it may be recorded."""
+        return self.seen if self.fixed is None else self.fixed.position.amax()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask that transformers builds: once entries went it is about the new tokens only."""
-        cut = isinstance(self.prefill, BoundedPrefill) and self.prefill.rows is not None
-        offset = self.seen if cut or self.entries is not None else 0
-        return self.seen + query_length - offset, offset
+        if self.entries is None:
+            cut = isinstance(self.prefill, BoundedPrefill) and self.prefill.rows is not None
+            return (query_length, self.seen) if cut else (self.seen + query_length, 0)
+        if self.fixed is not None and torch.compiler.is_compiling():
+            # The mask of a single token is not looked at, and may not hang on a number that changes.
+            return query_length, 0
+        return query_length, int(self.get_seq_length())
 
     def get_max_length(self) -> int:
         """No maximum."""

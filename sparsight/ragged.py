@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,10 @@ class RaggedEntries:
         self.held = [held + more for held, more in zip(self.held, added, strict=True)]
         self.used = [used + count for used in self.used]
 
+    def put(self, keys: Tensor, values: Tensor, position: int, slots: Sequence[int], grown: Sequence[bool]) -> None:
+        """:meth:`overwrite` of slots that are known on the host."""
+        self.overwrite(keys, values, position, torch.tensor(slots, device=keys.device)[:, None], grown)
+
     def overwrite(self, keys: Tensor, values: Tensor, position: int, slots: Tensor, grown: Sequence[bool]) -> None:
         """Write one entry a row, ``[B, H_kv, 1, D]``, to its slot ``[R, 1]``; it was vacant where ``grown``."""
         self.held = [held + new for held, new in zip(self.held, grown, strict=True)]
@@ -141,7 +146,7 @@ class RaggedEntries:
     def attend(self, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
         """:meth:`Entries.attend`, row by row where no kernel takes all of them."""
         if query.shape[2] == 1 and kernels.usable(query, self.keys, self.values):
-            return kernels.attend(query, self.keys, self.values, self.flat_positions, self.starts, self.used, scaling)
+            return kernels.attend(query, *self.tensors, self.rows(), max(self.used), scaling)
         rows = [self._row(row).attend(*self._asked(row, query, recent_mask), scaling) for row in range(len(self.held))]
         return torch.cat(rows).reshape(*query.shape[:-1], -1)
 
@@ -156,6 +161,43 @@ class RaggedEntries:
         got = pad_sequence([told.flatten() for _, told in rows], batch_first=True)
         got = functional.pad(got, (0, max(self.capacities) - got.shape[1]))
         return torch.cat([output for output, _ in rows]).reshape(*query.shape[:-1], -1), got[:, None]
+
+    @property
+    def ends(self) -> list[int]:
+        """Slots of each row up to the last one in use."""
+        return self.used
+
+    def settle(self, held: list[int], ends: list[int]) -> None:
+        """:meth:`Entries.settle`."""
+        self.held, self.used = held, ends
+
+    def rows(self) -> Tensor:
+        """First slot of each row, and how many are in use, ``[2, R]``."""
+        return torch.tensor([self.starts, self.used], device=self.keys.device)
+
+    def whole(self) -> Entries:
+        """The same entries, by sequence and KV head, with vacant slots behind the shorter rows."""
+        by_row = [pad_sequence(each.split(self.capacities), batch_first=True) for each in (self.keys, self.values)]
+        keys, values = (each.unflatten(0, (-1, self.heads)) for each in by_row)
+        positions = self.positions.view(keys.shape[:3])
+        return Entries(keys, values, positions, [0] * len(positions)).whole()
+
+    def replace(self, sequence: int, other: Any) -> None:
+        """:meth:`Entries.replace`; every row must fit."""
+        rows = slice(sequence * self.heads, (sequence + 1) * self.heads)
+        more, own = other.capacities, self.capacities[rows]
+        if any(slots > room for slots, room in zip(more, own, strict=True)):
+            raise ValueError(f"A sequence with {more} slots does not fit in the place of one with {own}.")
+        self.clear(sequence)
+        for start, own_start, slots in zip(other.starts, self.starts[rows], more, strict=True):
+            theirs, ours = slice(start, start + slots), slice(own_start, own_start + slots)
+            self.keys[ours], self.values[ours] = other.keys[theirs], other.values[theirs]
+            self.flat_positions[ours] = other.flat_positions[theirs]
+
+    def clear(self, sequence: int) -> None:
+        """:meth:`Entries.clear`."""
+        for row in range(sequence * self.heads, (sequence + 1) * self.heads):
+            self.flat_positions[self.starts[row] : self.starts[row] + self.capacities[row]] = VACANT
 
     def rows_of(self, index: Tensor) -> Tensor:
         """The rows of the sequences at ``index``."""
@@ -177,9 +219,14 @@ class RaggedEntries:
         return len(self.held) * (self.keys[0].nbytes + self.values[0].nbytes)
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where everything lies."""
+        return self.keys, self.values, self.flat_positions
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values, self.flat_positions))
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     def _lay_out(self, capacities: list[int]) -> None:
         """Note how many slots each row has."""

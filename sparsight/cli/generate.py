@@ -56,7 +56,7 @@ def generate(
     if compare:
         # Neither of the two runs shall be the one that warms up.
         answer(ready, DynamicCache(), 1, prefill_chunk)
-    cache = CompressedCache(ready.model, chosen, ready.inputs, prefill_bound)
+    cache = CompressedCache(ready.model, chosen, ready.inputs, prefill_bound=prefill_bound)
     compressed = answer(ready, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
     report = cache.report()
     result = describe(compressed, report, report.kept_per_layer(), report.bytes_held)

@@ -3,7 +3,6 @@
 Triton is imported when a kernel is first called.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -39,14 +38,15 @@ def attend(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
+    rows: Tensor,
+    longest: int,
     scaling: float | None,
 ) -> Tensor:
-    """:func:`sparsight.kernels.decode.attend`."""
+    """:func:`sparsight.kernels.decode.attend`; ``scaling`` is ``D ** -0.5`` if None."""
     from sparsight.kernels import decode
 
-    return decode.attend(query, keys, values, positions, starts, lengths, scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return decode.attend(query, keys, values, positions, rows, longest, scaling)
 
 
 @cache

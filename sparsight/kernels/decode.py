@@ -4,8 +4,6 @@ Every row's entries are split among several programs, whose results are then put
 Massa, Sizov, 2023).
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -15,14 +13,16 @@ PROGRAMS = 512
 """Programs that fill a GPU: rows are split until there are as many."""
 
 
+# An operation of its own, so that torch.compile takes it as it is.
+@torch.library.custom_op("sparsight::attend", mutates_args=())
 def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    scaling: float | None,
+    rows: Tensor,
+    longest: int,
+    scaling: float,
 ) -> Tensor:
     """Attention of the newest token, already taken in, over all entries held.
 
@@ -33,26 +33,25 @@ def attend(
         keys: the rows' slots one after the other, ``[..., D]``, contiguous.
         values: the same, of any size.
         positions: int32, one for each slot, -1 where it is vacant.
-        starts: first slot of each row.
-        lengths: slots of each row that are in use; at least one of them is not vacant.
-        scaling: factor of the logits, ``D ** -0.5`` if None.
+        rows: int64 ``[2, R]``, each row's first slot, and how many are in use; at least one of them is not vacant.
+        longest: no row has more slots in use.
+        scaling: factor of the logits.
 
     Returns:
         ``[B, H, 1, D]``.
     """
     batch, heads, _, size = query.shape
-    rows, value_size = len(starts), values.shape[-1]
-    group = batch * heads // rows
+    count, value_size = rows.shape[1], values.shape[-1]
+    group = batch * heads // count
     slots = 64 if max(size, value_size) <= 128 and keys.dtype != torch.float32 else 32
-    blocks = triton.cdiv(max(lengths), slots)
-    splits = min(blocks, triton.cdiv(PROGRAMS, rows))
-    places = torch.tensor([starts, lengths], device=query.device)
-    outputs = torch.empty(splits, rows, group, value_size, device=query.device)
-    normalisers = torch.empty(splits, rows, group, device=query.device)
+    blocks = triton.cdiv(longest, slots)
+    splits = min(blocks, triton.cdiv(PROGRAMS, count))
+    outputs = torch.empty(splits, count, group, value_size, device=query.device)
+    normalisers = torch.empty(splits, count, group, device=query.device)
     with torch.cuda.device_of(query):
-        _attend_split[(rows, splits)](
+        _attend_split[(count, splits)](
             query.contiguous(), keys.view(-1, size), values.view(-1, value_size), positions.view(-1),
-            places[0], places[1], outputs, normalisers, size**-0.5 if scaling is None else scaling,
+            rows[0], rows[1], outputs, normalisers, scaling,
             group, size, value_size, triton.cdiv(blocks, splits),
             GROUP=max(16, triton.next_power_of_2(group)), SLOTS=slots,
             SIZE=max(16, triton.next_power_of_2(size)), VALUE_SIZE=max(16, triton.next_power_of_2(value_size)),
@@ -61,6 +60,12 @@ def attend(
     weights = (normalisers - normalisers.logsumexp(0)).exp()
     output = (outputs * weights[..., None]).sum(0)
     return output.to(query.dtype).view(batch, heads, 1, value_size)
+
+
+@attend.register_fake
+def _(query: Tensor, keys: Tensor, values: Tensor, *_rest: object) -> Tensor:
+    """The shape of the result."""
+    return query.new_empty(*query.shape[:-1], values.shape[-1])
 
 
 @triton.jit

@@ -116,7 +116,7 @@ def slot_to_write(positions: Tensor, fixed_positions: Tensor, grow: Tensor) -> T
     return torch.where(grow[:, None], first_vacant(positions), oldest.argmin(-1))
 
 
-def slot_of_lowest(positions: Tensor, scores: Tensor, recent_positions: Tensor, grow: Tensor) -> Tensor:
+def slot_of_lowest(positions: Tensor, scores: Tensor, recent: Tensor, grow: Tensor) -> Tensor:
     """Slot that a new entry takes under :class:`HeavyHitter`.
 
     Sequences that may grow take their first vacant slot, the others overwrite the entry with the lowest score of those
@@ -125,13 +125,15 @@ def slot_of_lowest(positions: Tensor, scores: Tensor, recent_positions: Tensor, 
     Args:
         positions: ``[B, H_kv, capacity]``, the position of each slot's entry, -1 where it is vacant.
         scores: ``[B, H_kv, capacity]``, the attention that each slot's entry got.
-        recent_positions: ``[B, H_kv]``, the position of the oldest recent entry.
+        recent: int64 ``[B]``, how many entries are recent, at least one.
         grow: bool ``[B]``.
 
     Returns:
         int64 ``[B, H_kv]``.
     """
-    may_go = (positions >= 0) & (positions < recent_positions[..., None])
+    # In order of position vacant slots come first.
+    begin = (positions.shape[-1] - recent)[:, None, None].expand(*positions.shape[:2], 1)
+    may_go = (positions >= 0) & (positions < positions.sort(-1).values.gather(-1, begin))
     return torch.where(grow[:, None], first_vacant(positions), torch.where(may_go, scores, torch.inf).argmin(-1))
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from sparsight import kernels
 from sparsight.entries import Entries
 from sparsight.ragged import RaggedEntries
 from tests.kernels.conftest import DEVICE
@@ -19,12 +20,9 @@ TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2), torch.fl
 
 def held(entries, query, scaling=0.3):
     """What the kernel and torch say for the same entries, on the CPU."""
-    if isinstance(entries, RaggedEntries):
-        rows, positions = (entries.starts, entries.used), entries.flat_positions
-    else:
-        rows, positions = entries._rows(), entries.positions
-    states = (each.to(DEVICE) for each in (query, entries.keys, entries.values, positions))
-    return kernel.attend(*states, *rows, scaling).cpu(), entries.attend(query, None, scaling)
+    rows = entries.rows()
+    states = (each.to(DEVICE) for each in (query, *entries.tensors, rows))
+    return kernels.attend(*states, int(rows[1].max()), scaling).cpu(), entries.attend(query, None, scaling)
 
 
 def check(pair):

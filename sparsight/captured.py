@@ -1,0 +1,110 @@
+"""Decoding as a CUDA graph: the host asks the GPU for a whole token at once."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from sparsight.attention import With
+from sparsight.cache import CompressedCache
+from sparsight.recipe import Recipe
+
+
+def generate(
+    model: PreTrainedModel, inputs: Mapping[str, Any], recipe: Recipe, *, max_new_tokens: int = 100, **options: Any
+) -> Any:
+    """Answer through a compressed cache, on a GPU with decode steps that are recorded once and replayed.
+
+    It is ``model.generate(**inputs, past_key_values=CompressedCache(model, recipe, inputs), ...)``, with the same
+    tokens::
+
+        tokens = sparsight.generate(model, inputs, VLCache(budget=0.1), max_new_tokens=100)
+
+    Models with layers that are bounded already (a sliding window, linear attention), models that are spread over
+    several devices, and other devices decode as ever.
+
+    Args:
+        model: an unmodified transformers model.
+        inputs: what the processor returned for the prompts.
+        recipe: the method and its numbers.
+        max_new_tokens: the longest answer.
+        options: further arguments of ``model.generate``.
+
+    Returns:
+        What ``model.generate`` returns: token ids ``[B, T + n]``, the prompts' included; with
+        ``return_dict_in_generate=True`` the cache is its ``past_key_values``, whose ``report()`` tells what was held.
+
+    Raises:
+        ValueError: the cache or ``model.generate`` refuse their arguments, or they ask for beams or an assistant on a
+            GPU, which go through ``model.generate`` and a :class:`CompressedCache`.
+    """
+    room = max_new_tokens if is_gpu(model.device) else None
+    cache = CompressedCache(model, recipe, inputs, room)
+    if cache.is_compileable:
+        # transformers does not hand a streamer on to a function of one's own.
+        options["custom_generate"] = partial(_sample, streamer=options.get("streamer"))
+    answer: Any = model.generate
+    return answer(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether steps can be recorded on a device."""
+    return device.type == "cuda"
+
+
+class DecodeStep:
+    """A model's pass over one new token of every sequence, recorded the second time and replayed from then on.
+
+    The first time shows the device all that must not happen for the first time while a graph is recorded. What is
+    returned is overwritten by the next call.
+
+    Args:
+        model: a model that a :class:`CompressedCache` was made for, with ``max_new_tokens``, so that addresses stay.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._warm = False
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What ``model(**inputs)`` returns, where ``inputs`` have the same names and shapes every time."""
+        # What can be seen the cache's entries tell. A mask would grow with every token, and without one the model makes
+        # its own, unless it has as many dimensions as that.
+        inputs["attention_mask"] = inputs["input_ids"].new_ones(len(inputs["input_ids"]), 1, 1, 1, dtype=torch.bool)
+        if not self._warm:
+            self._warm = True
+            return self.model(**inputs)
+        tensors = {name: each for name, each in inputs.items() if isinstance(each, Tensor)}
+        if self._replay is None:
+            self._inputs = {name: each.clone() for name, each in tensors.items()}
+            self._replay, self._output = record(partial(self.model, **(inputs | self._inputs)))
+        for name, each in tensors.items():
+            self._inputs[name].copy_(each)
+        self._replay()
+        return self._output
+
+
+def record(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """A CUDA graph of a step, which does not run meanwhile: how to run it, and what it will write its results to."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    return graph.replay, output
+
+
+def _sample(
+    model: Any, input_ids: Tensor, *, generation_config: GenerationConfig, streamer: Any = None, **arguments: Any
+) -> Any:
+    """The loop of ``model.generate``, with a :class:`DecodeStep` where it would compile the model."""
+    if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            "sparsight.generate takes the likeliest token or draws one: for beams and assistants give "
+            "model.generate(...) a CompressedCache."
+        )
+    stepping = With(model, get_compiled_call=lambda config: DecodeStep(model))
+    return type(model)._sample(stepping, input_ids, generation_config=generation_config, streamer=streamer, **arguments)
