@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, TextStreamer
 
+from sparsight.captured import recorded
 from sparsight.cli.ready import Ready
 from sparsight.eval.metrics import same_tokens
 
@@ -40,6 +41,7 @@ def answer(ready: Ready, cache: Cache, max_new_tokens: int, on_text: Callable[[s
         do_sample=False,
         num_beams=1,
         streamer=stream,
+        **recorded(cache, stream),
     )
     tokens = tuple(output[0, ready.inputs["input_ids"].shape[1] :].tolist())
     return Answer(

@@ -9,6 +9,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from sparsight.cache import CompressedCache
+from sparsight.captured import room
 from sparsight.cli import options
 from sparsight.cli.answer import Answer, agreement, answer
 from sparsight.cli.chosen import chosen_recipe
@@ -42,7 +43,7 @@ def generate(
     if compare:
         # Neither of the two runs shall be the one that warms up.
         answer(ready, DynamicCache(), 1)
-    cache = CompressedCache(ready.model, chosen, ready.inputs)
+    cache = CompressedCache(ready.model, chosen, ready.inputs, room(ready.model, max_new_tokens))
     compressed = answer(ready, cache, max_new_tokens, None if as_json else _write)
     report = cache.report()
     result = describe(compressed, report, report.kept_per_layer(), report.bytes_held)
