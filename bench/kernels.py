@@ -28,6 +28,7 @@ from transformers import DynamicCache
 from sparsight.bench import machine
 from sparsight.bench.shapes import SHAPES, random_inputs, random_model
 from sparsight.cache import CompressedCache
+from sparsight.captured import DecodeStep
 from sparsight.ragged import RaggedEntries
 from sparsight.recipes import recipe
 
@@ -124,23 +125,25 @@ def storage(held: list[int], like: Tensor) -> RaggedEntries:
 
 
 def launch_counts(device: torch.device) -> list[dict[str, Any]]:
-    """Launches of a prefill and of one further token, for plain transformers and methods."""
+    """Launches of a prefill, of one further token, and for methods of one that is replayed."""
     model = random_model(SHAPES["small"], device, torch.bfloat16)
     inputs = random_inputs(model, PROMPT, 1)
+    prompt, token = inputs["input_ids"], inputs["input_ids"][:, :1]
     found = []
     for method in (None, *METHODS):
+        chosen = None if method is None else recipe(method, **({} if method == "full" else {"budget": BUDGET}))
         counts = {}
         for _ in range(2):
             # The first time kernels are compiled.
-            cache: Any = (
-                DynamicCache(config=model.config)
-                if method is None
-                else CompressedCache(
-                    model, recipe(method) if method == "full" else recipe(method, budget=BUDGET), inputs
-                )
-            )
-            for stage, tokens in (("prefill", inputs["input_ids"]), ("decode", inputs["input_ids"][:, :1])):
+            cache: Any = CompressedCache(model, chosen, inputs) if chosen else DynamicCache(config=model.config)
+            for stage, tokens in (("prefill", prompt), ("decode", token)):
                 _, counts[stage] = watched(partial(model, input_ids=tokens, past_key_values=cache, logits_to_keep=1))
+        if chosen:
+            cache = CompressedCache(model, chosen, inputs, max_new_tokens=3)
+            model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
+            step = DecodeStep(model)
+            for _ in range(3):
+                _, counts["replayed"] = watched(partial(step, input_ids=token, past_key_values=cache, logits_to_keep=1))
         found.append({"method": method or "transformers", "layers": model.config.num_hidden_layers, **counts})
     return found
 
@@ -175,10 +178,10 @@ def show(found: dict[str, Any]) -> None:
         speed = f"{case['bytes'] / case['kernel_seconds'] / 1e9:,.0f}"
         table.add_row(*sizes, *times, speed, f"{case['of_bandwidth']:.1%}", f"{case['launches_per_layer']:g}")
     launches = Table(title=f"Launches, {found['launches'][0]['layers']} layers, {PROMPT} tokens")
-    for column in ("", "prefill", "a token"):
+    for column in ("", "prefill", "a token", "replayed"):
         launches.add_column(column, justify="right" if column else "left")
     for row in found["launches"]:
-        launches.add_row(row["method"], str(row["prefill"]), str(row["decode"]))
+        launches.add_row(row["method"], *(str(row.get(stage, "")) for stage in ("prefill", "decode", "replayed")))
     Console().print(table, launches)
 
 

@@ -215,8 +215,11 @@ def of_kernels(kernels: Mapping[str, Any]) -> Iterator[str]:
     yield table(header, rows)
     layers = kernels["launches"][0]["layers"]
     yield table(
-        [f"launches, {layers} layers", "prefill", "a token"],
-        [[row["method"], str(row["prefill"]), str(row["decode"])] for row in kernels["launches"]],
+        [f"launches, {layers} layers", "prefill", "a token", "replayed"],
+        [
+            [row["method"], *(str(row.get(stage, "")) for stage in ("prefill", "decode", "replayed"))]
+            for row in kernels["launches"]
+        ],
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from sparsight.attention import With
@@ -42,18 +42,23 @@ def generate(
         ValueError: the cache or ``model.generate`` refuse their arguments, or they ask for beams or an assistant on a
             GPU, which go through ``model.generate`` and a :class:`CompressedCache`.
     """
-    room = max_new_tokens if is_gpu(model.device) else None
-    cache = CompressedCache(model, recipe, inputs, room)
-    if cache.is_compileable:
-        # transformers does not hand a streamer on to a function of one's own.
-        options["custom_generate"] = partial(_sample, streamer=options.get("streamer"))
+    cache = CompressedCache(model, recipe, inputs, room(model, max_new_tokens))
+    options |= recorded(cache, options.get("streamer"))
     answer: Any = model.generate
     return answer(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
 
 
-def is_gpu(device: torch.device) -> bool:
-    """Whether steps can be recorded on a device."""
-    return device.type == "cuda"
+def room(model: PreTrainedModel, tokens: int) -> int | None:
+    """``max_new_tokens`` of a cache: so many where decode steps can be recorded, None elsewhere."""
+    return tokens if model.device.type == "cuda" else None
+
+
+def recorded(cache: Cache, streamer: Any = None) -> dict[str, Any]:
+    """Arguments of ``model.generate`` with which a cache's decode steps are recorded, if they can be."""
+    if not (isinstance(cache, CompressedCache) and cache.is_compileable):
+        return {}
+    # transformers does not hand a streamer on to a function of one's own.
+    return {"custom_generate": partial(_sample, streamer=streamer)}
 
 
 class DecodeStep:

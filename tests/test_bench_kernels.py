@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bench import kernels
+from sparsight import captured
 from sparsight.bench import machine
+from tests import recorder
 from tests.bench.conftest import TINY
 
 
@@ -52,6 +54,7 @@ def test_all_that_is_measured_can_be_shown(monkeypatch: pytest.MonkeyPatch, caps
     # Without a GPU to watch, work takes a millisecond and seven launches.
     watched = []
     monkeypatch.setattr(kernels, "watched", lambda work: watched.append(work()) or (1e-3, 7))
+    monkeypatch.setattr(captured, "record", recorder.record)
     monkeypatch.setitem(kernels.SHAPES, "small", TINY)
     monkeypatch.setattr(machine, "COPIED_BYTES", {"cpu": 2**16})
     for name, value in {"MODELS": ("small",), "CONTEXTS": (80,), "BATCHES": (1, 2), "PROMPT": 150}.items():
@@ -63,7 +66,9 @@ def test_all_that_is_measured_can_be_shown(monkeypatch: pytest.MonkeyPatch, caps
     assert one["of_bandwidth"] == pytest.approx(one["bytes"] / 1e-3 / one["copy_bandwidth"])
     assert one["launches_per_layer"] == 7 / 3
     assert [row["method"] for row in found["launches"]] == ["transformers", *kernels.METHODS]
-    assert len(watched) == 2 * kernels.ROUNDS + 4 * len(found["launches"])
+    # Twice a prefill and a token, and for methods three more tokens, the last of which is replayed.
+    assert len(watched) == 2 * kernels.ROUNDS + 4 + 7 * len(kernels.METHODS)
+    assert ["replayed" in row for row in found["launches"]] == [False] + [True] * len(kernels.METHODS)
     kernels.show(found)
     shown = capsys.readouterr().out
     assert "Ragged decode kernel" in shown and "snapkv" in shown

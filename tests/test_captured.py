@@ -40,7 +40,7 @@ def recorded(monkeypatch):
 def through_steps(tiny, chosen, given, tokens=TOKENS):
     """Logits of an answer whose steps are recorded."""
     cache = CompressedCache(tiny, chosen, given, max_new_tokens=tokens)
-    return logits(tiny, given, tokens, past_key_values=cache, custom_generate=captured._sample)
+    return logits(tiny, given, tokens, past_key_values=cache, **captured.recorded(cache))
 
 
 @on_the_cpu
@@ -112,7 +112,7 @@ class Pieces(TextStreamer):
 @on_the_cpu
 def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    monkeypatch.setattr(captured, "is_gpu", lambda device: True)
+    monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
     streamer = Pieces()
     tokens = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, do_sample=False, streamer=streamer)
     assert streamer.tokens == tokens[0].tolist()
@@ -122,6 +122,6 @@ def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
 @on_the_cpu
 def test_beams_are_refused_where_steps_are_recorded(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    monkeypatch.setattr(captured, "is_gpu", lambda device: True)
+    monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
     with pytest.raises(ValueError, match="for beams and assistants"):
         sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, num_beams=2)

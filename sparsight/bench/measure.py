@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 from sparsight.bench import machine
 from sparsight.bench.machine import Stopwatch
 from sparsight.cache import CompressedCache, layer_bytes
+from sparsight.captured import DecodeStep, recorded
 from sparsight.prefill import Prefill
 
 
@@ -52,11 +53,13 @@ def measure(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens:
     peak_known = machine.reset_peak(device)
     observing, compacting = Stopwatch(device), Stopwatch(device)
     with _watched(Prefill, "observe", observing), _watched(CompressedCache, "_compact", compacting):
-        first_token, token = _step(model, input_ids, cache)
+        first_token, token = _step(model, device, input_ids, cache)
     held, entries = _bytes(cache)
     seconds = []
+    # What a GPU can record, as sparsight.generate does.
+    decode: Callable[..., Any] = DecodeStep(model) if recorded(cache) else model
     for _ in range(new_tokens - 1):
-        taken, token = _step(model, token, cache)
+        taken, token = _step(decode, device, token, cache)
         seconds.append(taken)
     return Sample(
         first_token,
@@ -70,12 +73,12 @@ def measure(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens:
     )
 
 
-def _step(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> tuple[float, Tensor]:
+def _step(model: Callable[..., Any], device: torch.device, tokens: Tensor, cache: Cache) -> tuple[float, Tensor]:
     """Seconds of one pass through the model, and the next token of each sequence ``[B, 1]``."""
-    machine.synchronize(model.device)
+    machine.synchronize(device)
     start = time.perf_counter()
     token = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
-    machine.synchronize(model.device)
+    machine.synchronize(device)
     return time.perf_counter() - start, token
 
 

@@ -13,6 +13,7 @@ from sparsight.bench.kvpress import CannotRun, Kvpress
 from sparsight.bench.measure import Sample, measure
 from sparsight.bench.shapes import random_inputs
 from sparsight.cache import CompressedCache
+from sparsight.captured import room
 from sparsight.recipe import Recipe
 
 TRANSFORMERS = "transformers"
@@ -147,7 +148,9 @@ def _sample(cell: Cell, model: PreTrainedModel, new_tokens: int, kvpress: Kvpres
         with machine.lent(model.device):
             return kvpress.measure(cell.budget, cell.context, cell.batch, new_tokens, needed)
     inputs = random_inputs(model, cell.prompt_tokens, cell.batch)
-    cache: Cache = CompressedCache(model, cell.recipe, inputs) if cell.recipe else DynamicCache(config=config)
+    cache: Cache = DynamicCache(config=config)
+    if cell.recipe:
+        cache = CompressedCache(model, cell.recipe, inputs, room(model, new_tokens))
     try:
         return measure(model, inputs["input_ids"], cache, new_tokens)
     except RuntimeError as error:

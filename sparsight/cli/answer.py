@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, TextStreamer
 
+from sparsight.captured import recorded
 from sparsight.cli.ready import Ready
 from sparsight.eval.metrics import same_tokens
 
@@ -50,6 +51,7 @@ def answer(
         num_beams=1,
         prefill_chunk_size=prefill_chunk,
         streamer=stream,
+        **recorded(cache, stream),
     )
     tokens = tuple(output[0, ready.inputs["input_ids"].shape[1] :].tolist())
     return Answer(

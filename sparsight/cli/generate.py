@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from sparsight.bounded import check_bound
 from sparsight.cache import CompressedCache
+from sparsight.captured import room
 from sparsight.cli import options
 from sparsight.cli.answer import Answer, agreement, answer
 from sparsight.cli.chosen import chosen_recipe
@@ -56,7 +57,7 @@ def generate(
     if compare:
         # Neither of the two runs shall be the one that warms up.
         answer(ready, DynamicCache(), 1, prefill_chunk)
-    cache = CompressedCache(ready.model, chosen, ready.inputs, prefill_bound=prefill_bound)
+    cache = CompressedCache(ready.model, chosen, ready.inputs, room(ready.model, max_new_tokens), prefill_bound)
     compressed = answer(ready, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
     report = cache.report()
     result = describe(compressed, report, report.kept_per_layer(), report.bytes_held)

@@ -1,11 +1,13 @@
 import pytest
+import torch
 from transformers import DynamicCache
 
-from sparsight import CompressedCache, recipe
+from sparsight import CompressedCache, captured, recipe
 from sparsight.bench import measure as module
 from sparsight.bench.measure import measure
 from sparsight.bench.shapes import random_inputs
 from sparsight.prefill import Prefill
+from tests import recorder
 from tests.bench.conftest import ENTRY
 from tests.models import model as tiny_model
 
@@ -63,3 +65,15 @@ def test_nothing_is_watched_afterwards(model, inputs):
     with pytest.raises(ValueError, match="inputs of 150 tokens"):
         measure(model, inputs["input_ids"][:, :1], CompressedCache(model, recipe("vl-cache"), inputs), 2)
     assert (Prefill.observe, CompressedCache._compact) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records its own graphs")
+def test_steps_are_recorded_where_addresses_stay(model, inputs, monkeypatch):
+    steps = []
+    monkeypatch.setattr(captured, "record", lambda step: (steps.append(step), recorder.record(step))[1])
+    cache = CompressedCache(model, recipe("elastic", budget=0.1), inputs, max_new_tokens=5)
+    sample = measure(model, inputs["input_ids"], cache, 5)
+    assert len(steps) == 1
+    assert sample.end_to_end > sample.first_token
+    # The prompt's token is taken from the prompt, so four were taken in.
+    assert cache.report().tokens_seen == 150 + 4
