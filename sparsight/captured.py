@@ -111,5 +111,10 @@ def _sample(
             "sparsight.generate takes the likeliest token or draws one: for beams and assistants give "
             "model.generate(...) a CompressedCache."
         )
-    stepping = With(model, get_compiled_call=lambda config: DecodeStep(model))
+
+    def prefill(ids: Tensor, config: GenerationConfig, *rest: Any, **more: Any) -> Any:
+        # Chunks of a prompt would be compiled otherwise.
+        return model._prefill(ids, With(config, disable_compile=True), *rest, **more)
+
+    stepping = With(model, get_compiled_call=lambda config: DecodeStep(model), _prefill=prefill)
     return type(model)._sample(stepping, input_ids, generation_config=generation_config, streamer=streamer, **arguments)

@@ -32,7 +32,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(captured, "record", record)
     monkeypatch.setattr(
         "transformers.generation.GenerationMixin._valid_auto_compile_criteria",
-        lambda self, arguments, config: arguments["past_key_values"].is_compileable,
+        lambda self, arguments, config: arguments["past_key_values"].is_compileable and not config.disable_compile,
     )
     return steps
 
@@ -125,3 +125,18 @@ def test_beams_are_refused_where_steps_are_recorded(recorded, monkeypatch):
     monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
     with pytest.raises(ValueError, match="for beams and assistants"):
         sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, num_beams=2)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("bound", [None, 2.0])
+def test_chunks_of_a_prompt_are_run_as_they_are(bound, recorded, monkeypatch):
+    tiny, given = model("llama"), inputs("llama", NO_IMAGE)
+    # The model's own would compile them.
+    monkeypatch.delattr("transformers.PreTrainedModel.get_compiled_call")
+    caches = [CompressedCache(tiny, VLCache(0.3), given, room, bound) for room in (None, 9)]
+    plain, replayed = (
+        generate(tiny, given, 9, past_key_values=cache, prefill_chunk_size=8, **captured.recorded(cache))
+        for cache in caches
+    )
+    assert plain.equal(replayed)
+    assert len(recorded) == 1
