@@ -39,11 +39,11 @@ BENCH := --shape small --new-tokens 65 --methods vl-cache,elastic,snapkv --again
 bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 8 --output bench/results/small-cpu-2-threads
-	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 2 --output bench/results/small-cpu-growth
+	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 4 --output bench/results/small-cpu-growth
 
 # On an NVIDIA GPU: what of docs/performance.md needs one. GPU_MINUTES bound each shape, small sizes first.
 RESULTS := bench/results
-GPU_MINUTES := 4
+GPU_MINUTES := 3
 GPU_SHAPES := llava-1.5-7b llava-next-mistral-7b
 GPU := --contexts 2k,8k,32k --batch 1,4,16,64 --new-tokens 100 --rounds 1 --device cuda --dtype bfloat16
 

@@ -76,8 +76,10 @@ class CompressedCache(Cache):
         self.recipe = recipe
         prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
         layers = DynamicCache(config=language.config).layers
+        first: CompressedLayer | None = None
         for index in compressible(language.config):
-            layers[index] = CompressedLayer(recipe, prompt, max_new_tokens, prefill_bound)
+            layer = CompressedLayer(recipe, prompt, max_new_tokens, prefill_bound, first)
+            layers[index], first = layer, first or layer
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if not self.compressed:
@@ -124,15 +126,16 @@ class CompressedCache(Cache):
         if first._sparsity is not None:
             by_layer = zip(*[cache._sparsity or [] for cache in caches], strict=True)
             joined._sparsity = [[value for values in layer for value in values] for layer in by_layer]
-        joined.layers = []
+        joined.layers, joined.compressed = [], []
         for layers in zip(*[cache.layers for cache in caches], strict=True):
             if isinstance(layers[0], CompressedLayer):
-                joined.layers.append(CompressedLayer.join(layers, joined.prompt, padding))
+                leading = joined.compressed[0] if joined.compressed else None
+                joined.compressed.append(CompressedLayer.join(layers, joined.prompt, padding, leading))
+                joined.layers.append(joined.compressed[-1])
             else:
                 joined.layers.append(_join_bounded(layers))
             for layer in layers:
                 layer.reset()
-        joined.compressed = [layer for layer in joined.layers if isinstance(layer, CompressedLayer)]
         return joined
 
     def update(

@@ -23,6 +23,7 @@ class CompressedLayer(CacheLayerMixin):
     """Keys and values of one layer.
 
     Attributes:
+        first: the first layer of the cache, None if this is it.
         seen: tokens seen, padding included; positions follow it.
         prefill: the prompt so far, until it is compacted.
         entries: what is held from then on.
@@ -34,18 +35,31 @@ class CompressedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, recipe: Recipe, prompt: Prompt, room: int | None = None, bound: float | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompt: Prompt,
+        room: int | None,
+        bound: float | None,
+        first: "CompressedLayer | None",
+    ) -> None:
         super().__init__()
-        self.recipe, self.room, self.bound = recipe, room, bound
+        self.recipe, self.room, self.bound, self.first = recipe, room, bound, first
         self.start(prompt)
 
     @classmethod
-    def join(cls, layers: Sequence["CompressedLayer"], prompt: Prompt, padding: Sequence[int]) -> "CompressedLayer":
+    def join(
+        cls,
+        layers: Sequence["CompressedLayer"],
+        prompt: Prompt,
+        padding: Sequence[int],
+        first: "CompressedLayer | None",
+    ) -> "CompressedLayer":
         """The sequences of several layers that hold their compressed prompts and nothing more.
 
         ``prompt`` is all of theirs, with ``padding[i]`` more tokens in front of those of ``layers[i]``.
         """
-        joined = cls(layers[0].recipe, prompt, layers[0].room, layers[0].bound)
+        joined = cls(layers[0].recipe, prompt, layers[0].room, layers[0].bound, first)
         joined.exact = all(layer.exact for layer in layers)
         joined.cut_short = any(layer.cut_short for layer in layers)
         joined.seen, joined.is_initialized = prompt.length, True
@@ -132,7 +146,8 @@ class CompressedLayer(CacheLayerMixin):
     def _fix(self) -> None:
         """Make room for the tokens to come, if their number is known, where addresses stay."""
         if self.room is not None and self.entries is not None:
-            self.fixed = FixedEntries(self.entries, self.ring, self.seen, self.room)
+            first = None if self.first is None else self.first.fixed
+            self.fixed = FixedEntries(self.entries, self.ring, self.seen, self.room, first)
 
     def settle(self) -> None:
         """Take note of the tokens that were taken in where addresses stay."""
@@ -239,7 +254,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         """Tokens seen, as a tensor where addresses stay, so that it may be recorded."""
-        return self.seen if self.fixed is None else self.fixed.position.amax()
+        return self.seen if self.fixed is None else self.fixed.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask that transformers builds: once entries went it is about the new tokens only."""

@@ -12,7 +12,7 @@ BLOCK_KEYS = 2**15
 """Keys that are worked on together: more than that take a second pass."""
 
 BLOCK_ELEMENTS = 2**18
-"""Weights that are worked on together on a CPU, unless the rows get too few: 1 MiB stays in its caches."""
+"""Weights that a thread works on together on a CPU, unless the rows get too few: 1 MiB stays in its caches."""
 
 BLOCK_ROWS = 64
 """Rows that are worked on together on a CPU at least, as far as there are so many: products of fewer are slow."""
@@ -153,12 +153,16 @@ def _query_blocks(
     kv_heads: int, group: int, rows: int, keys: int, size: int, device: torch.device
 ) -> Iterator[tuple[slice, list[slice]]]:
     """KV heads that are worked on together, and blocks of their rows: temporaries are as large as it pays to be."""
-    on_cpu = device.type == "cpu"
-    # On a GPU a temporary should fill the device: 64 MiB.
-    elements = BLOCK_ELEMENTS if on_cpu else 2**24
-    row_step = max(elements // (group * keys), BLOCK_ROWS // group if on_cpu else 1, 1)
-    row_step = min(row_step, rows)
-    head_step = max(1, elements // max(group * row_step * keys, keys * size))
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        # Threads wait for each other after every step, so there should be few; within one each has a head of its own.
+        larger = min(threads, 2)
+        elements, least = BLOCK_ELEMENTS * larger, BLOCK_ROWS * larger // group
+    else:
+        # A temporary should fill the device: 64 MiB.
+        threads, elements, least = 1, 2**24, 1
+    row_step = min(max(elements // (group * keys), least, 1), rows)
+    head_step = max(threads, threads * elements // max(group * row_step * keys, keys * size))
     blocks = [slice(row, min(row + row_step, rows)) for row in range(0, rows, row_step)]
     for head in range(0, kv_heads, head_step):
         yield slice(head, head + head_step), blocks

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from transformers import CompileConfig
 
 from sparsight import RECIPES, CompressedCache, VLCache, kernels, recipe
+from tests import recorder
 from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, Prompt, generate, inputs, logits, model
 from tests.recipes import recipe_for
 
@@ -62,13 +63,45 @@ def test_addresses_stay():
 
     def addresses():
         fixed = [layer.fixed for layer in cache.compressed]
-        tensors = [(*each.entries.tensors, each.held, each.used, each.position, each.ring.scores) for each in fixed]
+        tensors = [
+            (*each.entries.tensors, each.held, each.rows, *each.clock.tensors, each.ring.scores) for each in fixed
+        ]
         return [tensor.data_ptr() for layer in tensors for tensor in layer]
 
     before = addresses()
     for _ in range(TOKENS - 1):
         tiny(input_ids=given["input_ids"][:, :1], past_key_values=cache)
     assert addresses() == before
+
+
+def test_a_token_of_a_growing_layer_is_taken_in_by_few_operations():
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE, NO_IMAGE)
+    cache = CompressedCache(tiny, VLCache(0.3), given, max_new_tokens=TOKENS)
+    tiny(**given, past_key_values=cache)
+    keys = torch.zeros(2, 2, 1, 16)
+    first, second = (layer.fixed for layer in cache.compressed[:2])
+    counts = []
+    for layer in (first, second):
+        with recorder.Recorder() as recorded:
+            layer.take_in(keys, keys)
+        # What makes no new tensor and changes none costs a GPU nothing.
+        counts.append(sum(not function.is_view for function, *_ in recorded.calls))
+    # Slots in use and where they are, keys, values and positions, both counters.
+    assert counts[1] == 7
+    assert counts[0] - counts[1] <= 6
+
+
+@pytest.mark.parametrize("name", ["vl-cache", "elastic", "h2o"])
+def test_what_began_in_inference_mode_goes_on_outside_of_it(name):
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
+    cache = CompressedCache(tiny, made(tiny, name), given, max_new_tokens=TOKENS)
+    token = given["input_ids"][:, :1]
+    with torch.inference_mode():
+        tiny(**given, past_key_values=cache)
+        tiny(input_ids=token, past_key_values=cache)
+    with torch.no_grad():
+        tiny(input_ids=token, past_key_values=cache)
+    assert cache.report().tokens_seen == given["input_ids"].shape[1] + 2
 
 
 def test_no_more_tokens_than_there_is_room_for():

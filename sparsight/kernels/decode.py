@@ -33,7 +33,7 @@ def attend(
         keys: the rows' slots one after the other, ``[..., D]``, contiguous.
         values: the same, of any size.
         positions: int32, one for each slot, -1 where it is vacant.
-        rows: int64 ``[2, R]``, each row's first slot, and how many are in use; at least one of them is not vacant.
+        rows: int64 ``[2, R]``, each row's first slot, and how many are in use; all may be vacant.
         longest: no row has more slots in use.
         scaling: factor of the logits.
 
@@ -56,10 +56,12 @@ def attend(
             GROUP=max(16, triton.next_power_of_2(group)), SLOTS=slots,
             SIZE=max(16, triton.next_power_of_2(size)), VALUE_SIZE=max(16, triton.next_power_of_2(value_size)),
         )  # fmt: skip
-    # A split without entries has weight zero.
-    weights = (normalisers - normalisers.logsumexp(0)).exp()
-    output = (outputs * weights[..., None]).sum(0)
-    return output.to(query.dtype).view(batch, heads, 1, value_size)
+        output = query.new_empty(batch, heads, 1, value_size)
+        _combine[(batch * heads,)](
+            outputs, normalisers, output, splits, value_size,
+            SPLITS=triton.next_power_of_2(splits), VALUE_SIZE=max(16, triton.next_power_of_2(value_size)), BLOCK=16,
+        )  # fmt: skip
+    return output
 
 
 @attend.register_fake
@@ -108,3 +110,28 @@ def _attend_split(
     tl.store(normalisers + target, tl.where(some, maximum + tl.log(safe), float("-inf")), head < group)
     inside = (head < group)[:, None] & (value_element < value_size)[None, :]
     tl.store(outputs + target[:, None] * value_size + value_element[None, :], output / safe[:, None], inside)
+
+
+@triton.jit
+def _combine(
+    outputs, normalisers, output, splits, value_size,
+    SPLITS: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Attention of a query head from that over each split, whose weight is its share of all normalisers."""
+    target, count = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    split = tl.arange(0, SPLITS)
+    each = tl.load(normalisers + split * count + target, split < splits, other=float("-inf"))
+    largest = tl.max(each, 0)
+    # A row without entries has nothing to attend to: its output is 0.
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.sum(tl.exp(each - base), 0)
+    element = tl.arange(0, VALUE_SIZE)
+    sums = tl.zeros([VALUE_SIZE], tl.float32)
+    for begin in range(0, splits, BLOCK):
+        some = begin + tl.arange(0, BLOCK)
+        weights = tl.exp(tl.load(normalisers + some * count + target, some < splits, other=float("-inf")) - base)
+        inside = (some < splits)[:, None] & (element < value_size)[None, :]
+        parts = tl.load(outputs + (some * count + target)[:, None] * value_size + element[None, :], inside, other=0.0)
+        sums += tl.sum(weights[:, None] * parts, 0)
+    sums = sums / tl.where(total > 0, total, 1.0)
+    tl.store(output + target * value_size + element, sums.to(output.dtype.element_ty), element < value_size)

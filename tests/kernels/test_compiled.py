@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
 
 SCRIPT = """
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,7 +23,7 @@ ONES = dict.fromkeys(("queries", "group", "query_head", "query_step", "split_blo
 
 def compile(kernel, dtype, constants, capability):
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    states = ("query", "key") if kernel.__module__ == "sparsight.kernels.sums" else ("query", "keys", "values")
+    states = {sums: ("query", "key"), decode: ("query", "keys", "values", "output")}[sys.modules[kernel.__module__]]
     types = {**POINTERS, "scaling": "fp32"} | dict.fromkeys(states, "*" + dtype) | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -32,9 +33,9 @@ def compile(kernel, dtype, constants, capability):
 
 def sizes(size, block):
     blocks = dict.fromkeys(("ROWS", "KEYS", "SLOTS"), block)
-    return {"SIZE": size, "VALUE_SIZE": size, "GROUP": 16, **blocks}
+    return {"SIZE": size, "VALUE_SIZE": size, "GROUP": 16, "SPLITS": 512, "BLOCK": 16, **blocks}
 
-for kernel in (sums._normalise, sums._sum_columns, decode._attend_split):
+for kernel in (sums._normalise, sums._sum_columns, decode._attend_split, decode._combine):
     compile(kernel, "bf16", {**sizes(128, 64), "MASKED": False}, 90)
     compile(kernel, "fp16", {**sizes(16, 64), "MASKED": False, **ONES}, 80)
     compile(kernel, "fp32", {**sizes(256, 32), "MASKED": True}, 86)
