@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-ray test-gpu lint tables performance bench bench-gpu bench-batch accuracy train eval-model clean
+.PHONY: demo test test-ray test-gpu lint tables performance bench bench-compiled bench-gpu bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "How much is JU?" --method vl-cache --compare
@@ -40,6 +40,10 @@ bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 8 --output bench/results/small-cpu-2-threads
 	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 4 --output bench/results/small-cpu-growth
+
+# Weights of 6 GiB, held twice.
+bench-compiled: $(VENV)/.ready
+	$(BIN)/sparsight bench --shape qwen2.5-vl-3b --contexts 1k --methods full,vl-cache --new-tokens 33 --rounds 3 --threads 2 --device cpu --dtype bfloat16 --compile --output bench/results/qwen2.5-vl-3b-cpu-compiled
 
 # On an NVIDIA GPU: what of docs/performance.md needs one. GPU_MINUTES bound each shape, small sizes first.
 RESULTS := bench/results

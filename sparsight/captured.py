@@ -1,6 +1,7 @@
-"""Decoding as a CUDA graph: the host asks the GPU for a whole token at once."""
+"""Decode steps that are recorded once: as a CUDA graph, or compiled for a CPU."""
 
 from collections.abc import Callable, Mapping
+from functools import cache as once
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,13 @@ from sparsight.recipe import Recipe
 
 
 def generate(
-    model: PreTrainedModel, inputs: Mapping[str, Any], recipe: Recipe, *, max_new_tokens: int = 100, **options: Any
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    recipe: Recipe,
+    *,
+    max_new_tokens: int = 100,
+    compile: bool = False,
+    **options: Any,
 ) -> Any:
     """Answer through a compressed cache, on a GPU with decode steps that are recorded once and replayed.
 
@@ -24,14 +31,16 @@ def generate(
 
         tokens = sparsight.generate(model, inputs, VLCache(budget=0.1), max_new_tokens=100)
 
-    Models with layers that are bounded already (a sliding window, linear attention), models that are spread over
-    several devices, and other devices decode as ever.
+    Models with layers that are bounded already (a sliding window, linear attention) and models that are spread over
+    several devices decode as ever.
 
     Args:
         model: an unmodified transformers model.
         inputs: what the processor returned for the prompts.
         recipe: the method and its numbers.
         max_new_tokens: the longest answer.
+        compile: on a CPU, compile the decode step, once a model, with weights reordered for products with few rows. It
+            takes a minute or so and the weights' memory a second time; many answers in one process may be worth that.
         options: further arguments of ``model.generate``.
 
     Returns:
@@ -39,10 +48,10 @@ def generate(
         ``return_dict_in_generate=True`` the cache is its ``past_key_values``, whose ``report()`` tells what was held.
 
     Raises:
-        ValueError: the cache or ``model.generate`` refuse their arguments, or they ask for beams or an assistant on a
-            GPU, which go through ``model.generate`` and a :class:`CompressedCache`.
+        ValueError: the cache or ``model.generate`` refuse their arguments, or they ask for beams or an assistant where
+            steps are recorded, which go through ``model.generate`` and a :class:`CompressedCache`.
     """
-    cache = CompressedCache(model, recipe, inputs, room(model, max_new_tokens))
+    cache = CompressedCache(model, recipe, inputs, max_new_tokens if compile else room(model, max_new_tokens))
     options |= recorded(cache, options.get("streamer"))
     answer: Any = model.generate
     return answer(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
@@ -59,6 +68,36 @@ def recorded(cache: Cache, streamer: Any = None) -> dict[str, Any]:
         return {}
     # transformers does not hand a streamer on to a function of one's own.
     return {"custom_generate": partial(_sample, streamer=streamer)}
+
+
+def decode_step(model: PreTrainedModel) -> Callable[..., Any]:
+    """A model's pass over one new token of every sequence, recorded as its device does it."""
+    return DecodeStep(model) if model.device.type == "cuda" else partial(compiled_step, model)
+
+
+def compiled_step(model: PreTrainedModel, **inputs: Any) -> Any:
+    """What ``model(**inputs)`` returns for one new token of every sequence, as torch.compile makes it for a CPU."""
+    from torch._inductor import config as weights
+    from torch.fx.experimental import _config as shapes
+
+    # Frozen weights are constants, which oneDNN reorders; sizes that happen to be equal need not stay so.
+    with weights.patch(freezing=True), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        return _compiled()(model, _without_mask(inputs))
+
+
+@once
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(lambda model, inputs: model(**inputs), dynamic=True)
+
+
+def _without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a decode step with a mask that is not looked at.
+
+    What can be seen the cache's entries tell. A mask would grow with every token, and without one the model makes its
+    own, unless it has as many dimensions as that.
+    """
+    tokens = inputs["input_ids"]
+    return inputs | {"attention_mask": tokens.new_ones(len(tokens), 1, 1, 1, dtype=torch.bool)}
 
 
 class DecodeStep:
@@ -78,9 +117,7 @@ class DecodeStep:
 
     def __call__(self, **inputs: Any) -> Any:
         """What ``model(**inputs)`` returns, where ``inputs`` have the same names and shapes every time."""
-        # What can be seen the cache's entries tell. A mask would grow with every token, and without one the model makes
-        # its own, unless it has as many dimensions as that.
-        inputs["attention_mask"] = inputs["input_ids"].new_ones(len(inputs["input_ids"]), 1, 1, 1, dtype=torch.bool)
+        inputs = _without_mask(inputs)
         if not self._warm:
             self._warm = True
             return self.model(**inputs)
@@ -105,7 +142,7 @@ def record(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def _sample(
     model: Any, input_ids: Tensor, *, generation_config: GenerationConfig, streamer: Any = None, **arguments: Any
 ) -> Any:
-    """The loop of ``model.generate``, with a :class:`DecodeStep` where it would compile the model."""
+    """The loop of ``model.generate`` with a recorded step where it would compile the model, and on a CPU."""
     if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
             "sparsight.generate takes the likeliest token or draws one: for beams and assistants give "
@@ -116,5 +153,8 @@ def _sample(
         # Chunks of a prompt would be compiled otherwise.
         return model._prefill(ids, With(config, disable_compile=True), *rest, **more)
 
-    stepping = With(model, get_compiled_call=lambda config: DecodeStep(model), _prefill=prefill)
+    changed: dict[str, Any] = {"get_compiled_call": lambda config: decode_step(model), "_prefill": prefill}
+    if model.device.type == "cpu":
+        changed["_valid_auto_compile_criteria"] = lambda *_: True
+    stepping = With(model, **changed)
     return type(model)._sample(stepping, input_ids, generation_config=generation_config, streamer=streamer, **arguments)

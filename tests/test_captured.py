@@ -1,5 +1,7 @@
 """Decode steps that are recorded once and replayed, with a stand-in for CUDA graphs where there is no GPU."""
 
+from shutil import which
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,7 +12,7 @@ from sparsight import CompressedCache, VLCache, captured
 from sparsight.captured import DecodeStep
 from tests import recorder
 from tests.families import TINY
-from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, generate, inputs, logits, model
+from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generate, inputs, logits, model
 from tests.recipes import recipe_for
 
 TOKENS = 64
@@ -30,6 +32,7 @@ def recorded(monkeypatch):
         return recorder.record(step)
 
     monkeypatch.setattr(captured, "record", record)
+    monkeypatch.setattr(captured, "decode_step", DecodeStep)
     monkeypatch.setattr(
         "transformers.generation.GenerationMixin._valid_auto_compile_criteria",
         lambda self, arguments, config: arguments["past_key_values"].is_compileable and not config.disable_compile,
@@ -96,6 +99,25 @@ def test_generate_answers_as_the_model_does_with_a_cache():
     ours = sparsight.generate(tiny, given, chosen, max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True)
     assert ours.sequences.equal(theirs)
     assert ours.past_key_values.report().method == "vl-cache"
+
+
+@on_the_cpu
+@pytest.mark.skipif(which("g++") is None and which("clang++") is None, reason="torch.compile needs a C++ compiler")
+def test_one_compiled_step_answers_all_prompts_of_a_batch_size():
+    tiny = model("llava")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for prompt, budget, tokens in ((ONE_IMAGE, 0.3, 9), (THREE_IMAGES, 0.2, 12), (NO_TEXT_AFTER, 0.5, 8)):
+        given, chosen = inputs("llava", prompt), VLCache(budget)
+        plain, compiled = (
+            sparsight.generate(tiny, given, chosen, max_new_tokens=tokens, do_sample=False, compile=compile)
+            for compile in (False, True)
+        )
+        assert plain.equal(compiled)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 class Pieces(TextStreamer):

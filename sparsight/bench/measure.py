@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from sparsight.bench import machine
 from sparsight.bench.machine import Stopwatch
 from sparsight.cache import CompressedCache, layer_bytes
-from sparsight.captured import DecodeStep, recorded
+from sparsight.captured import decode_step, recorded
 from sparsight.prefill import Prefill
 
 
@@ -56,8 +56,8 @@ def measure(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens:
         first_token, token = _step(model, device, input_ids, cache)
     held, entries = _bytes(cache)
     seconds = []
-    # What a GPU can record, as sparsight.generate does.
-    decode: Callable[..., Any] = DecodeStep(model) if recorded(cache) else model
+    # As sparsight.generate does.
+    decode: Callable[..., Any] = decode_step(model) if recorded(cache) else model
     for _ in range(new_tokens - 1):
         taken, token = _step(decode, device, token, cache)
         seconds.append(taken)

@@ -39,6 +39,7 @@ class Plan:
         new_tokens: tokens of an answer, at least two.
         rounds: rounds that count, after one that does not.
         minutes: no case begins later than this.
+        compiled: whether methods decode with steps that are compiled where they are not recorded otherwise, on a CPU.
     """
 
     contexts: Sequence[int]
@@ -48,6 +49,7 @@ class Plan:
     new_tokens: int
     rounds: int
     minutes: float = inf
+    compiled: bool = False
 
 
 @dataclass
@@ -107,7 +109,8 @@ def run(
             new_tokens = plan.new_tokens if round_ else min(plan.new_tokens, WARM_UP_TOKENS)
             for cell in measured:
                 if cell.reason is None and time.monotonic() < end:
-                    _measure(cell, model, new_tokens, kvpress, counted=round_ > 0)
+                    tokens_to_come = new_tokens if plan.compiled else room(model, new_tokens)
+                    _measure(cell, model, new_tokens, tokens_to_come, kvpress, counted=round_ > 0)
         _close(measured)
         yield measured, bandwidth
     on_progress("done", total, total)
@@ -123,11 +126,17 @@ def _close(measured: Sequence[Cell]) -> None:
 
 
 def _measure(
-    cell: Cell, model: PreTrainedModel, new_tokens: int, kvpress: Kvpress | CannotRun | None, *, counted: bool
+    cell: Cell,
+    model: PreTrainedModel,
+    new_tokens: int,
+    tokens_to_come: int | None,
+    kvpress: Kvpress | CannotRun | None,
+    *,
+    counted: bool,
 ) -> None:
     """Add a sample to a cell, or the reason why it has none."""
     try:
-        sample = _sample(cell, model, new_tokens, kvpress)
+        sample = _sample(cell, model, new_tokens, tokens_to_come, kvpress)
     except CannotRun as error:
         cell.samples.clear()
         cell.reason = str(error)
@@ -136,7 +145,13 @@ def _measure(
         cell.samples.append(sample)
 
 
-def _sample(cell: Cell, model: PreTrainedModel, new_tokens: int, kvpress: Kvpress | CannotRun | None) -> Sample:
+def _sample(
+    cell: Cell,
+    model: PreTrainedModel,
+    new_tokens: int,
+    tokens_to_come: int | None,
+    kvpress: Kvpress | CannotRun | None,
+) -> Sample:
     config = model.config.get_text_config()
     needed = prefill_bytes(config, cell.prompt_tokens, cell.batch, new_tokens, model.dtype.itemsize)
     free = machine.available_bytes(model.device)
@@ -150,7 +165,7 @@ def _sample(cell: Cell, model: PreTrainedModel, new_tokens: int, kvpress: Kvpres
     inputs = random_inputs(model, cell.prompt_tokens, cell.batch)
     cache: Cache = DynamicCache(config=config)
     if cell.recipe:
-        cache = CompressedCache(model, cell.recipe, inputs, room(model, new_tokens))
+        cache = CompressedCache(model, cell.recipe, inputs, tokens_to_come)
     try:
         return measure(model, inputs["input_ids"], cache, new_tokens)
     except RuntimeError as error:

@@ -35,6 +35,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "llava-1.5-13b": LlamaConfig(**_sizes(32064, 5120, 13824, 40, 40, 40)),
     "llava-next-mistral-7b": MistralConfig(**_sizes(32064, 4096, 14336, 32, 32, 8), sliding_window=None),
     "llava-next-34b": LlamaConfig(**_sizes(64064, 7168, 20480, 60, 56, 8)),
+    "qwen2.5-vl-3b": Qwen2Config(**_sizes(151936, 2048, 11008, 36, 16, 2)),
     "qwen2.5-vl-7b": Qwen2Config(**_sizes(152064, 3584, 18944, 28, 28, 4)),
 }
 """The sizes of each model's language part, as its authors published them."""

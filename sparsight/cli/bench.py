@@ -52,6 +52,9 @@ def bench(
         float | None, typer.Option(help="What has not begun by then is left out; large sizes come last.", min=0)
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.", min=1)] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a CPU, compile the methods' decode steps; weights are held twice.")
+    ] = False,
     output: Annotated[
         Path, typer.Option(help="Folder for bench.json, speed-up.png and growth.png.", metavar="DIR")
     ] = Path("runs/bench"),
@@ -72,6 +75,7 @@ def bench(
         new_tokens=new_tokens,
         rounds=rounds,
         minutes=inf if minutes is None else minutes,
+        compiled=compiled,
     )
     if threads is not None:
         torch.set_num_threads(threads)

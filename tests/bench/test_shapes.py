@@ -11,6 +11,8 @@ PUBLISHED = {
     "llava-1.5-13b": 13_015_864_320 + 2 * 64 * 5120,
     "llava-next-mistral-7b": 7_241_732_096 + 2 * 64 * 4096,
     "llava-next-34b": 34_388_917_248 + 2 * 64 * 7168,
+    # The embedding is the head's there, and here each has its own.
+    "qwen2.5-vl-3b": 3_085_938_688 + 151936 * 2048,
     "qwen2.5-vl-7b": 7_615_616_512,
 }
 
