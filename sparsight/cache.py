@@ -47,7 +47,8 @@ class CompressedCache(Cache):
         inputs: what the processor returned for the prompts, as they will be given to ``generate``.
         max_new_tokens: make room for so many tokens after the prompt, and after each new turn, where their addresses
             stay: then ``generate`` compiles decoding on a GPU, as it does with transformers' own static cache
-            (see also :func:`sparsight.generate`). Storage grows as it needs to if None.
+            (see also :func:`sparsight.generate`, which chunks of a prompt need there). An answer that is continued
+            without a new turn counts from its beginning. Storage grows as it needs to if None.
         prefill_bound: to bound the peak of memory, cut each layer to so many times the budget as soon as it has seen
             the prompt; the outcome is the same, but in layers that were planned more. A prompt that comes in chunks
             (``prefill_chunk_size``) is cut after each of them, which is approximate. The report tells of both.

@@ -39,8 +39,9 @@ def generate(
         inputs: what the processor returned for the prompts.
         recipe: the method and its numbers.
         max_new_tokens: the longest answer.
-        compile: on a CPU, compile the decode step, once a model, with weights reordered for products with few rows. It
-            takes a minute or so and the weights' memory a second time; many answers in one process may be worth that.
+        compile: on a CPU, compile the decode step, once for each batch size, with weights reordered for products with
+            few rows. That takes minutes for billions of weights, and their memory a second time for as long as the
+            process runs; many answers may be worth it. It needs a C++ compiler.
         options: further arguments of ``model.generate``.
 
     Returns:
@@ -53,13 +54,16 @@ def generate(
     """
     cache = CompressedCache(model, recipe, inputs, max_new_tokens if compile else room(model, max_new_tokens))
     options |= recorded(cache, options.get("streamer"))
+    if "custom_generate" in options and options.get("assistant_model") is not None:
+        raise _not_one_by_one()
     answer: Any = model.generate
     return answer(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
 
 
 def room(model: PreTrainedModel, tokens: int) -> int | None:
     """``max_new_tokens`` of a cache: so many where decode steps can be recorded, None elsewhere."""
-    return tokens if model.device.type == "cuda" else None
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    return tokens if model.device.type == "cuda" and not spread else None
 
 
 def recorded(cache: Cache, streamer: Any = None) -> dict[str, Any]:
@@ -144,17 +148,24 @@ def _sample(
 ) -> Any:
     """The loop of ``model.generate`` with a recorded step where it would compile the model, and on a CPU."""
     if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            "sparsight.generate takes the likeliest token or draws one: for beams and assistants give "
-            "model.generate(...) a CompressedCache."
-        )
+        raise _not_one_by_one()
 
     def prefill(ids: Tensor, config: GenerationConfig, *rest: Any, **more: Any) -> Any:
         # Chunks of a prompt would be compiled otherwise.
         return model._prefill(ids, With(config, disable_compile=True), *rest, **more)
 
-    changed: dict[str, Any] = {"get_compiled_call": lambda config: decode_step(model), "_prefill": prefill}
+    # A recorded step overwrites what it gave before; of that transformers copies the logits alone.
+    kept = generation_config.output_hidden_states or generation_config.output_attentions
+    step = model.__call__ if kept else decode_step(model)
+    changed: dict[str, Any] = {"get_compiled_call": lambda config: step, "_prefill": prefill}
     if model.device.type == "cpu":
         changed["_valid_auto_compile_criteria"] = lambda *_: True
     stepping = With(model, **changed)
     return type(model)._sample(stepping, input_ids, generation_config=generation_config, streamer=streamer, **arguments)
+
+
+def _not_one_by_one() -> ValueError:
+    return ValueError(
+        "sparsight.generate takes the likeliest token or draws one: for beams and assistants give "
+        "model.generate(...) a CompressedCache."
+    )

@@ -73,7 +73,7 @@ class FixedEntries:
     def __init__(
         self, entries: Held, ring: Allowance | None, seen: int, room: int, first: "FixedEntries | None"
     ) -> None:
-        entries.reserve(room if ring is None else math.ceil(max(ring.shares) * room) + 1)
+        entries.reserve(_growth(entries, ring, seen + room, room))
         self.entries, self.ring = entries, ring
         device = entries.keys.device
         if ring is not None:
@@ -81,22 +81,28 @@ class FixedEntries:
                 ring.protect(entries)
             # Only what prefill rounded up is dropped two at a time: from here on a token replaces one at most.
             ring.make_room(entries, seen)
-            numbers = [ring.shares, ring.padding, ring.turn_tokens, ring.protected]
-            self._numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+            by_row = [ring.shares, ring.padding, ring.turn_tokens, ring.protected]
+            self._numbers = torch.tensor(by_row, dtype=torch.float64, device=device)
             if isinstance(ring, HeavyHitters):
                 ring.scores = ring.fitted(entries).clone()
             else:
                 self._fixed_positions = entries.positions_at(ring.protected, seen)
         self.held = torch.tensor(entries.held, device=device)
         self.rows = entries.rows()
+        # A layer on another device has a clock of its own.
+        first = None if first is None or first.held.device != device else first
         self.leads = first is None
-        batch = self.rows.shape[1] // entries.heads
-        self.clock: Clock = Clock(batch, entries.heads, seen, room, device) if first is None else first.clock
+        self.clock: Clock = (
+            Clock(self.rows.shape[1] // entries.heads, entries.heads, seen, room, device)
+            if first is None
+            else first.clock
+        )
         self._capacity = entries.positions.shape[2]
         if device.type == "cuda":
             # Otherwise torch.compile would copy the entries for every token.
             scores = [ring.scores] if isinstance(ring, HeavyHitters) else []
-            for tensor in (*entries.tensors, self.held, self.rows, *self.clock.tensors, *scores):
+            numbers = [] if ring is None else [self._numbers]
+            for tensor in (*entries.tensors, self.held, self.rows, *self.clock.tensors, *scores, *numbers):
                 torch._dynamo.mark_static_address(tensor)
 
     def take_in(self, keys: Tensor, values: Tensor) -> None:
@@ -141,7 +147,7 @@ class FixedEntries:
         entries = self.entries
         if isinstance(self.ring, HeavyHitters):
             output, got = entries.whole().attend_and_tell(query, None, scaling)
-            self.ring.scores.add_(got.view_as(self.ring.scores))
+            self.ring.scores.add_(got.detach().view_as(self.ring.scores))
             return output
         if kernels.usable(query, entries.keys, entries.values):
             return kernels.attend(query, *entries.tensors, self.rows, self._capacity, scaling)
@@ -192,3 +198,16 @@ class FixedEntries:
     def _used(self, sequence: int) -> Tensor:
         """Slots in use of each KV head of a sequence."""
         return self.rows[1].view(len(self.clock.position), -1)[sequence]
+
+
+def _growth(entries: Held, ring: Allowance | None, tokens: int, room: int) -> int:
+    """Slots that each row may come to need for ``room`` tokens, of which there are ``tokens`` then."""
+    if ring is None or isinstance(ring, HeavyHitters):
+        return room
+    rows = zip(entries.held, ring.shares, ring.padding, ring.turn_tokens, ring.protected, strict=True)
+    # Below its allowance a row grows, and up to one more entry than may not go.
+    most = max(
+        max(math.ceil(share * (tokens - padding - turns) + turns), protected + 1) - held
+        for held, share, padding, turns, protected in rows
+    )
+    return min(max(most, 0), room) + 1

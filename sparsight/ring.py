@@ -97,7 +97,8 @@ class Allowance:
 class Ring(Allowance):
     """The entries from a fixed place on are a ring: a new one overwrites the oldest of them.
 
-    A new turn moves the fixed place.
+    A new turn moves the fixed place. Where addresses stay, nothing is written through this object, and the order is
+    not kept.
 
     Attributes:
         order: slots of each row's entries in order of position, the same for all of its KV heads.
@@ -216,7 +217,7 @@ class HeavyHitters(Allowance):
     def attend(self, entries: Held, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
         """Attend, and remember what was attended to."""
         output, got = entries.attend_and_tell(query, recent_mask, scaling)
-        self.scores = self.fitted(entries) + got
+        self.scores = self.fitted(entries) + got.detach()
         return output
 
     def fitted(self, entries: Held) -> Tensor:

@@ -145,8 +145,20 @@ def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
 def test_beams_are_refused_where_steps_are_recorded(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
     monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
-    with pytest.raises(ValueError, match="for beams and assistants"):
-        sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, num_beams=2)
+    for options in ({"num_beams": 2}, {"assistant_model": tiny}):
+        with pytest.raises(ValueError, match="for beams and assistants"):
+            sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
+
+
+@on_the_cpu
+def test_hidden_states_are_those_of_their_tokens(recorded, monkeypatch):
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
+    options = {"return_dict_in_generate": True, "output_hidden_states": True, "do_sample": False}
+    plain = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
+    monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
+    fixed = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
+    for one, other in zip(plain.hidden_states, fixed.hidden_states, strict=True):
+        assert_close(one[-1], other[-1], rtol=1e-4, atol=1e-4)
 
 
 @on_the_cpu

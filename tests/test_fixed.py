@@ -1,5 +1,7 @@
 """Entries whose addresses stay: the same tokens, whatever records the step, and sequences that come and go."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch.testing import assert_close
 from transformers import CompileConfig
 
 from sparsight import RECIPES, CompressedCache, VLCache, kernels, recipe
+from sparsight.parts import HeavyHitter, Sliding
 from tests import recorder
 from tests.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, Prompt, generate, inputs, logits, model
 from tests.recipes import recipe_for
@@ -54,6 +57,25 @@ def test_other_dtypes_are_as_close_as_they_can_be(name, dtype):
     same = int(differ.nonzero()[0]) if differ.any() else len(differ)
     # Where the first token flips, it is a near-tie.
     assert_close(fixed[: same + 1], plain[: same + 1], rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        replace(recipe("streaming-llm", budget=0.05), decode=Sliding(sinks=60)),
+        replace(recipe("h2o", budget=0.2), decode=HeavyHitter(recent=1.0)),
+        replace(recipe("pyramidkv", budget=0.1), decode=Sliding(sinks=4)),
+    ],
+    ids=["more-sinks-than-entries", "all-are-recent", "fewer-entries-than-allowed"],
+)
+def test_rows_that_grow_more_than_their_share_find_room(chosen):
+    tiny, given = model("llava"), inputs("llava", THREE_IMAGES)
+    bound = 1 if chosen.allocate.kind == "pyramid" else None
+    caches = [CompressedCache(tiny, chosen, given, room, bound) for room in (None, 64)]
+    plain, fixed = (torch.stack(logits(tiny, given, 64, past_key_values=cache)) for cache in caches)
+    assert_close(fixed, plain, rtol=1e-4, atol=1e-4)
+    held = [(layer.entries.positions >= 0).sum(-1).flatten().tolist() for layer in caches[1].compressed]
+    assert [layer[0] for layer in caches[1].report().held] == held
 
 
 def test_addresses_stay():
