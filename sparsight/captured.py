@@ -49,10 +49,11 @@ def generate(
         ``return_dict_in_generate=True`` the cache is its ``past_key_values``, whose ``report()`` tells what was held.
 
     Raises:
-        ValueError: the cache or ``model.generate`` refuse their arguments, or they ask for beams or an assistant where
-            steps are recorded, which go through ``model.generate`` and a :class:`CompressedCache`.
+        ValueError: the cache or ``model.generate`` refuse their arguments, there is no C++ compiler to compile with, or
+            they ask for beams or an assistant where steps are recorded, which go through ``model.generate`` and a
+            :class:`CompressedCache`.
     """
-    cache = CompressedCache(model, recipe, inputs, max_new_tokens if compile else room(model, max_new_tokens))
+    cache = CompressedCache(model, recipe, inputs, room(model, max_new_tokens, compile=compile))
     options |= recorded(cache, options.get("streamer"))
     if "custom_generate" in options and options.get("assistant_model") is not None:
         raise _not_one_by_one()
@@ -60,8 +61,16 @@ def generate(
     return answer(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
 
 
-def room(model: PreTrainedModel, tokens: int) -> int | None:
-    """``max_new_tokens`` of a cache: so many where decode steps can be recorded, None elsewhere."""
+def room(model: PreTrainedModel, tokens: int, *, compile: bool = False) -> int | None:
+    """``max_new_tokens`` of a cache: as many where decode steps are recorded, or on a CPU compiled; None elsewhere.
+
+    Raises:
+        ValueError: there is no C++ compiler to compile with.
+    """
+    if model.device.type == "cpu":
+        if compile:
+            _find_compiler()
+        return tokens if compile else None
     spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
     return tokens if model.device.type == "cuda" and not spread else None
 
@@ -85,8 +94,21 @@ def compiled_step(model: PreTrainedModel, **inputs: Any) -> Any:
     from torch.fx.experimental import _config as shapes
 
     # Frozen weights are constants, which oneDNN reorders; sizes that happen to be equal need not stay so.
+    # torch installs `patch` in its settings when it runs.
     with weights.patch(freezing=True), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return _compiled()(model, _without_mask(inputs))
+
+
+def _find_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "Compiling decode steps needs a C++ compiler: install g++, name one in CXX, or do not compile."
+        ) from error
 
 
 @once

@@ -185,7 +185,7 @@ class CompressedLayer(CacheLayerMixin):
     # What generation strategies ask of a cache
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:  # type: ignore[override]  # a plain attribute there
         """Whether new entries can be taken back: rules that drop overwrite old ones, which are lost."""
         return isinstance(self.recipe.decode, Grow)
 
@@ -248,7 +248,7 @@ class CompressedLayer(CacheLayerMixin):
             self._fix()
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
+    def is_compileable(self) -> bool:  # type: ignore[override]  # a plain attribute there
         """Whether decoding one token can be recorded and replayed: addresses stay."""
         return self.room is not None
 

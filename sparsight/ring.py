@@ -1,5 +1,6 @@
 """Decoding within an allowance in one layer: which slot of the storage each new entry takes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ NUMBERS = ("shares", "padding", "turn_tokens", "protected")
 """What an allowance has for each row."""
 
 
-class Allowance:
+class Allowance(ABC):
     """How many entries each row of one layer may hold; what follows tells which ones go.
 
     A row is a sequence, or one KV head of a sequence where the heads hold different numbers of entries. A new turn of a
@@ -78,9 +79,9 @@ class Allowance:
             gone = [count - (count > 1) for count in gone]
         return gone
 
+    @abstractmethod
     def vacate(self, entries: Held, dropped: list[bool]) -> None:
         """Drop the next entry to go of every row where ``dropped``."""
-        raise NotImplementedError
 
     def select_rows(self, index: Tensor) -> None:
         """Replace the rows by those at ``index``, a tensor on the CPU."""

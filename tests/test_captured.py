@@ -120,6 +120,13 @@ def test_one_compiled_step_answers_all_prompts_of_a_batch_size():
     torch._dynamo.reset()
 
 
+@on_the_cpu
+def test_without_a_compiler_it_says_so_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler: install g\\+\\+"):
+        sparsight.generate(model("llava"), inputs("llava", ONE_IMAGE), VLCache(0.3), compile=True)
+
+
 class Pieces(TextStreamer):
     def __init__(self):
         self.tokens = []
@@ -134,7 +141,7 @@ class Pieces(TextStreamer):
 @on_the_cpu
 def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
+    monkeypatch.setattr(captured, "room", lambda model, tokens, compile: tokens)
     streamer = Pieces()
     tokens = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, do_sample=False, streamer=streamer)
     assert streamer.tokens == tokens[0].tolist()
@@ -144,7 +151,7 @@ def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
 @on_the_cpu
 def test_beams_are_refused_where_steps_are_recorded(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
+    monkeypatch.setattr(captured, "room", lambda model, tokens, compile: tokens)
     for options in ({"num_beams": 2}, {"assistant_model": tiny}):
         with pytest.raises(ValueError, match="for beams and assistants"):
             sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
@@ -155,7 +162,7 @@ def test_hidden_states_are_those_of_their_tokens(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
     options = {"return_dict_in_generate": True, "output_hidden_states": True, "do_sample": False}
     plain = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
-    monkeypatch.setattr(captured, "room", lambda model, tokens: tokens)
+    monkeypatch.setattr(captured, "room", lambda model, tokens, compile: tokens)
     fixed = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
     for one, other in zip(plain.hidden_states, fixed.hidden_states, strict=True):
         assert_close(one[-1], other[-1], rtol=1e-4, atol=1e-4)

@@ -109,7 +109,7 @@ def run(
             new_tokens = plan.new_tokens if round_ else min(plan.new_tokens, WARM_UP_TOKENS)
             for cell in measured:
                 if cell.reason is None and time.monotonic() < end:
-                    tokens_to_come = new_tokens if plan.compiled else room(model, new_tokens)
+                    tokens_to_come = room(model, new_tokens, compile=plan.compiled)
                     _measure(cell, model, new_tokens, tokens_to_come, kvpress, counted=round_ > 0)
         _close(measured)
         yield measured, bandwidth

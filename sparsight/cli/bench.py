@@ -21,6 +21,7 @@ from sparsight.bench.results import results
 from sparsight.bench.run import RIVALS, Plan, run
 from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
 from sparsight.cache import CompressedCache
+from sparsight.captured import room
 from sparsight.cli import options
 from sparsight.cli.lists import budget_list, count_list, names
 from sparsight.cli.progress import progress
@@ -84,9 +85,11 @@ def bench(
         raise ValueError(f"Measuring needs the device cpu or cuda, not {loaded.device.type!r}.")
     for each in plan.recipes:
         # Refuses what the model cannot take before anything is measured.
-        CompressedCache(loaded, each, random_inputs(loaded, length=1, batch=1))
+        CompressedCache(
+            loaded, each, random_inputs(loaded, length=1, batch=1), room(loaded, new_tokens, compile=compiled)
+        )
     report.make_folder(output)
-    weights, room = weight_bytes(loaded), machine.available_bytes(loaded.device)
+    weights, free = weight_bytes(loaded), machine.available_bytes(loaded.device)
     about = {
         "command": "sparsight " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -112,7 +115,7 @@ def bench(
             for size in run(plan, loaded, on_progress, kvpress):
                 measured.append(size)
                 measured.sort(key=lambda size: (size[0][0].context, size[0][0].batch))
-                found = {**about, "cells": results(measured, new_tokens, weights, room)}
+                found = {**about, "cells": results(measured, new_tokens, weights, free)}
                 # A run that is stopped leaves what it found.
                 report.write(found, output)
     written = [report.RESULTS, *(path.name for path in report.draw(found, output))]
