@@ -154,6 +154,8 @@ class CompressedCache(Cache):
             raise self._foreign_model()
         if layer.entries is None:
             self._check_prompt(layer, *key_states.shape[0::2])
+            # Attention and statistics read head by head, and what came out of a fused projection is held apart from it.
+            key_states, value_states = key_states.contiguous(), value_states.contiguous()
         elif key_states.shape[0] != len(self.prompt.spans):
             raise ValueError(
                 f"The cache holds {len(self.prompt.spans)} sequences, but the model was given {key_states.shape[0]}."

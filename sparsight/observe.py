@@ -1,5 +1,6 @@
 """Scores and sparsity of one layer from the query rows that matter, in bounded memory: no ``T x T`` tensor."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -98,7 +99,12 @@ def _blocked_sums(
     group = query.shape[1]
     sums = torch.zeros(kv_heads, keys, device=key.device)
     survivors = torch.zeros((), dtype=torch.int64, device=key.device)
-    for heads, blocks in _query_blocks(kv_heads, group, rows, min(keys, BLOCK_KEYS), size, key.device):
+    head_step, row_step = _steps(kv_heads, group, rows, min(keys, BLOCK_KEYS), size, key.device)
+    blocks = [slice(row, min(row + row_step, rows)) for row in range(0, rows, row_step)]
+    # One place for the weights of all blocks: fresh memory costs more than some of the steps.
+    space = torch.empty(head_step * group * row_step * min(keys, BLOCK_KEYS), device=key.device)
+    for head in range(0, kv_heads, head_step):
+        heads = slice(head, head + head_step)
         states, values = key[heads], value[heads] if value is not None else None
         if keys <= BLOCK_KEYS:
             # What every block takes whole is converted once.
@@ -116,7 +122,7 @@ def _blocked_sums(
             before = max(rows - counted - block.start, 0)
             filtered = threshold is not None and before < block.stop - block.start
             attended = torch.zeros((), device=key.device)
-            for column, weights, top in _weights(queries, states, hide, columns, filtered):
+            for column, weights, top in _weights(queries, states, hide, columns, filtered, space):
                 sums[heads, column] += weights.sum(1)
                 if values is not None:
                     attended = attended + weights @ values[:, column].float()
@@ -131,46 +137,46 @@ def _blocked_sums(
 
 
 def _weights(
-    queries: Tensor, key: Tensor, hide: Hide, columns: list[slice], tops: bool
+    queries: Tensor, key: Tensor, hide: Hide, columns: list[slice], tops: bool, space: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Attention weights of a block of queries, some columns of keys at a time, and each row's largest if ``tops``."""
+    """Attention weights of a block of queries, some columns of keys at a time, and each row's largest if ``tops``.
+
+    They lie in ``space``, until the next ones do.
+    """
     if len(columns) == 1:
-        weights = _logits(queries, key, hide, columns[0]).softmax(-1)
+        logits = _logits(queries, key, hide, columns[0], space)
+        weights = torch.softmax(logits, -1, out=logits)
         yield columns[0], weights, weights.amax(-1, keepdim=True) if tops else None
         return
     # Too many keys for one product: a first pass finds each row's maximum and normaliser.
     maximum = normaliser = torch.full((), -torch.inf, device=key.device)
     for column in columns:
-        logits = _logits(queries, key, hide, column)
+        logits = _logits(queries, key, hide, column, space)
         maximum = torch.maximum(maximum, logits.amax(-1, keepdim=True))
         normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1, keepdim=True))
     for column in columns:
-        logits = _logits(queries, key, hide, column)
+        logits = _logits(queries, key, hide, column, space)
         yield column, logits.sub_(normaliser).exp_(), (maximum - normaliser).exp() if tops else None
 
 
-def _query_blocks(
-    kv_heads: int, group: int, rows: int, keys: int, size: int, device: torch.device
-) -> Iterator[tuple[slice, list[slice]]]:
-    """KV heads that are worked on together, and blocks of their rows: temporaries are as large as it pays to be."""
+def _steps(kv_heads: int, group: int, rows: int, keys: int, size: int, device: torch.device) -> tuple[int, int]:
+    """KV heads and rows that are worked on together: temporaries are as large as it pays to be."""
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        # Threads wait for each other after every step, so there should be few; within one each has a head of its own.
-        larger = min(threads, 2)
-        elements, least = BLOCK_ELEMENTS * larger, BLOCK_ROWS * larger // group
+        # A head a thread at least, as many for each.
+        threads, elements, least = torch.get_num_threads(), BLOCK_ELEMENTS, BLOCK_ROWS // group
     else:
         # A temporary should fill the device: 64 MiB.
         threads, elements, least = 1, 2**24, 1
     row_step = min(max(elements // (group * keys), least, 1), rows)
-    head_step = max(threads, threads * elements // max(group * row_step * keys, keys * size))
-    blocks = [slice(row, min(row + row_step, rows)) for row in range(0, rows, row_step)]
-    for head in range(0, kv_heads, head_step):
-        yield slice(head, head + head_step), blocks
+    head_step = threads * max(1, elements // max(group * row_step * keys, keys * size))
+    return min(head_step, kv_heads), row_step
 
 
-def _logits(queries: Tensor, key: Tensor, hide: Hide, column: slice) -> Tensor:
+def _logits(queries: Tensor, key: Tensor, hide: Hide, column: slice, space: Tensor) -> Tensor:
     """Logits ``[h, group * r, c]`` of a block of queries and the keys in ``column``, -inf where one is not seen."""
-    logits = queries @ key[:, column].float().mT
+    states = key[:, column].float()
+    shape = *queries.shape[:2], states.shape[1]
+    logits = torch.bmm(queries, states.mT, out=space[: math.prod(shape)].view(shape))
     hide(column, logits)
     return logits
 

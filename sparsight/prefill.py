@@ -37,7 +37,7 @@ class Prefill:
         self.recipe = recipe
         self.prompt = prompt
         self.seen = keys.shape[2]
-        self.keys, self.values = _alone(keys), _alone(values)
+        self.keys, self.values = keys.detach(), values.detach()
         heads, device = keys.shape[1], keys.device
         self.scores = [torch.zeros(heads, span.length, device=device) for span in prompt.spans]
         self.queries: list[list[Tensor]] = [[] for _ in prompt.spans]
@@ -239,9 +239,3 @@ class Prefill:
         """Bytes of one token's keys and values in all sequences."""
         batch, heads, _, size = self.keys.shape
         return batch * heads * (size + self.values.shape[-1]) * self.keys.element_size()
-
-
-def _alone(states: Tensor) -> Tensor:
-    """Keys or values without what they were computed together with: fused projections would be held as a whole."""
-    states = states.detach()
-    return states.clone() if states.untyped_storage().nbytes() > states.nbytes else states

@@ -30,6 +30,8 @@ def size(context: int, batch: int) -> list[Cell]:
     kvpress.samples = [sample(110, 4, 100)] * 2
     ours[0].samples = [sample(101, 2, 125), sample(111.1, 2, 125)]
     ours[1].samples = [sample(99, 1, 125)] * 2
+    for cell in (full, kept, kvpress, *ours):
+        cell.bandwidths = [1000.0] * 2
     return [full, kept, kvpress, *ours, large]
 
 
@@ -37,7 +39,7 @@ def run(device: str, *sizes: tuple[int, int]) -> str:
     about = {"machine": "a machine", "device": device, "threads": 2, "model": "small, random weights", "rounds": 2}
     versions = {"torch": "2.0", "transformers": "5.0", "kvpress": {"kvpress": "0.5", "transformers": "4.0"}}
     described = {"dtype": "float32", "new_tokens": 10, "date": "2026-01-02", "command": "sparsight bench"}
-    cells = results([(size(*each), 1000.0) for each in sizes], new_tokens=10, weights=400, room=9000)
+    cells = results([size(*each) for each in sizes], new_tokens=10, weights=400, room=9000)
     return json.dumps({**about, **versions, **described, "cells": cells})
 
 

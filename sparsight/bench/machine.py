@@ -12,7 +12,7 @@ import torch
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """A copy that is timed should be far larger than the caches."""
 
-COPIES = 3
+COPIES = 8
 
 
 def describe(device: torch.device) -> str:

@@ -16,30 +16,26 @@ TIMES: dict[str, Take] = {
 """What is compared with plain transformers."""
 
 
-def results(
-    measured: Sequence[tuple[Sequence[Cell], float]], new_tokens: int, weights: int, room: int
-) -> list[dict[str, Any]]:
+def results(measured: Sequence[Sequence[Cell]], new_tokens: int, weights: int, room: int) -> list[dict[str, Any]]:
     """What was found of every cell.
 
     ``seconds`` of each stage are ``median``, ``low`` and ``high`` over the rounds. ``of_full`` are its times and bytes
     over those of plain transformers, ``of_kvpress`` over those of kvpress at the same budget, ``of_kept_length`` its
     time for a token over that of plain transformers given a prompt of the kept length, ``of_limit`` over the limit,
-    ``token_limit``: the time that the machine's copy bandwidth takes for the weights and the entries held. Where there
+    ``token_limit``: the time that the round's copy bandwidth takes for the weights and the entries held. Where there
     is nothing to compare with they are None, as are stages that are not told apart. A cell that could not be measured
     has its ``reason`` and nothing else.
 
     Args:
-        measured: of each size the cells, and the copy bandwidth in bytes a second.
+        measured: the cells of each size.
         new_tokens: tokens of an answer.
         weights: bytes of the weights that a decode step reads.
         room: bytes of memory that the weights leave.
     """
-    return [_cell(cell, size, bandwidth, new_tokens, weights, room) for size, bandwidth in measured for cell in size]
+    return [_cell(cell, size, new_tokens, weights, room) for size in measured for cell in size]
 
 
-def _cell(
-    cell: Cell, size: Sequence[Cell], bandwidth: float, new_tokens: int, weights: int, room: int
-) -> dict[str, Any]:
+def _cell(cell: Cell, size: Sequence[Cell], new_tokens: int, weights: int, room: int) -> dict[str, Any]:
     about = {
         "context": cell.context,
         "batch": cell.batch,
@@ -55,7 +51,7 @@ def _cell(
         next((other for other in size if (other.method, other.budget) == (name, budget)), None)
         for name, budget in ((TRANSFORMERS, 1.0), (KEPT_LENGTH, cell.budget), (KVPRESS, cell.budget))
     )
-    limit = (weights + samples[0].entry_bytes) / bandwidth
+    limits = [(weights + samples[0].entry_bytes) / bandwidth for bandwidth in cell.bandwidths]
     peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
     return {
         **about,
@@ -72,9 +68,9 @@ def _cell(
         "of_full": _ratios(cell, full),
         "of_kvpress": _ratios(cell, kvpress),
         "of_kept_length": _ratio(cell, kept, TIMES["token"]),
-        "token_limit": limit,
-        "of_limit": _median(TIMES["token"], samples) / limit,
-        "copy_bandwidth": bandwidth,
+        "token_limit": _spread(limits),
+        "of_limit": statistics.median(sample.token / limit for sample, limit in zip(samples, limits, strict=True)),
+        "copy_bandwidth": _spread(cell.bandwidths),
     }
 
 

@@ -60,6 +60,7 @@ class Cell:
         method: a recipe's name, or one of :data:`OTHERS`.
         budget: fraction of the prompt's entries kept, or of its tokens given.
         samples: what every round took.
+        bandwidths: bytes a second of a large copy, right after each sample.
         reason: why there are none.
     """
 
@@ -69,6 +70,7 @@ class Cell:
     batch: int
     recipe: Recipe | None = None
     samples: list[Sample] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
     reason: str | None = None
 
     @property
@@ -94,17 +96,15 @@ def run(
     model: PreTrainedModel,
     on_progress: Callable[[str, int, int], None],
     kvpress: Kvpress | CannotRun | None = None,
-) -> Iterator[tuple[list[Cell], float]]:
-    """Measure size by size, small ones first: its cells, and the copy bandwidth in bytes a second, the best of all."""
+) -> Iterator[list[Cell]]:
+    """Measure the cells of one size after the other, small ones first."""
     sizes = sorted(product(plan.contexts, plan.batches), key=prod)
     total = len(sizes) * (plan.rounds + 1)
     end = time.monotonic() + 60 * plan.minutes
     for number, (context, batch) in enumerate(sizes):
         measured = cells(plan, context, batch)
-        bandwidth = 0.0
         for round_ in range(plan.rounds + 1):
             on_progress(f"{context} tokens x {batch}", number * (plan.rounds + 1) + round_, total)
-            bandwidth = max(bandwidth, machine.copy_bandwidth(model.device))
             # The round that does not count shows each case what it will meet, not all of it.
             new_tokens = plan.new_tokens if round_ else min(plan.new_tokens, WARM_UP_TOKENS)
             for cell in measured:
@@ -112,7 +112,7 @@ def run(
                     tokens_to_come = room(model, new_tokens, compile=plan.compiled)
                     _measure(cell, model, new_tokens, tokens_to_come, kvpress, counted=round_ > 0)
         _close(measured)
-        yield measured, bandwidth
+        yield measured
     on_progress("done", total, total)
 
 
@@ -121,7 +121,7 @@ def _close(measured: Sequence[Cell]) -> None:
     open_ = [cell for cell in measured if cell.reason is None]
     rounds = min((len(cell.samples) for cell in open_), default=0)
     for cell in open_:
-        del cell.samples[rounds:]
+        del cell.samples[rounds:], cell.bandwidths[rounds:]
         cell.reason = None if rounds else TIME_UP
 
 
@@ -139,10 +139,12 @@ def _measure(
         sample = _sample(cell, model, new_tokens, tokens_to_come, kvpress)
     except CannotRun as error:
         cell.samples.clear()
+        cell.bandwidths.clear()
         cell.reason = str(error)
         return
     if counted:
         cell.samples.append(sample)
+        cell.bandwidths.append(machine.copy_bandwidth(model.device))
 
 
 def _sample(

@@ -114,7 +114,7 @@ def bench(
                 about["kvpress"] = kvpress.versions
             for size in run(plan, loaded, on_progress, kvpress):
                 measured.append(size)
-                measured.sort(key=lambda size: (size[0][0].context, size[0][0].batch))
+                measured.sort(key=lambda size: (size[0].context, size[0].batch))
                 found = {**about, "cells": results(measured, new_tokens, weights, free)}
                 # A run that is stopped leaves what it found.
                 report.write(found, output)

@@ -32,12 +32,14 @@ def size(context=100):
         replace(sample(first=2.0, token=drift, end=10 * drift, held=400), statistics=None, compaction=None)
         for drift in (1.0, 2.0, 3.0)
     ]
+    for cell in (full, kept, ours, theirs):
+        cell.bandwidths = [2000.0, 1000.0, 500.0]
     large = Cell("elastic", 0.1, context, 2, recipe("elastic"), reason="does not fit: memory ran out")
     return [full, kept, ours, large, theirs]
 
 
 def found(context=100):
-    return results([(size(context), 2000.0)], new_tokens=6, weights=400, room=1900)
+    return results([size(context)], new_tokens=6, weights=400, room=1900)
 
 
 def test_ratios_are_taken_within_rounds():
@@ -55,8 +57,9 @@ def test_rates_limits_and_memory():
     ours = found()[2]
     # Two prompts with six tokens each in the median of 4, 8 and 12 seconds.
     assert ours["tokens_per_second"] == 2 * 6 / 8
-    assert ours["token_limit"] == (400 + 100) / 2000
-    assert ours["of_limit"] == 4.0
+    assert ours["token_limit"] == {"median": 0.5, "low": 0.25, "high": 1.0}
+    # Half a second over 0.25, one over 0.5, one and a half over one.
+    assert ours["of_limit"] == 2.0
     assert ours["peak_bytes"] == 9
     # 200 bytes for two sequences: nineteen hundreds in 1900.
     assert ours["batch_that_fits"] == 19
@@ -81,7 +84,7 @@ def test_stages_that_are_not_told_apart_are_none():
 
 
 def test_without_something_to_compare_with_there_are_no_ratios():
-    alone = results([(size()[2:3], 2000.0)], new_tokens=6, weights=400, room=1900)[0]
+    alone = results([size()[2:3]], new_tokens=6, weights=400, room=1900)[0]
     assert alone["of_full"] == alone["of_kvpress"] == dict.fromkeys(("first_token", "token", "end_to_end", "bytes"))
     assert alone["of_kept_length"] is None
 
@@ -114,7 +117,7 @@ def test_files_are_written_and_no_speed_up_without_plain_transformers(tmp_path):
     write({"cells": found()}, tmp_path)
     assert json.loads((tmp_path / "bench.json").read_text()) == {"cells": found()}
     assert [path.name for path in draw({"cells": found()}, tmp_path)] == ["growth.png", "speed-up.png"]
-    alone = results([(size()[2:3], 2000.0)], new_tokens=6, weights=400, room=1900)
+    alone = results([size()[2:3]], new_tokens=6, weights=400, room=1900)
     assert [path.name for path in draw({"cells": alone}, tmp_path)] == ["growth.png"]
     assert draw({"cells": found()[3:4]}, tmp_path) == []
 

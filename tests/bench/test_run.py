@@ -56,8 +56,8 @@ def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch)
     )
     turn = ["plain 40", "plain 10", "vl-cache"]
     assert taken == [(method, batch, 7) for batch in (1, 2) for _ in range(3) for method in turn]
-    assert [len(cell.samples) for size, _ in measured for cell in size] == [2] * 6
-    assert all(bandwidth > 0 for _, bandwidth in measured)
+    assert [len(cell.samples) for size in measured for cell in size] == [2] * 6
+    assert all(len(cell.bandwidths) == 2 and min(cell.bandwidths) > 0 for size in measured for cell in size)
     assert [step for _, step, _ in done] == [0, 1, 2, 3, 4, 5, 6]
     assert {total for *_, total in done} == {6}
 
@@ -79,7 +79,7 @@ def test_when_the_time_is_up_only_whole_rounds_count_and_the_rest_is_said(model,
     asked = plan(
         batches=[1, 2], recipes=[recipe("full"), recipe("h2o")], against=[], new_tokens=2, rounds=4, minutes=7.5
     )
-    (first, _), (second, _) = run_all(asked, model)
+    first, second = run_all(asked, model)
     assert [(len(cell.samples), cell.reason) for cell in first] == [(2, None)] * 2
     assert [(len(cell.samples), cell.reason) for cell in second] == [(0, TIME_UP)] * 2
 
@@ -100,7 +100,7 @@ class Elsewhere(Kvpress):
 def test_kvpress_takes_its_turns_and_what_it_cannot_run_is_said(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
     kvpress = Elsewhere()
-    ((size, _),) = run_all(plan(against=["transformers", "kvpress"], new_tokens=30, rounds=2), model, kvpress)
+    (size,) = run_all(plan(against=["transformers", "kvpress"], new_tokens=30, rounds=2), model, kvpress)
     assert kvpress.asked == [(0.1, 40, 2, 8), (0.2, 40, 2, 8), (0.1, 40, 2, 30), (0.1, 40, 2, 30)]
     assert [(cell.budget, len(cell.samples), cell.reason) for cell in size if cell.method == "kvpress"] == [
         (0.1, 2, None),
@@ -112,7 +112,7 @@ def test_kvpress_takes_its_turns_and_what_it_cannot_run_is_said(model, monkeypat
 def test_without_kvpress_its_cells_say_why(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
     refusal = CannotRun("kvpress cannot be installed: no matching distribution")
-    ((size, _),) = run_all(plan(against=["kvpress"], new_tokens=2, rounds=1), model, refusal)
+    (size,) = run_all(plan(against=["kvpress"], new_tokens=2, rounds=1), model, refusal)
     assert [cell.reason for cell in size] == [str(refusal)] * 2 + [None] * 3
 
 
@@ -121,7 +121,7 @@ def test_what_would_not_fit_is_not_tried(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda model, input_ids, *_: tried.append(input_ids.shape[1]) or SAMPLE)
     short = prefill_bytes(TINY, 4, 2, 2, 4)
     monkeypatch.setattr(machine, "available_bytes", lambda device: short)
-    ((size, _),) = run_all(plan(new_tokens=2, rounds=3), model)
+    (size,) = run_all(plan(new_tokens=2, rounds=3), model)
     assert tried == [4] * 4
     assert [len(cell.samples) for cell in size] == [0, 3, 0, 0, 0, 0]
     assert size[0].reason.startswith("does not fit: about 0.0 GiB needed")
@@ -135,7 +135,7 @@ def test_memory_that_runs_out_is_the_cells_own_affair(model, monkeypatch):
         return SAMPLE
 
     monkeypatch.setattr(module, "measure", fail)
-    ((size, _),) = run_all(plan(new_tokens=2, rounds=2), model)
+    (size,) = run_all(plan(new_tokens=2, rounds=2), model)
     assert {cell.method: cell.reason for cell in size if cell.reason} == {"elastic": "does not fit: memory ran out"}
     assert [len(cell.samples) for cell in size] == [2, 2, 2, 2, 2, 0]
 
