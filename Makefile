@@ -38,7 +38,7 @@ BENCH := --shape small --new-tokens 65 --methods vl-cache,elastic,snapkv --again
 
 bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
-	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 12 --output bench/results/small-cpu-2-threads
+	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 16 --output bench/results/small-cpu-2-threads
 	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 4 --output bench/results/small-cpu-growth
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 5 --compile --output bench/results/small-cpu-compiled
 
