@@ -94,8 +94,7 @@ def compiled_step(model: PreTrainedModel, **inputs: Any) -> Any:
     from torch.fx.experimental import _config as shapes
 
     # Frozen weights are constants, which oneDNN reorders; sizes that happen to be equal need not stay so.
-    # torch installs `patch` in its settings when it runs.
-    with weights.patch(freezing=True), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    with weights.patch(freezing=True), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # made at run time
         return _compiled()(model, _without_mask(inputs))
 
 

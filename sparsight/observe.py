@@ -99,10 +99,11 @@ def _blocked_sums(
     group = query.shape[1]
     sums = torch.zeros(kv_heads, keys, device=key.device)
     survivors = torch.zeros((), dtype=torch.int64, device=key.device)
-    head_step, row_step = _steps(kv_heads, group, rows, min(keys, BLOCK_KEYS), size, key.device)
+    width = min(keys, BLOCK_KEYS)
+    head_step, row_step = _steps(kv_heads, group, rows, width, size, key.device)
     blocks = [slice(row, min(row + row_step, rows)) for row in range(0, rows, row_step)]
     # One place for the weights of all blocks: fresh memory costs more than some of the steps.
-    space = torch.empty(head_step * group * row_step * min(keys, BLOCK_KEYS), device=key.device)
+    space = torch.empty(head_step * group * row_step * width, device=key.device)
     for head in range(0, kv_heads, head_step):
         heads = slice(head, head + head_step)
         states, values = key[heads], value[heads] if value is not None else None

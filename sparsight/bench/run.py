@@ -108,10 +108,10 @@ def run(
             on_progress(f"{context} tokens x {batch}", number * (plan.rounds + 1) + round_, total)
             # The round that does not count shows each case what it will meet, not all of it.
             new_tokens = plan.new_tokens if round_ else min(plan.new_tokens, WARM_UP_TOKENS)
+            tokens_to_come = room(model, new_tokens, compile=plan.compiled)
             # What a case leaves behind, in memory and in another process, should not always meet the same one.
             for cell in Random(round_).sample(measured, len(measured)):
                 if cell.reason is None and time.monotonic() < end:
-                    tokens_to_come = room(model, new_tokens, compile=plan.compiled)
                     _measure(cell, model, new_tokens, tokens_to_come, kvpress, counted=round_ > 0)
         _close(measured)
         yield measured
