@@ -17,10 +17,10 @@ test: $(VENV)/.ready
 # Apart, because Ray is large and each of its runs starts a dozen processes.
 test-ray: $(VENV)/.ready
 	$(INSTALL) --editable ".[ray]"
-	$(BIN)/python -m pytest tests/offline/test_cluster.py
+	$(BIN)/python -m pytest tests/batch_inference/test_ray_data.py
 
 test-gpu: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest tests/attention/kernels
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -37,23 +37,23 @@ performance: $(VENV)/.ready
 BENCH := --shape small --new-tokens 65 --methods vl-cache,elastic,snapkv --against transformers,kvpress --device cpu --dtype float32
 
 bench: $(VENV)/.ready
-	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output bench/results/small-cpu-1-thread
-	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 16 --output bench/results/small-cpu-2-threads
-	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 4 --output bench/results/small-cpu-growth
-	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 5 --compile --output bench/results/small-cpu-compiled
+	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output benchmarks/results/small-cpu-1-thread
+	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 16 --output benchmarks/results/small-cpu-2-threads
+	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 4 --output benchmarks/results/small-cpu-growth
+	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 5 --compile --output benchmarks/results/small-cpu-compiled
 
 # Weights of 6 GiB, held twice.
 bench-compiled: $(VENV)/.ready
-	$(BIN)/sparsight bench --shape qwen2.5-vl-3b --contexts 512 --methods full,vl-cache --new-tokens 33 --rounds 4 --threads 2 --device cpu --dtype bfloat16 --compile --output bench/results/qwen2.5-vl-3b-cpu-compiled
+	$(BIN)/sparsight bench --shape qwen2.5-vl-3b --contexts 512 --methods full,vl-cache --new-tokens 33 --rounds 4 --threads 2 --device cpu --dtype bfloat16 --compile --output benchmarks/results/qwen2.5-vl-3b-cpu-compiled
 
 # On an NVIDIA GPU: what of docs/performance.md needs one. GPU_MINUTES bound each shape, small sizes first.
-RESULTS := bench/results
+RESULTS := benchmarks/results
 GPU_MINUTES := 3
 GPU_SHAPES := llava-1.5-7b llava-next-mistral-7b
 GPU := --contexts 2k,8k,32k --batch 1,4,16,64 --new-tokens 100 --rounds 1 --device cuda --dtype bfloat16
 
 bench-gpu: $(VENV)/.ready
-	$(BIN)/python -m bench.kernels --output $(RESULTS)/kernels-gpu.json
+	$(BIN)/python -m benchmarks.kernels --output $(RESULTS)/kernels-gpu.json
 	set -e; for shape in $(GPU_SHAPES); do $(BIN)/sparsight bench --shape $$shape $(GPU) --minutes $(GPU_MINUTES) \
 		--methods full,vl-cache,elastic,snapkv --against transformers,kvpress --output $(RESULTS)/$$shape-gpu; done
 
@@ -61,14 +61,14 @@ bench-gpu: $(VENV)/.ready
 accuracy: $(VENV)/.ready
 	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --budgets 0.01,0.05,0.1,0.2,0.4 --batch 100 --limit 500 --seed 1 --output runs/accuracy
 	$(BIN)/sparsight analyze --limit 100 --seed 1 --output runs/analysis
-	$(BIN)/python -m bench.asked transcribe:4 runs/lists --limit 50 --seed 1
+	$(BIN)/python -m benchmarks.task_prompts transcribe:4 runs/lists --limit 50 --seed 1
 	$(BIN)/sparsight analyze --prompts runs/lists/asked.jsonl --limit 50 --max-new-tokens 80 --output runs/analysis-lists
-	$(BIN)/python -m bench.accuracy runs/accuracy runs/analysis docs/accuracy.md
+	$(BIN)/python -m benchmarks.accuracy runs/accuracy runs/analysis docs/accuracy.md
 	for kind in json png; do cp runs/analysis-lists/analysis.$$kind docs/accuracy/lists.$$kind; done
 
 bench-batch: $(VENV)/.ready
-	$(BIN)/python -m bench.batch measure --pages 2000 --output bench/results/batch-cpu.json
-	$(BIN)/python -m bench.batch memory bench/results/batch-cpu.json
+	$(BIN)/python -m benchmarks.batch measure --pages 2000 --output benchmarks/results/batch-cpu.json
+	$(BIN)/python -m benchmarks.batch memory benchmarks/results/batch-cpu.json
 	$(BIN)/python -m docs.sizing
 
 # glibc is told to keep large blocks: a training step frees and takes hundreds of them.

@@ -1,4 +1,4 @@
-"""The measured part of performance.md, from bench/results: ``python -m docs.performance`` rewrites it."""
+"""The measured part of performance.md, from benchmarks/results: ``python -m docs.performance`` rewrites it."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from docs.tables import put, table
-from sparsight.bench.plots import tokens
-from sparsight.bench.report import name_of, number
-from sparsight.bench.run import OTHERS, TRANSFORMERS
+from sparsight.bench.rounds import OTHERS, TRANSFORMERS
+from sparsight.bench.speed_plots import tokens
+from sparsight.bench.tables import name_of, number
 
 PAGE = Path(__file__).parent / "performance.md"
-RESULTS = PAGE.parents[1] / "bench" / "results"
+RESULTS = PAGE.parents[1] / "benchmarks" / "results"
 KERNELS = "kernels-gpu.json"
 BUDGET = 0.1
 NOT_MEASURED = "not yet measured"

@@ -8,14 +8,14 @@ from typing import Any
 from docs.tables import put, table
 
 PAGE = Path(__file__).parent / "scale.md"
-RESULT = Path(__file__).parents[1] / "bench/results/batch-cpu.json"
+RESULT = Path(__file__).parents[1] / "benchmarks/results/batch-cpu.json"
 PART, COMMAND = "sizing", "make bench-batch"
 IMAGES = 100_000_000
 DAYS = (1, 7, 30)
 
 
 def sizing(result: dict[str, Any]) -> str:
-    """The estimate in Markdown, from a result of ``python -m bench.batch measure``."""
+    """The estimate in Markdown, from a result of ``python -m benchmarks.batch measure``."""
     measured = table(
         ["one replica, measured", "rows a second", "private memory, peak"],
         [[name, f"{case['rows_per_second']:.2f}", _memory(case, 1)] for name, case in result["cases"].items()],

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 from sparsight.cli import methods, models
-from sparsight.families import FAMILIES
-from sparsight.recipe import KINDS
-from sparsight.recipes import RECIPES
-from sparsight.tiles import Layout
+from sparsight.compression.recipe import KINDS
+from sparsight.methods import RECIPES
+from sparsight.models.families import FAMILIES
+from sparsight.models.layouts import Layout
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -1,11 +1,11 @@
 """Sparsight: compressed KV caches for vision-language models."""
 
+from sparsight.batch_inference.job import batch
 from sparsight.cache import CompressedCache
-from sparsight.captured import generate
-from sparsight.offline.run import batch
-from sparsight.recipe import Recipe
-from sparsight.recipes import RECIPES, ElasticCache, Sparsight, VLCache, recipe
-from sparsight.report import Report
+from sparsight.cache.report import Report
+from sparsight.compression.recipe import Recipe
+from sparsight.engine.model_runner import generate
+from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
 
 __all__ = [
     "RECIPES",

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from sparsight.zoo.page import WIDTH as PICTURE_WIDTH
-from sparsight.zoo.tasks import Example, compare, look_at, look_up, read_out
+from sparsight.reader.page import WIDTH as PICTURE_WIDTH
+from sparsight.reader.skills import Example, compare, look_at, look_up, read_out
 from training.align import pixels
 from training.loop import Run, device, optimizers, report, update
 from training.model import see

@@ -8,8 +8,8 @@ from PIL import Image
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from sparsight.zoo.page import PATCH, Page, random_page, random_print
-from sparsight.zoo.scene import Scene, random_scene
+from sparsight.reader.page import PATCH, Page, random_page, random_print
+from sparsight.reader.scene import Scene, random_scene
 from training.loop import Run, device, optimizers, report, update
 from training.model import WIDTH, see
 from training.targets import FEATURES, FIRST_GLYPH, FIRST_SHAPE, GRID, THING_WEIGHT, basis, features

@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight import CompressedCache, Recipe
-from sparsight.load import templated
-from sparsight.zoo import model_path
-from sparsight.zoo.tasks import Example, compare, look_at, look_up, read_out
+from sparsight.models.loading import templated
+from sparsight.reader import model_path
+from sparsight.reader.skills import Example, compare, look_at, look_up, read_out
 from training.loop import device
 from training.prompt import batch_of
 

@@ -14,9 +14,9 @@ import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight import VLCache
-from sparsight.zoo import model_path
-from sparsight.zoo.receipt import random_receipt
-from sparsight.zoo.tasks import Example, ask_page, compare, look_at, look_up, read_out
+from sparsight.reader import model_path
+from sparsight.reader.receipt import random_receipt
+from sparsight.reader.skills import Example, ask_page, compare, look_at, look_up, read_out
 from training.evaluate import answers
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sparsight.zoo.page import LETTERS, PATCH
+from sparsight.reader.page import LETTERS, PATCH
 from training.attention import NAME as PLAIN
 from training.targets import GRID, SLOTS, basis, token_meaning
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sparsight.zoo.page import DIGITS, LETTERS, PATCH
-from sparsight.zoo.tasks import Example
+from sparsight.reader.page import DIGITS, LETTERS, PATCH
+from sparsight.reader.skills import Example
 
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}"

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from sparsight.zoo.page import GLYPHS, PATCH
-from sparsight.zoo.scene import COLORS, SHAPES
-from sparsight.zoo.tasks import HARD_KINDS, SCENE_KINDS, Example, compare, look_at, look_up, plural, read_out
+from sparsight.reader.page import GLYPHS, PATCH
+from sparsight.reader.scene import COLORS, SHAPES
+from sparsight.reader.skills import HARD_KINDS, SCENE_KINDS, Example, compare, look_at, look_up, plural, read_out
 from training.loop import Run, device, optimizers, report, update
 from training.model import WIDTH
 from training.prompt import Batch, batch_of, repetition

@@ -8,8 +8,8 @@ import torch
 import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sparsight.zoo import model_path
-from sparsight.zoo.tasks import Example, look_up
+from sparsight.reader import model_path
+from sparsight.reader.skills import Example, look_up
 from training.prompt import batch_of
 
 THRESHOLD = 0.01

@@ -9,8 +9,8 @@ side of a border a character stands exactly.
 import numpy as np
 import torch
 
-from sparsight.zoo.page import GLYPHS, PATCH, WIDTH, Page
-from sparsight.zoo.scene import COLORS, SHAPES, Scene
+from sparsight.reader.page import GLYPHS, PATCH, WIDTH, Page
+from sparsight.reader.scene import COLORS, SHAPES, Scene
 
 GRID = WIDTH // PATCH
 SLOTS = 3

@@ -13,7 +13,7 @@ import torch
 import typer
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from sparsight.zoo import model_path
+from sparsight.reader import model_path
 from training.adapt import adapt
 from training.align import align
 from training.export import export

@@ -3,8 +3,8 @@
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparsight.zoo.scene import COLORS, SHAPES
-from sparsight.zoo.tasks import PHRASES, plural
+from sparsight.reader.scene import COLORS, SHAPES
+from sparsight.reader.skills import PHRASES, plural
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<|user|>", "<|assistant|>")
 PRINTABLE = "".join(chr(code) for code in range(32, 127)) + "\n"

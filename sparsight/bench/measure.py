@@ -15,9 +15,9 @@ from transformers import Cache, PreTrainedModel
 
 from sparsight.bench import machine
 from sparsight.bench.machine import Stopwatch
-from sparsight.cache import CompressedCache, layer_bytes
-from sparsight.captured import decode_step, recorded
-from sparsight.prefill import Prefill
+from sparsight.cache.compressed_cache import CompressedCache, layer_bytes
+from sparsight.cache.prefill import Prefill
+from sparsight.engine.model_runner import decode_step, recorded
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.eval.analysis import FRACTIONS, Findings, analyze, summarise
 from sparsight.eval.analysis_plots import draw_analysis
-from sparsight.eval.prompts import generated, read
-from sparsight.images import MAX_PIXELS
-from sparsight.load import load_checkpoint, load_model, prepare
-from sparsight.parts import check
-from sparsight.picture import save
-from sparsight.recipes import Full
+from sparsight.eval.heatmap import save
+from sparsight.eval.prompt_sets import generated, read
+from sparsight.methods import Full
+from sparsight.models.images import MAX_PIXELS
+from sparsight.models.loading import load_checkpoint, load_model, prepare
+from sparsight.utils import checks
 
 
 def analyze_model(
@@ -41,8 +41,8 @@ def analyze_model(
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Show sparsity, what decoding attends to, the hit rates of scores and the shares of layers."""
-    check.fraction("budget", budget)
-    check.fraction("threshold", threshold)
+    checks.fraction("budget", budget)
+    checks.fraction("threshold", threshold)
     asked = list(generated(seed, limit) if prompts is None else read(prompts, limit, max_pixels))
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, TextStreamer
 
-from sparsight.captured import recorded
-from sparsight.cli.ready import Ready
+from sparsight.cli.session import Ready
+from sparsight.engine.model_runner import recorded
 from sparsight.eval.metrics import same_tokens
 
 

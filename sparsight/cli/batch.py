@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparsight.batch_inference.job import Job, results
+from sparsight.batch_inference.output import Output, Result
+from sparsight.batch_inference.ray_data import Cluster, results_on
+from sparsight.batch_inference.rows import read_ids, read_rows
+from sparsight.cache.report import mebibytes
 from sparsight.cli import options
-from sparsight.cli.chosen import chosen_recipe
-from sparsight.images import MAX_PIXELS
-from sparsight.load import load_checkpoint
-from sparsight.offline.cluster import Cluster, results_on
-from sparsight.offline.results import Output, Result
-from sparsight.offline.rows import read_ids, read_rows
-from sparsight.offline.run import Job, results
-from sparsight.report import mebibytes
+from sparsight.cli.recipe_options import chosen_recipe
+from sparsight.models.images import MAX_PIXELS
+from sparsight.models.loading import load_checkpoint
 
 
 def batch(

@@ -15,20 +15,20 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from sparsight.bench import machine, report
+from sparsight.bench import machine, tables
 from sparsight.bench.kvpress import CannotRun, Kvpress
-from sparsight.bench.results import results
-from sparsight.bench.run import RIVALS, Plan, run
+from sparsight.bench.rounds import RIVALS, Plan, run
 from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
+from sparsight.bench.summarize import results
 from sparsight.cache import CompressedCache
-from sparsight.captured import room
 from sparsight.cli import options
-from sparsight.cli.lists import budget_list, count_list, names
+from sparsight.cli.parsing import budget_list, count_list, names
 from sparsight.cli.progress import progress
-from sparsight.load import DTYPES, find_device, load_checkpoint, load_model
-from sparsight.recipe import Recipe
-from sparsight.recipes import recipe
-from sparsight.suggest import unknown
+from sparsight.compression.recipe import Recipe
+from sparsight.engine.model_runner import room
+from sparsight.methods import recipe
+from sparsight.models.loading import DTYPES, find_device, load_checkpoint, load_model
+from sparsight.utils.suggest import unknown
 
 
 def bench(
@@ -88,7 +88,7 @@ def bench(
         CompressedCache(
             loaded, each, random_inputs(loaded, length=1, batch=1), room(loaded, new_tokens, compile=compiled)
         )
-    report.make_folder(output)
+    tables.make_folder(output)
     weights, free = weight_bytes(loaded), machine.available_bytes(loaded.device)
     about = {
         "command": "sparsight " + " ".join(sys.argv[1:]),
@@ -117,14 +117,14 @@ def bench(
                 measured.sort(key=lambda size: (size[0].context, size[0].batch))
                 found = {**about, "cells": results(measured, new_tokens, weights, free)}
                 # A run that is stopped leaves what it found.
-                report.write(found, output)
-    written = [report.RESULTS, *(path.name for path in report.draw(found, output))]
+                tables.write(found, output)
+    written = [tables.RESULTS, *(path.name for path in tables.draw(found, output))]
     if as_json:
         print(json.dumps(found))
         return
     console = Console(highlight=False)
     console.print(f"{found['model']}, {found['dtype']}, {found['machine']}, {new_tokens} tokens, {rounds} rounds\n")
-    for part in report.tables(found):
+    for part in tables.tables(found):
         console.print(part)
     console.print(f"Wrote {', '.join(written)} in {output}", markup=False)
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sparsight.calibrate import head_scores
 from sparsight.cli import options
-from sparsight.load import load_checkpoint, load_model
-from sparsight.zoo.transcript import random_transcript
+from sparsight.eval.calibration import head_scores
+from sparsight.models.loading import load_checkpoint, load_model
+from sparsight.reader.transcript import random_transcript
 
 
 def calibrate(

@@ -10,19 +10,19 @@ import typer
 from rich.console import Console
 
 from sparsight.cli import options
-from sparsight.cli.chosen import with_scores
-from sparsight.cli.lists import budget_list, names
+from sparsight.cli.parsing import budget_list, names
 from sparsight.cli.progress import progress
-from sparsight.eval import report
-from sparsight.eval.results import results
-from sparsight.eval.run import Plan, run, weights_digest
+from sparsight.cli.recipe_options import with_scores
+from sparsight.compression import VisualHeads
+from sparsight.compression.recipe import Recipe
+from sparsight.eval import render
+from sparsight.eval.evaluate import Plan, run, weights_digest
 from sparsight.eval.store import Store
+from sparsight.eval.summary import results
 from sparsight.eval.tasks import TASKS, task
-from sparsight.load import load_checkpoint, load_model
-from sparsight.parts import VisualHeads
-from sparsight.recipe import Recipe
-from sparsight.recipes import RECIPES, recipe
-from sparsight.suggest import unknown
+from sparsight.methods import RECIPES, recipe
+from sparsight.models.loading import load_checkpoint, load_model
+from sparsight.utils.suggest import unknown
 
 HARNESSES = ("sparsight", "lmms-eval")
 BUDGETS = "0.01,0.05,0.1,0.2,0.4,1.0"
@@ -70,12 +70,12 @@ def evaluate(
     except KeyboardInterrupt as stop:
         print(f"Stopped. What was measured is in {output}; the same command goes on from there.", file=sys.stderr)
         raise typer.Exit(130) from stop
-    written = report.write(found, output)
+    written = render.write(found, output)
     if as_json:
         print(json.dumps(found))
         return
     console = Console(highlight=False)
-    for headline, table in report.tables(found):
+    for headline, table in render.tables(found):
         console.print(headline, style="bold")
         console.print(table, "")
     console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
@@ -106,8 +106,8 @@ def _benchmarks(
     if tasks == "all":
         raise ValueError("lmms-eval has too many tasks for all of them: name some with --tasks, such as docvqa_val.")
     try:
-        from sparsight.eval.harness import run_harness
-        from sparsight.eval.lmms import Sparsight
+        from sparsight.eval.lmms_harness import run_harness
+        from sparsight.eval.lmms_model import Sparsight
     except ImportError as error:
         raise ValueError(
             f"lmms-eval cannot be used: {str(error).rstrip('.')}. Install it with pip install 'sparsight[lmms-eval]'."

@@ -8,16 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
-from sparsight.bounded import check_bound
 from sparsight.cache import CompressedCache
-from sparsight.captured import room
+from sparsight.cache.bounded_prefill import check_bound
+from sparsight.cache.report import Report, mebibytes
 from sparsight.cli import options
 from sparsight.cli.answer import Answer, agreement, answer
-from sparsight.cli.chosen import chosen_recipe
-from sparsight.cli.ready import get_ready, read_question
-from sparsight.families import check_chunks
-from sparsight.images import MAX_PIXELS
-from sparsight.report import Report, mebibytes
+from sparsight.cli.recipe_options import chosen_recipe
+from sparsight.cli.session import get_ready, read_question
+from sparsight.engine.model_runner import room
+from sparsight.models.families import check_chunks
+from sparsight.models.images import MAX_PIXELS
 
 
 def generate(

@@ -9,15 +9,15 @@ import typer
 from torch import Tensor
 
 from sparsight.cache import CompressedCache
+from sparsight.cache.report import Report, mebibytes
 from sparsight.cli import options
 from sparsight.cli.answer import answer
-from sparsight.cli.chosen import chosen_recipe
-from sparsight.cli.ready import Question, get_ready, read_question
-from sparsight.families import family_of
-from sparsight.images import MAX_PIXELS
-from sparsight.picture import Kept, draw, save
-from sparsight.report import Report, mebibytes
-from sparsight.tiles import Tile, find_tiles
+from sparsight.cli.recipe_options import chosen_recipe
+from sparsight.cli.session import Question, get_ready, read_question
+from sparsight.eval.heatmap import Kept, draw, save
+from sparsight.models.families import family_of
+from sparsight.models.images import MAX_PIXELS
+from sparsight.models.layouts import Tile, find_tiles
 
 
 def inspect(

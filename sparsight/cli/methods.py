@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsight.cli import options
-from sparsight.recipe import KINDS
-from sparsight.recipes import RECIPES
+from sparsight.compression.recipe import KINDS
+from sparsight.methods import RECIPES
 
 
 def methods(as_json: options.Json = False) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsight.cli import options
-from sparsight.families import CROSS_ATTENTION, FAMILIES, Family
+from sparsight.models.families import CROSS_ATTENTION, FAMILIES, Family
 
 SUFFIX = "ForConditionalGeneration"
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from sparsight.load import DTYPES
-from sparsight.recipe import KINDS
-from sparsight.zoo import model_path
+from sparsight.compression.recipe import KINDS
+from sparsight.models.loading import DTYPES
+from sparsight.reader import model_path
 
 DEFAULT_MODEL = str(model_path())
 """The model of a command that names none: the small one that ships."""

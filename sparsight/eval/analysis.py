@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsight.eval.recorded import Recorded, States
-from sparsight.eval.stats import interval
-from sparsight.observe import attention_sums, visible_pairs
-from sparsight.parts import VisualHeads
-from sparsight.parts.reduce import top_positions
-from sparsight.recipe import Recipe
-from sparsight.recipes import RECIPES, recipe
+from sparsight.compression import VisualHeads
+from sparsight.compression.recipe import Recipe
+from sparsight.compression.reduce import top_positions
+from sparsight.compression.statistics import attention_sums, visible_pairs
+from sparsight.eval.intervals import interval
+from sparsight.eval.prefill_snapshot import Recorded, States
+from sparsight.methods import RECIPES, recipe
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 """Shares of the prompt for which a score's choice is judged."""

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from sparsight.eval.plots import COLORS, MARKERS
-from sparsight.picture import DPI, FAINT, INK, MUTED
+from sparsight.eval.accuracy_plots import COLORS, MARKERS
+from sparsight.eval.heatmap import DPI, FAINT, INK, MUTED
 
 SIZE = 15.0, 9.2
 """Inches."""

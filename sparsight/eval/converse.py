@@ -11,8 +11,8 @@ from transformers import LogitsProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight.cache import CompressedCache
-from sparsight.eval.recorded import Recorded, next_logits
-from sparsight.recipe import Recipe
+from sparsight.compression.recipe import Recipe
+from sparsight.eval.prefill_snapshot import Recorded, next_logits
 
 SPARE = 4
 """Tokens by which a free answer may be longer than the right one, beside a quarter of its length."""

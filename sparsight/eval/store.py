@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsight.jsonl import append, recover
+from sparsight.utils.jsonl import append, recover
 
 Figures = dict[str, Any]
 """What was measured about one example."""

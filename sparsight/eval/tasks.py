@@ -1,6 +1,6 @@
 """Tasks on generated pages: what is asked, how much of the page the answers need, and which metric tells.
 
-Examples come from a seed and from the held-out split of :mod:`sparsight.zoo`; nothing is downloaded.
+Examples come from a seed and from the held-out split of :mod:`sparsight.reader`; nothing is downloaded.
 """
 
 import re
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsight.suggest import unknown
-from sparsight.zoo.page import PATCH, WIDTH, Page, capacity, random_page
-from sparsight.zoo.tasks import WHICH_IMAGE, Example, ask_page, look_up, pick, read_out
+from sparsight.reader.page import PATCH, WIDTH, Page, capacity, random_page
+from sparsight.reader.skills import WHICH_IMAGE, Example, ask_page, look_up, pick, read_out
+from sparsight.utils.suggest import unknown
 
 SPLIT = "heldout"
 QUESTIONED = 32

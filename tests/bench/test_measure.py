@@ -2,14 +2,15 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from sparsight import CompressedCache, captured, recipe
+from sparsight import CompressedCache, recipe
 from sparsight.bench import measure as module
 from sparsight.bench.measure import measure
 from sparsight.bench.shapes import random_inputs
-from sparsight.prefill import Prefill
-from tests import recorder
+from sparsight.cache.prefill import Prefill
+from sparsight.engine import model_runner
 from tests.bench.conftest import ENTRY
-from tests.models import model as tiny_model
+from tests.support import recorder
+from tests.support.models import model as tiny_model
 
 
 @pytest.fixture
@@ -70,8 +71,8 @@ def test_nothing_is_watched_afterwards(model, inputs):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records its own graphs")
 def test_steps_are_recorded_where_addresses_stay(model, inputs, monkeypatch):
     steps = []
-    monkeypatch.setattr(captured, "record", lambda step: (steps.append(step), recorder.record(step))[1])
-    monkeypatch.setattr(module, "decode_step", captured.DecodeStep)
+    monkeypatch.setattr(model_runner, "record", lambda step: (steps.append(step), recorder.record(step))[1])
+    monkeypatch.setattr(module, "decode_step", model_runner.DecodeStep)
     cache = CompressedCache(model, recipe("elastic", budget=0.1), inputs, max_new_tokens=5)
     sample = measure(model, inputs["input_ids"], cache, 5)
     assert len(steps) == 1

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sparsight.cli import main
-from tests import tiny
+from tests.support import tiny
 
 Run = Callable[..., tuple[int, str, str]]
 

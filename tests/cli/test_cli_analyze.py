@@ -9,9 +9,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from sparsight.eval.analysis import analyze, summarise
-from sparsight.images import open_image
-from sparsight.load import load_checkpoint, prepare
-from tests import tiny
+from sparsight.models.images import open_image
+from sparsight.models.loading import load_checkpoint, prepare
+from tests.support import tiny
 
 Run = Callable[..., tuple[int, str, str]]
 

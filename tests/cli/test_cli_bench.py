@@ -10,7 +10,7 @@ from sparsight.bench import kvpress, machine
 from sparsight.bench import shapes as module
 from sparsight.bench.kvpress import CannotRun
 from sparsight.cli import bench as command
-from sparsight.recipes import RECIPES
+from sparsight.methods import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = {

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsight.zoo import model_path
+from sparsight.reader import model_path
 
 Run = Callable[..., tuple[int, str, str]]
 

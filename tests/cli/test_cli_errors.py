@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_images import huge_png
+from tests.models.test_images import huge_png
 
 Run = Callable[..., tuple[int, str, str]]
 

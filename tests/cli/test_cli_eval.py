@@ -14,8 +14,8 @@ from sparsight.cli import eval as command
 from sparsight.cli import main
 from sparsight.cli.options import DEFAULT_MODEL
 from sparsight.eval.store import CELLS
-from sparsight.zoo import model_path
-from tests import tiny
+from sparsight.reader import model_path
+from tests.support import tiny
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--tasks", "look-up:2,transcribe:2", "--methods", "vl-cache,elastic", "--budgets", "0.2,0.5", "--limit", 4)
@@ -149,7 +149,9 @@ def test_a_template_without_turns_is_refused(run: Run, llava: str, tmp_path: Pat
 
 
 def test_a_missing_harness_is_named(run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "lmms_eval" or name == "sparsight.eval.lmms"]:
+    for name in [
+        name for name in sys.modules if name.split(".")[0] == "lmms_eval" or name == "sparsight.eval.lmms_model"
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     code, out, err = run(

@@ -8,9 +8,9 @@ from sparsight import CompressedCache, recipe
 from sparsight.cli import generate
 from sparsight.cli.answer import Answer, agreement
 from sparsight.cli.options import DEFAULT_METHOD
-from sparsight.images import open_image
-from sparsight.load import load_checkpoint, prepare
-from tests import tiny
+from sparsight.models.images import open_image
+from sparsight.models.loading import load_checkpoint, prepare
+from tests.support import tiny
 
 KEYS = {
     "text",

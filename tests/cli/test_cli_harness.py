@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sparsight.eval.harness import run_harness
+from sparsight.eval.lmms_harness import run_harness
 from sparsight.eval.store import Store
 from sparsight.eval.tasks import task
 
@@ -107,13 +107,13 @@ def test_a_task_that_lmms_eval_does_not_have_is_named(folder: Path, tmp_path: Pa
 def test_lmms_eval_knows_the_model_by_name() -> None:
     from lmms_eval.models import get_model
 
-    from sparsight.eval.lmms import Sparsight
+    from sparsight.eval.lmms_model import Sparsight
 
     assert get_model("sparsight") is Sparsight
 
 
 def test_generation_is_what_a_task_asks_for() -> None:
-    from sparsight.eval.lmms import cut, options
+    from sparsight.eval.lmms_model import cut, options
 
     assert options({"max_new_tokens": 9, "temperature": 0, "do_sample": False, "until": ["x"]}) == {
         "max_new_tokens": 9, "num_beams": 1, "do_sample": False,

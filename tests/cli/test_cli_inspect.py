@@ -11,12 +11,12 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight import CompressedCache, recipe
 from sparsight.cli import inspect as command
-from sparsight.cli.ready import Question
-from sparsight.images import open_image
-from sparsight.load import Checkpoint, load_checkpoint, prepare
-from sparsight.picture import Kept
-from sparsight.tiles import Tile
-from tests import tiny
+from sparsight.cli.session import Question
+from sparsight.eval.heatmap import Kept
+from sparsight.models.images import open_image
+from sparsight.models.layouts import Tile
+from sparsight.models.loading import Checkpoint, load_checkpoint, prepare
+from tests.support import tiny
 
 
 class Drawn:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sparsight import RECIPES, recipe
-from sparsight.recipe import KINDS
+from sparsight.compression.recipe import KINDS
 
 
 def test_json_holds_every_recipe_and_its_paper(run_json: Callable[..., Any]) -> None:

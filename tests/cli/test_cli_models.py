@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from sparsight.families import FAMILIES
+from sparsight.models.families import FAMILIES
 
 
 def test_json_holds_the_table(run_json: Callable[..., Any]) -> None:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sparsight.zoo import model_path
-from tests import tiny
+from sparsight.reader import model_path
+from tests.support import tiny
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from sparsight import CompressedCache, recipe
+from sparsight.compression import Accumulated, LastWindow, PostVision
 from sparsight.eval.analysis import FRACTIONS, analyze, followed, foreseen, scores, summarise, title
 from sparsight.eval.analysis_plots import draw_analysis
-from sparsight.eval.prompts import generated, read
-from sparsight.eval.recorded import Recorded
+from sparsight.eval.prefill_snapshot import Recorded
+from sparsight.eval.prompt_sets import generated, read
 from sparsight.eval.tasks import task
-from sparsight.parts import Accumulated, LastWindow, PostVision
-from tests import families, models, reference
-from tests.models import NO_IMAGE, ONE_IMAGE
+from tests.support import families, models, reference
+from tests.support.models import NO_IMAGE, ONE_IMAGE
 
 TOKENS = 7
 

@@ -8,10 +8,10 @@ from transformers import DynamicCache
 
 from sparsight import CompressedCache, Recipe, recipe
 from sparsight.eval.converse import SPARE, Conversations, converse
-from sparsight.eval.recorded import Recorded
-from sparsight.recipes import Full
-from tests import models
-from tests.models import PAD, Prompt
+from sparsight.eval.prefill_snapshot import Recorded
+from sparsight.methods import Full
+from tests.support import models
+from tests.support.models import PAD, Prompt
 
 PROMPTS = (Prompt(images=1, before=5, after=9), Prompt(images=1, before=2, after=6))
 QUESTIONS = [[31, 32, 33, 34, 35], [41, 42, 43]]

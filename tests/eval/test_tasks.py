@@ -8,8 +8,8 @@ import pytest
 from PIL import ImageChops
 
 from sparsight.eval.tasks import TASKS, needed, records, task
-from sparsight.zoo.page import is_held_out
-from sparsight.zoo.tasks import Example
+from sparsight.reader.page import is_held_out
+from sparsight.reader.skills import Example
 
 
 @pytest.mark.parametrize("name", TASKS)

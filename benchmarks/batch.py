@@ -1,0 +1,275 @@
+"""`sparsight batch` at 10 % against a plain transformers loop with the full cache: rows a second and peak memory.
+
+Both read the same pages out with the same number of new tokens each, the loop at its best batch size. They take turns,
+each turn in a process of its own, so that a machine whose speed drifts slows both, and memory is that of one alone.
+What children take besides is watched in turns that are not timed.
+
+    python -m benchmarks.batch measure --pages 2000 --output benchmarks/results/batch-cpu.json
+    python -m benchmarks.batch memory benchmarks/results/batch-cpu.json
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sparsight.batch_inference.job import Job, results
+from sparsight.batch_inference.rows import Row, read_rows
+from sparsight.methods import recipe
+from sparsight.models.images import open_image
+from sparsight.models.loading import load_checkpoint, load_model
+from sparsight.reader import model_path
+from sparsight.reader.skills import read_out
+
+MODEL = "reader"
+SEED = 11
+RECORDS = 9
+POLL_SECONDS = 0.02
+LOOP, BATCH = "transformers loop, full cache", "sparsight batch"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def measure(
+    pages: Annotated[int, typer.Option(help="Pages that are read out.")] = 2000,
+    turn: Annotated[int, typer.Option(help="Pages that one of the two reads before it is the other's turn.")] = 250,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 100,
+    sizes: Annotated[str, typer.Option(help="Batch sizes that the loop is tried with.")] = "4,8,16,32,64",
+    tried: Annotated[int, typer.Option(help="Pages that each of them is tried on.")] = 64,
+    method: Annotated[str, typer.Option(help="A method that `sparsight methods` lists.")] = "vl-cache",
+    budget: Annotated[float, typer.Option(help="Fraction of the prompt's KV entries.")] = 0.1,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes.")] = None,
+) -> None:
+    """Run the benchmark and print its table: ``python -m benchmarks.batch measure``."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        endless_model(folder / MODEL)
+        turns = [draw(folder, first, min(turn, pages - first)) for first in range(0, pages, turn)]
+        sample = draw(folder, pages, tried)
+        chosen = [new_tokens, threads, method, budget]
+        # The loop's best batch size is found on pages of their own.
+        speeds = {
+            size: tried / run("loop", sample, size, *chosen)["seconds"]
+            for size in track([int(each) for each in sizes.split(",")], description="batch sizes")
+        }
+        best = max(speeds, key=lambda size: speeds[size])
+        found: dict[str, list[dict[str, Any]]] = {LOOP: [], BATCH: []}
+        for number, part in enumerate(track(turns, description="turns")):
+            both = [(LOOP, "loop"), (BATCH, "batch")]
+            for label, side in both[:: 1 if number % 2 == 0 else -1]:
+                found[label].append(run(side, part, best, *chosen))
+    cases = {label: summary(parts) for label, parts in found.items()}
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.batch " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs",
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pages": pages,
+        "new_tokens": new_tokens,
+        "method": method,
+        "budget": budget,
+        "loop_rows_per_second_by_batch_size": speeds,
+        "loop_batch_size": best,
+        "cases": cases,
+    }
+    ratios = [loop["seconds"] / ours["seconds"] for loop, ours in zip(found[LOOP], found[BATCH], strict=True)]
+    result["speed_up"] = cases[BATCH]["rows_per_second"] / cases[LOOP]["rows_per_second"]
+    result["speed_up_by_turn"] = ratios
+    show(result)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def endless_model(folder: Path) -> None:
+    """The model that ships, but that no token ends an answer: so both do the same work."""
+    shutil.copytree(model_path(), folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
+
+
+def draw(folder: Path, first: int, count: int) -> Path:
+    """A file of ``count`` rows whose pages are drawn next to it."""
+    lines = []
+    for number in range(first, first + count):
+        example = read_out(np.random.default_rng([SEED, number]), "heldout", RECORDS)
+        example.pictures()[0].save(folder / f"{number}.png")
+        lines.append(json.dumps({"id": str(number), "image": f"{number}.png", "prompt": example.turns[0][0]}))
+    path = folder / f"{first}-{count}.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(side: str, rows: Path, size: int, *chosen: object) -> dict[str, Any]:
+    """One side's turn in a process of its own: its seconds, rows, tokens, and that process's peak of memory."""
+    with started(side, rows, size, *chosen) as process:
+        out, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    told: dict[str, Any] = json.loads(out)
+    return told
+
+
+def started(*arguments: object) -> "subprocess.Popen[str]":
+    """A process that takes one side's turn."""
+    command = [sys.executable, "-m", "benchmarks.batch", "side", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@app.command()
+def memory(
+    result: Annotated[Path, typer.Argument(help="What `measure` wrote, to which the peaks are added.")],
+    pages: Annotated[int, typer.Option(help="Pages that are read out.")] = 256,
+) -> None:
+    """Add each side's peak of private memory with its children, from a turn of its own: watching it takes time."""
+    found = json.loads(result.read_text())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        endless_model(folder / MODEL)
+        rows = draw(folder, 0, pages)
+        chosen = [found[each] for each in ("loop_batch_size", "new_tokens", "threads", "method", "budget")]
+        for label, side in ((LOOP, "loop"), (BATCH, "batch")):
+            with started(side, rows, *chosen) as process:
+                peak = Peak(process.pid)
+                process.communicate()
+            found["cases"][label]["peak_bytes_with_children"] = peak.stop()
+    found["memory_command"] = "python -m benchmarks.batch " + " ".join(sys.argv[1:])
+    show(found)
+    result.write_text(json.dumps(found, indent=2) + "\n")
+
+
+class Peak:
+    """Most private memory that a process took together with its children, from polling.
+
+    Libraries that this process has loaded as well are nobody's private memory: they count for neither side.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._bytes = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._poll)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """The peak, in bytes."""
+        self._stopped.set()
+        self._thread.join()
+        return self._bytes
+
+    def _poll(self) -> None:
+        while not self._stopped.wait(POLL_SECONDS):
+            try:
+                every = [self._process, *self._process.children(recursive=True)]
+                self._bytes = max(self._bytes, sum(each.memory_full_info().uss for each in every))
+            except (psutil.Error, OSError):
+                # It has ended, or one of its children has.
+                continue
+
+
+@app.command()
+def side(which: str, rows: Path, size: int, new_tokens: int, threads: int, method: str, budget: float) -> None:
+    """One side's turn, for the other command: prints its figures as JSON."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    checkpoint = load_checkpoint(str(rows.parent / MODEL))
+    asked = list(read_rows(rows, None))
+    begun = time.perf_counter()
+    if which == "loop":
+        tokens = list(loop(checkpoint, asked, size, new_tokens))
+    else:
+        job = Job(checkpoint, recipe(method, budget=budget), new_tokens)
+        found = [result for some in results(job, asked) for result in some]
+        tokens = [result.tokens or 0 for result in found]
+    seconds = time.perf_counter() - begun
+    assert tokens == [new_tokens] * len(asked), "both must do the same work"
+    told = {"seconds": seconds, "rows": len(tokens), "tokens": sum(tokens)}
+    # Linux counts in KiB.
+    print(json.dumps({**told, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def loop(checkpoint: Any, asked: list[Row], size: int, new_tokens: int) -> Iterator[int]:
+    """New tokens of each row, by what one would write with transformers alone."""
+    model, processor = load_model(checkpoint), checkpoint.processor
+    processor.tokenizer.padding_side = "left"
+    for start in range(0, len(asked), size):
+        messages = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": picture(row)}, {"type": "text", "text": row.prompt}],
+                }
+            ]
+            for row in asked[start : start + size]
+        ]
+        inputs = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device, model.dtype)
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield from [output.shape[1] - inputs["input_ids"].shape[1]] * len(answers)
+
+
+def picture(row: Row) -> Any:
+    """A row's only picture."""
+    (image,) = row.images
+    assert isinstance(image, Path)
+    return open_image(image)
+
+
+def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One side's turns together."""
+    rows, seconds = sum(part["rows"] for part in parts), sum(part["seconds"] for part in parts)
+    return {
+        "rows_per_second": rows / seconds,
+        "seconds": seconds,
+        "seconds_per_turn": [part["seconds"] for part in parts],
+        "new_tokens_per_row": fmean(part["tokens"] / part["rows"] for part in parts),
+        "peak_bytes": max(part["peak_bytes"] for part in parts),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result as a table."""
+    table = Table(title=f"{result['pages']} pages, {result['new_tokens']} new tokens each, {result['threads']} threads")
+    for column in ("", "rows a second", "peak MiB", "private, with children"):
+        table.add_column(column, justify="right" if column else "left")
+    for label, case in result["cases"].items():
+        peaks = [
+            f"{case[name] / 2**20:,.0f}" if name in case else "-" for name in ("peak_bytes", "peak_bytes_with_children")
+        ]
+        table.add_row(label, f"{case['rows_per_second']:.3f}", *peaks)
+    Console().print(table, f"{result['speed_up']:.2f}x; the loop's best batch size is {result['loop_batch_size']}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The attention function that transformers calls, and the kernels behind it."""

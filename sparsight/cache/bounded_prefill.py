@@ -1,0 +1,170 @@
+"""One layer during a prefill that holds no more of the prompt than a multiple of the budget."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsight.cache.prefill import Prefill
+from sparsight.compression import EliteWindow, Evict
+from sparsight.compression.recipe import Recipe
+from sparsight.compression.statistics import attention_sums, visible_pairs
+from sparsight.models.prompt import Prompt
+from sparsight.utils import checks
+
+WINDOW = 32
+"""Newest queries that stand in for the score's own until those have come."""
+
+BLOCK_ROWS = 256
+"""Queries that attend together, so that no mask is as large as a chunk."""
+
+
+def check_bound(bound: float, recipe: Recipe) -> None:
+    """Raise ValueError unless a prefill of ``recipe`` can be bounded by ``bound``."""
+    checks.at_least("prefill_bound", bound, 1)
+    if not isinstance(recipe.reduce, Evict):
+        raise ValueError(
+            f"Reduction {recipe.reduce.kind!r} merges the entries that go into those that stay, so none may go before "
+            "all are planned: leave prefill_bound out, or take a method that evicts."
+        )
+
+
+def check_cuts(recipe: Recipe, *, causal: bool) -> None:
+    """Raise ValueError unless a prompt that comes in chunks can be cut between them."""
+    waits = isinstance(recipe.score, EliteWindow)
+    if waits or not causal:
+        why = (
+            f"score {recipe.score.kind!r} looks back at all of it" if waits else "the model lets tokens see later ones"
+        )
+        raise ValueError(
+            f"A prompt in chunks cannot be cut between them, since {why}: give it whole, or leave prefill_bound out."
+        )
+
+
+def allowance(bound: float, budget: float, length: int) -> int:
+    """Entries that each KV head may hold of ``length`` tokens during the prefill."""
+    return min(math.ceil(bound * budget * length), length)
+
+
+class BoundedPrefill(Prefill):
+    """A prefill whose layers are cut to ``bound`` times the budget as soon as each has been observed.
+
+    A prompt that comes whole is cut in the order of the final selection, and what fewer entries keep is among what more
+    keep: the compressed prompt is the same. One that comes in chunks is cut after each by the attention of its newest
+    queries, and the chunks that follow see only what is left: an approximation.
+
+    Attributes:
+        rows: once something has been cut, what :meth:`held` gives of each sequence; :attr:`keys` and :attr:`values` are
+            empty from then on.
+    """
+
+    def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor, bound: float) -> None:
+        super().__init__(recipe, prompt, keys, values)
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.allowances = [allowance(bound, recipe.budget, span.length) for span in prompt.spans]
+
+    @torch.no_grad()
+    def attend_cut(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Take in the prompt's next part and attend to what is held, ``[B, q, H, D]``, once something has been cut.
+
+        What padding attends to is 0.
+        """
+        assert self.rows is not None
+        batch, heads, count, _ = query.shape
+        first, self.seen = self.seen, self.seen + count
+        output = values.new_zeros(batch, count, heads, values.shape[-1])
+        for row, span in enumerate(self.prompt.spans):
+            new = self._newest(range(span.start, span.stop), query)
+            if new.start >= new.stop:
+                continue
+            places = torch.arange(new.start, new.stop, device=keys.device) + (first - span.start)
+            added = keys[row, :, new].detach(), values[row, :, new].detach(), places.expand(keys.shape[1], -1)
+            held = [torch.cat(both, dim=1) for both in zip(self.rows[row], added, strict=True)]
+            self.rows[row] = held[0], held[1], held[2]
+            output[row, new] = attend(query[row, :, new], held[0], held[1], scaling).transpose(0, 1)
+        self.observe(query, scaling)
+        self.cut(query, scaling)
+        return output
+
+    def _sums(
+        self, row: int, rows: range, query: Tensor, scaling: float, threshold: float | None, visible: Tensor | None
+    ) -> Tensor | None:
+        """:meth:`Prefill._sums` of ``rows`` that end with what has been seen: what is not held gets nothing."""
+        if self.rows is None:
+            return super()._sums(row, rows, query, scaling, threshold, visible)
+        newest = self._newest(rows, query)
+        if newest.start >= newest.stop:
+            return None
+        keys, _, positions = self.rows[row]
+        sums, zeroed = attention_sums(query[row, :, newest], keys, scaling, threshold)
+        if zeroed is not None:
+            self._count(row, zeroed, visible_pairs(newest.stop - newest.start, keys.shape[1]) * query.shape[1])
+        return torch.zeros_like(self.scores[row]).scatter_(1, positions, sums)
+
+    @torch.no_grad()
+    def cut(self, query: Tensor, scaling: float) -> None:
+        """Cut every sequence to its allowance, once its newest queries ``[B, H, q, D]`` have been observed."""
+        whole = self.seen >= self.prompt.length
+        if whole:
+            super().finish()
+        every = [self.held(row) for row in range(len(self.allowances))]
+        excess = [held[0].shape[1] > most for held, most in zip(every, self.allowances, strict=True)]
+        if not any(excess):
+            return
+        rows = []
+        for row, (keys, values, positions) in enumerate(every):
+            if excess[row]:
+                score = self.scores[row] if whole else self._provisional(row, query, scaling)
+                chosen = self.recipe.reduce.select(score.gather(1, positions), self.allowances[row])
+                kept = *self.recipe.reduce.apply(keys, values, chosen), positions.gather(1, chosen)
+            else:
+                # A view would keep the whole batch alive.
+                kept = keys.clone(), values.clone(), positions
+            rows.append(kept)
+        self.rows = rows
+        self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+        self.exact &= whole
+
+    def _provisional(self, row: int, query: Tensor, scaling: float) -> Tensor:
+        """A sequence's score so far, or that of its newest queries while the score's own have hardly come."""
+        span = self.prompt.spans[row]
+        end = min(span.stop, self.seen)
+        newest = range(max(span.start, end - WINDOW, self.seen - query.shape[2]), end)
+        own = self.recipe.score.rows(span)
+        sums = self.scores[row]
+        if own and own.start > newest.start:
+            told = self._sums(row, newest, query, scaling, None, None)
+            assert told is not None
+            sums = functional.pad(told, (0, span.length - told.shape[1]))
+        return self.importance(row, sums)
+
+    def finish(self) -> None:
+        """Nothing to do: the last :meth:`cut` has made the scores."""
+
+    def held(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`Prefill.held`."""
+        return super().held(row) if self.rows is None else self.rows[row]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return super().nbytes + sum(keys.nbytes + values.nbytes for keys, values, _ in self.rows or [])
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Causal attention ``[H, q, D]`` of the last ``q`` of the ``n`` positions, for keys ``[H_kv, n, D]``."""
+    count, length = query.shape[1], keys.shape[1]
+    grouped = query.unflatten(0, (len(keys), -1))
+    outputs = []
+    for first in range(0, count, BLOCK_ROWS):
+        # The query heads of a group are rows of one KV head: no key is repeated.
+        block = grouped[:, :, first : first + BLOCK_ROWS]
+        group, rows = block.shape[1:3]
+        seen = length - count + first + rows
+        mask = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(seen - rows).repeat(group, 1)
+        output = functional.scaled_dot_product_attention(
+            block.flatten(1, 2)[None], keys[None, :, :seen], values[None, :, :seen], attn_mask=mask, scale=scaling
+        )
+        outputs.append(output[0].unflatten(1, (group, rows)))
+    return torch.cat(outputs, dim=2).flatten(0, 1)

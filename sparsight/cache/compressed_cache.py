@@ -1,0 +1,393 @@
+"""CompressedCache: the one object that a user hands to ``model.generate``."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from sparsight.attention.function import is_causal, lease, mark, visible
+from sparsight.cache.bounded_prefill import check_bound
+from sparsight.cache.layer import CompressedLayer
+from sparsight.cache.prefill import Prefill
+from sparsight.cache.report import Report
+from sparsight.compression import VisualHeads
+from sparsight.compression.layer_statistics import Share, gathered
+from sparsight.compression.recipe import Recipe
+from sparsight.models.prompt import Prompt, locate
+from sparsight.utils import checks
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention functions that change the weights in ways the statistics do not know."""
+
+LINEAR_STATES = ("conv_states", "recurrent_states")
+"""What transformers' linear attention layers remember."""
+
+
+class CompressedCache(Cache):
+    """A KV cache that keeps a budget of the prompt's entries.
+
+    It observes the prefill, plans what every layer keeps, compacts, and serves decoding from what it kept::
+
+        cache = CompressedCache(model, VLCache(budget=0.1), inputs)
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
+        print(cache.report())
+
+    A second ``generate`` with the same cache and more tokens continues the conversation: the new turn's entries are
+    added as they are. Layers with a sliding window or linear attention are bounded already and stay as they are.
+
+    Args:
+        model: an unmodified transformers model. While the cache lives, attention of its language part goes through
+            Sparsight, which leaves everything but this cache's own calls to the model's attention.
+        recipe: the method and its numbers.
+        inputs: what the processor returned for the prompts, as they will be given to ``generate``.
+        max_new_tokens: make room for so many tokens after the prompt, and after each new turn, where their addresses
+            stay: then ``generate`` compiles decoding on a GPU, as it does with transformers' own static cache
+            (see also :func:`sparsight.generate`, which chunks of a prompt need there). An answer that is continued
+            without a new turn counts from its beginning. Storage grows as it needs to if None.
+        prefill_bound: to bound the peak of memory, cut each layer to so many times the budget as soon as it has seen
+            the prompt; the outcome is the same, but in layers that were planned more. A prompt that comes in chunks
+            (``prefill_chunk_size``) is cut after each of them, which is approximate. The report tells of both.
+
+    Raises:
+        ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a batch
+            of prompts (see :func:`sparsight.models.prompt.locate`), ``max_new_tokens`` is not a positive
+            number, the bound is no number of at least 1, or the recipe merges and there is a bound.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int | None = None,
+        prefill_bound: float | None = None,
+    ) -> None:
+        if max_new_tokens is not None:
+            checks.count("max_new_tokens", max_new_tokens, least=1)
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got {recipe!r}.")
+        if prefill_bound is not None:
+            check_bound(prefill_bound, recipe)
+        language = _language_part(model)
+        self.recipe = recipe
+        prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
+        layers = DynamicCache(config=language.config).layers
+        first: CompressedLayer | None = None
+        for index in compressible(language.config):
+            layer = CompressedLayer(recipe, prompt, max_new_tokens, prefill_bound, first)
+            layers[index], first = layer, first or layer
+        super().__init__(layers=layers)
+        self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+        if not self.compressed:
+            raise ValueError(f"{type(model).__name__} has no layer to compress: none of them is plain full attention.")
+        if isinstance(recipe.allocate, VisualHeads):
+            recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
+        self._model_name = type(model).__name__
+        self._lease = lease(language.config)
+        self._located = prompt
+        self._start(prompt)
+
+    def _start(self, prompt: Prompt) -> None:
+        """Forget everything and wait for ``prompt``."""
+        self.prompt = prompt
+        self._unattended = False
+        self._causal = True
+        self._sparsity: list[list[float]] | None = None
+        for layer in self.compressed:
+            layer.start(prompt)
+
+    @classmethod
+    def join(cls, caches: Sequence["CompressedCache"]) -> "CompressedCache":
+        """One cache of the sequences of several, so that prompts which were compressed one by one decode together.
+
+        It is as if the prompts had been given together, padded on the left to the longest. The caches are used up: they
+        wait for their prompts again, so that no more than one layer is ever held twice.
+
+        Raises:
+            ValueError: the caches are of several models or recipes, or have not seen their prompts or more than that.
+        """
+        first = caches[0]
+        for cache in caches:
+            cache._settle()
+            if cache._lease is not first._lease or cache.recipe != first.recipe:
+                raise ValueError("Only caches of one model and one recipe can be joined.")
+            if any(layer.entries is None or layer.seen != cache.prompt.length for layer in cache.compressed):
+                raise ValueError("Only caches that have seen their prompts and nothing more can be joined.")
+        length = max(cache.prompt.length for cache in caches)
+        padding = [length - cache.prompt.length for cache in caches]
+        joined = copy.copy(first)
+        joined.prompt = joined._located = Prompt.join(
+            [cache.prompt.padded(more) for cache, more in zip(caches, padding, strict=True)]
+        )
+        if first._sparsity is not None:
+            by_layer = zip(*[cache._sparsity or [] for cache in caches], strict=True)
+            joined._sparsity = [[value for values in layer for value in values] for layer in by_layer]
+        joined.layers, joined.compressed = [], []
+        for layers in zip(*[cache.layers for cache in caches], strict=True):
+            if isinstance(layers[0], CompressedLayer):
+                leading = joined.compressed[0] if joined.compressed else None
+                joined.compressed.append(CompressedLayer.join(layers, joined.prompt, padding, leading))
+                joined.layers.append(joined.compressed[-1])
+            else:
+                joined.layers.append(_join_bounded(layers))
+            for layer in layers:
+                layer.reset()
+        return joined
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention layers: keys ``[B, H_kv, q, D]`` go on to the attention function, marked."""
+        if layer_idx >= len(self.layers):
+            raise self._foreign_model()
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, CompressedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # Every update must come back through the attention function, or it is not this model's.
+        if self._unattended:
+            self._unattended = False
+            raise self._foreign_model()
+        if layer.entries is None:
+            self._check_prompt(layer, *key_states.shape[0::2])
+            # Attention and statistics read head by head, and what came out of a fused projection is held apart from it.
+            key_states, value_states = key_states.contiguous(), value_states.contiguous()
+        elif key_states.shape[0] != len(self.prompt.spans):
+            raise ValueError(
+                f"The cache holds {len(self.prompt.spans)} sequences, but the model was given {key_states.shape[0]}."
+            )
+        self._unattended = True
+        return mark(key_states, partial(self._attend, layer)), value_states
+
+    def _check_prompt(self, layer: CompressedLayer, batch: int, count: int) -> None:
+        """Raise ValueError unless ``count`` tokens of ``batch`` sequences can be (the next part of) the prompt."""
+        rows, length = self.prompt.vision_mask.shape
+        if batch % rows or (layer.seen and batch != rows):
+            raise ValueError(f"The cache was made for inputs of {rows} sequences, but the model was given {batch}.")
+        seen = layer.seen + count
+        # Decoding has begun too early, or the prompt is too long (assisted generation adds its candidates to it).
+        if (count == 1 and seen < length) or (seen > length and not layer.record_past):
+            given = layer.seen or count if seen < length else seen
+            raise ValueError(
+                f"The cache was made for inputs of {length} tokens, but the model was given {given}: "
+                "make a cache for each prompt, or reset() this one to start over."
+            )
+        if batch != rows:
+            # Beam search and several return sequences repeat each prompt.
+            self._start(self.prompt.select([row for row in range(rows) for _ in range(batch // rows)]))
+
+    def _attend(
+        self, layer: CompressedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one layer, called in place of the model's own."""
+        self._unattended = False
+        if module.config is not self._lease.config:
+            raise self._foreign_model()
+        for name in UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{self._model_name} attends with {name!r}, which a compressed cache does not support."
+                )
+        if layer.entries is not None:
+            output = layer.attend_held(query, key, value, mask, kwargs.get("scaling"))
+            return output.transpose(1, 2).contiguous(), None
+        if layer is self.compressed[0]:
+            seen, first = layer.seen + query.shape[2], layer.get_mask_sizes(query.shape[2])[1]
+            self._check_padding(mask, first, seen)
+            self._causal = is_causal(mask, self.prompt.valid_mask[:, first:])
+        result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, **kwargs)
+        if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
+            self._compact()
+        return result
+
+    def _check_padding(self, mask: Any, first: int, seen: int) -> None:
+        """Raise ValueError unless transformers' mask for tokens ``[first, seen)`` has the padding of the inputs."""
+        length = min(seen, self.prompt.length)
+        if mask is None:
+            same = all(span.start <= first and span.stop >= length for span in self.prompt.spans)
+        else:
+            # The last query sees every valid key.
+            seen_keys = visible(mask) if mask.ndim == 2 else visible(mask[:, :, -1:])[:, 0, 0]
+            seen_keys = seen_keys[:, : length - first].cpu().expand(len(self.prompt.spans), -1)
+            same = torch.equal(seen_keys, self.prompt.valid_mask[:, first:length])
+        if not same:
+            raise ValueError(
+                "The prompts given to the model are padded otherwise than the inputs that the cache was made for: "
+                "give both the same inputs, attention_mask included."
+            )
+
+    def adopt(self, prefills: Sequence[Prefill]) -> None:
+        """Compact a prompt that was observed elsewhere, one :class:`Prefill` a compressed layer."""
+        for layer, prefill in zip(self.compressed, prefills, strict=True):
+            layer.prefill, layer.seen = prefill, prefill.seen
+        self._compact()
+
+    @torch.no_grad()
+    def _compact(self) -> None:
+        """Plan from all layers' observations, then compact them one by one, so that memory never peaks again."""
+        sparsity, plans = self._plan()
+        for layer, *shares in zip(self.compressed, *plans, strict=True):
+            layer.compact(shares)
+        if self.recipe.allocate.threshold is not None:
+            self._sparsity = sparsity
+
+    def _plan(self) -> tuple[list[list[float]], list[list[Share]]]:
+        """Sparsity by layer and sequence, and the share that each layer keeps by sequence and layer."""
+        prefills = [layer.prefill for layer in self.compressed if layer.prefill is not None]
+        for prefill in prefills:
+            prefill.finish()
+        sparsity = self._sparsities(prefills)
+        plans = []
+        for row in range(len(self.prompt.spans)):
+            layers = zip(prefills, sparsity, strict=True)
+            observed = [prefill.observed(row, values[row], self.recipe.budget) for prefill, values in layers]
+            plans.append(self.recipe.allocate.shares(observed, self.recipe.budget))
+        return sparsity, plans
+
+    def _sparsities(self, prefills: list[Prefill]) -> list[list[float]]:
+        """Sparsity by layer and sequence."""
+        counts = gathered(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)
+        return [prefill.sparsity(*layer) for prefill, layer in zip(prefills, counts.tolist(), strict=True)]
+
+    def _foreign_model(self) -> ValueError:
+        return ValueError(
+            f"This cache was made for a {self._model_name}, and another model or another attention implementation is "
+            "using it: make a CompressedCache for each model, after choosing its attention."
+        )
+
+    # What generation strategies ask of a cache
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the sequences by those at ``beam_idx``, in that order, for beam search."""
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at ``indices``."""
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times in a row."""
+        self._select_rows(torch.arange(len(self.prompt.spans)).repeat_interleave(repeats))
+
+    def _select_rows(self, indices: Any) -> None:
+        index = torch.as_tensor(indices).cpu()
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        rows = index.tolist()
+        self.prompt = self.prompt.select(rows)
+        if self._sparsity is not None:
+            self._sparsity = [[layer[row] for row in rows] for layer in self._sparsity]
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.select_rows(self.prompt, index)
+            else:
+                layer.reorder_cache(torch.LongTensor(rows))
+
+    def reset(self) -> None:
+        """Forget everything: the cache waits for its prompt again."""
+        super().reset()
+        self._start(self._located)
+
+    # What the cache holds
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """Prompt positions that each KV head of a layer holds.
+
+        Returns:
+            int64 ``[B, H_kv, n]``, ascending, -1 where a shorter row ends. Positions index ``input_ids``.
+
+        Raises:
+            ValueError: the prompt has not been compressed yet, or the layer is not one that is compressed.
+        """
+        held = self.layers[layer]
+        if not isinstance(held, CompressedLayer):
+            raise ValueError(f"Layer {layer} is not compressed: it is not one of plain full attention.")
+        if held.entries is None:
+            raise ValueError("Nothing is compressed yet: the model has not seen the whole prompt.")
+        length = self.prompt.length
+        positions = held.entries.positions.long().view(len(self.prompt.spans), held.entries.heads, -1)
+        of_prompt = (positions >= 0) & (positions < length)
+        ordered = positions.masked_fill(~of_prompt, length).sort(-1).values[..., : int(of_prompt.sum(-1).max())]
+        return ordered.masked_fill(ordered == length, -1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors of the cache occupy."""
+        return sum(layer_bytes(layer) for layer in self.layers)
+
+    def _settle(self) -> None:
+        """Let the layers take note of tokens that were taken in where addresses stay."""
+        for layer in self.compressed:
+            layer.settle()
+
+    def report(self) -> Report:
+        """Entries kept and held, sparsity, and bytes against the full cache's."""
+        self._settle()
+        compacted = [(layer, layer.entries) for layer in self.compressed if layer.entries is not None]
+        others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        return Report(
+            method=self.recipe.name,
+            layers=[index for index, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)],
+            budget=self.recipe.budget,
+            prompt_tokens=[span.length for span in self.prompt.spans],
+            vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
+            tokens_seen=self.compressed[0].seen,
+            exact=all(layer.exact for layer in self.compressed),
+            cut_short=[index for index, layer in enumerate(self.layers) if getattr(layer, "cut_short", False)],
+            kept=[held.by_head(layer.kept) for layer, held in compacted],
+            held=[held.by_head(held.held) for _, held in compacted],
+            sparsity=self._sparsity,
+            bytes_held=self.nbytes,
+            full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
+        )
+
+
+def compressible(config: Any) -> list[int]:
+    """The layers of a language part, by its config, that hold every token: the others are bounded already."""
+    return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+
+
+def _language_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The module of a model that generates text.
+
+    Raises:
+        ValueError: it has none.
+    """
+    language = model.get_decoder() if getattr(model, "can_generate", lambda: False)() else None
+    if language is None or language.config is not model.config.get_text_config(decoder=True):
+        raise ValueError(f"{type(model).__name__} has no language part that generates text: nothing to compress.")
+    return language
+
+
+def _join_bounded(layers: Sequence[Any]) -> Any:
+    """The sequences of several layers with a sliding window or linear attention, each at the end of its prompt."""
+    joined = copy.deepcopy(layers[0])
+    if getattr(joined, "keys", None) is not None:
+        longest = max(layer.keys.shape[2] for layer in layers)
+        for name in ("keys", "values"):
+            states = [getattr(layer, name) for layer in layers]
+            # What is missing in front is padding, which transformers' masks hide.
+            padded = [functional.pad(each, (0, 0, longest - each.shape[2], 0)) for each in states]
+            setattr(joined, name, torch.cat(padded))
+    if hasattr(joined, "cumulative_length"):
+        joined.cumulative_length = max(layer.cumulative_length for layer in layers)
+    for name in LINEAR_STATES:
+        if hasattr(joined, name):
+            by_index = {index: [getattr(layer, name)[index] for layer in layers] for index in getattr(joined, name)}
+            found = {index: None if states[0] is None else torch.cat(states) for index, states in by_index.items()}
+            setattr(joined, name, found)
+    return joined
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes that one layer's tensors occupy."""
+    if isinstance(layer, CompressedLayer):
+        return layer.nbytes
+    states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for name in LINEAR_STATES:
+        states += getattr(layer, name, {}).values()
+    return sum(state.nbytes for state in states if state is not None)

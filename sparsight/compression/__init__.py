@@ -1,0 +1,41 @@
+"""The four kinds of part a recipe is made of: score, allocate, reduce and decode rule.
+
+A part is a frozen dataclass of numbers whose methods are pure functions of tensors: no model, no cache, no state.
+"""
+
+from sparsight.compression.allocate import Pyramid, SharedMass, SparsityAware, StrengthSkewness, Uniform
+from sparsight.compression.allocate_heads import AcrossHeads, VisualHeads
+from sparsight.compression.elite_window import EliteWindow
+from sparsight.compression.eviction import DecodeRule, FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
+from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
+
+Score = PostVision | Accumulated | LastWindow | EliteWindow | Recency | Random
+Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | AcrossHeads | VisualHeads
+
+__all__ = [
+    "Accumulated",
+    "AcrossHeads",
+    "Allocate",
+    "DecodeRule",
+    "EliteWindow",
+    "Evict",
+    "FixedPoint",
+    "Grow",
+    "HeavyHitter",
+    "LastWindow",
+    "MergeNearest",
+    "MergeSimilar",
+    "PostVision",
+    "Pyramid",
+    "Random",
+    "Recency",
+    "Reduce",
+    "Score",
+    "SharedMass",
+    "Sliding",
+    "SparsityAware",
+    "StrengthSkewness",
+    "Uniform",
+    "VisualHeads",
+]

@@ -1,0 +1,95 @@
+"""Recipe: a compression method as data."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from sparsight.compression import Allocate, DecodeRule, Reduce, Score
+from sparsight.utils import checks
+from sparsight.utils.suggest import unknown
+
+KINDS: dict[str, dict[str, type]] = {
+    role: {part.kind: part for part in get_args(parts)}
+    for role, parts in {"score": Score, "allocate": Allocate, "reduce": Reduce, "decode": DecodeRule}.items()
+}
+"""The parts that a recipe can be made of: by role, then by kind."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A compression method: score x allocate x reduce x decode rule, with its numbers.
+
+    Args:
+        name: what the method is called.
+        budget: fraction of the prompt's KV entries that may be kept, averaged over the layers, in (0, 1].
+        score: how important each position is.
+        allocate: how the budget is shared among the layers.
+        reduce: which entries stay and what becomes of the others.
+        decode: what becomes of each new entry.
+
+    Raises:
+        ValueError: the budget is not in (0, 1], or the allocation and the reduction cannot go together.
+    """
+
+    name: str
+    budget: float
+    score: Score
+    allocate: Allocate
+    reduce: Reduce
+    decode: DecodeRule
+
+    def __post_init__(self) -> None:
+        checks.fraction("budget", self.budget)
+        if self.allocate.head_wise and not self.reduce.per_head:
+            raise ValueError(
+                f"Allocation {self.allocate.kind!r} gives each KV head its own number of entries, but under reduction "
+                f"{self.reduce.kind!r} as it is set the heads share one choice: give the reduction per_head=True, or "
+                "take another."
+            )
+
+    def combined(self, **kinds: str | None) -> "Recipe":
+        """The recipe with other parts, by role and kind, with their default numbers.
+
+        ``VLCache().combined(reduce="merge-nearest")`` is VL-Cache that merges what it would evict. Its name then
+        tells what it was made of. None keeps a role's part.
+
+        Raises:
+            ValueError: a role has no part of that kind.
+        """
+        chosen = {role: kind for role, kind in kinds.items() if kind is not None}
+        if not chosen:
+            return self
+        parts = {role: _part(role, {"kind": kind}) for role, kind in chosen.items()}
+        return dataclasses.replace(self, name=" + ".join([self.name, *chosen.values()]), **parts)
+
+    def to_json(self) -> str:
+        """The recipe as one JSON object."""
+        data: dict[str, Any] = {"name": self.name, "budget": self.budget}
+        for role in KINDS:
+            part = getattr(self, role)
+            data[role] = {"kind": part.kind, **dataclasses.asdict(part)}
+        return json.dumps(data)
+
+    @staticmethod
+    def from_json(text: str) -> "Recipe":
+        """The recipe that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the text is not a recipe's JSON.
+        """
+        data = json.loads(text)
+        try:
+            parts = {role: _part(role, data[role]) for role in KINDS}
+            return Recipe(data["name"], data["budget"], **parts)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Not a recipe: {error} is wrong or missing in {text!r}.") from error
+
+
+def _part(role: str, data: dict[str, Any]) -> Any:
+    """One part from its JSON object."""
+    numbers = dict(data)
+    kind = numbers.pop("kind")
+    if kind not in KINDS[role]:
+        raise unknown(role, kind, KINDS[role])
+    return KINDS[role][kind](**numbers)

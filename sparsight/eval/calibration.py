@@ -1,0 +1,116 @@
+"""Head scores: which KV heads of a model read what a picture says (SparseMM, arXiv 2506.05344)."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.feature_extraction_utils import BatchFeature
+
+from sparsight.cache.compressed_cache import compressible
+from sparsight.models.families import FAMILIES
+from sparsight.models.layouts import Tile, find_tiles
+from sparsight.models.loading import Checkpoint, prepare
+from sparsight.reader.transcript import Place, Transcript
+from sparsight.utils.suggest import unknown
+
+PROMPT = "Read the page."
+
+
+def head_scores(model: Any, checkpoint: Checkpoint, transcripts: Iterable[Transcript]) -> list[list[float]]:
+    """Score every KV head by how often it looks at what is about to be read.
+
+    The model is led through the text of each picture; the paper lets it read by itself and leaves out what it misreads.
+    A query head scores where the key that it attends to most is a vision token that shows the next text token: one over
+    the number of vision tokens that do. Scores are sums over tokens, means over pictures and over the query heads that
+    share a KV head.
+
+    Args:
+        model: the checkpoint's model.
+        checkpoint: with a fast tokenizer, which can tell the characters of each token.
+        transcripts: at least one.
+
+    Returns:
+        Scores by layer, of those whose cache can be compressed, and KV head.
+
+    Raises:
+        ValueError: there are no transcripts, or the model's family is not in the table.
+    """
+    config = model.get_decoder().config
+    layers = compressible(config)
+    scores = [_scores_of(model, checkpoint, transcript, layers) for transcript in transcripts]
+    if not scores:
+        raise ValueError("Head scores need at least one picture with its text.")
+    by_query_head = torch.stack(scores).mean(0)
+    return by_query_head.unflatten(1, (config.num_key_value_heads, -1)).mean(-1).tolist()
+
+
+def _scores_of(model: Any, checkpoint: Checkpoint, transcript: Transcript, layers: Sequence[int]) -> Tensor:
+    """Scores of the query heads on one picture, ``[L, H]``."""
+    inputs = BatchFeature(dict(prepare(checkpoint, [transcript.picture], PROMPT)))
+    family = FAMILIES.get(checkpoint.config.model_type)
+    if family is None:
+        raise unknown("model type", checkpoint.config.model_type, FAMILIES)
+    tiles = find_tiles(family.layout, checkpoint.config, inputs, checkpoint.processor.image_processor)
+    tokens = checkpoint.processor.tokenizer(transcript.text, add_special_tokens=False, return_offsets_mapping=True)
+    shown = [vision_tokens(tiles, transcript.places[start:stop]) for start, stop in tokens["offset_mapping"]]
+    answer = torch.tensor([tokens["input_ids"]], device=model.device)
+    inputs = inputs.to(model.device, model.dtype)
+    language = model.get_decoder()
+    with torch.no_grad():
+        cache = DynamicCache(config=language.config)
+        model(**inputs, past_key_values=cache, use_cache=True)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
+        with _eager(language):
+            attentions = model(
+                input_ids=answer, attention_mask=mask, past_key_values=cache, output_attentions=True
+            ).attentions
+    # The query at a token foresees the next one.
+    return torch.stack([head_hits(attentions[layer][0, :, :-1], shown[1:]) for layer in layers])
+
+
+def vision_tokens(tiles: Iterable[Tile], places: Iterable[Place | None]) -> set[int]:
+    """Positions in the prompt of the vision tokens that show some places of the picture."""
+    return {
+        int(tile.tokens[min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)])
+        for tile in tiles
+        for rows, columns in [tile.tokens.shape]
+        for x, y in (place for place in places if place is not None)
+    }
+
+
+def head_hits(attention: Tensor, shown: Sequence[set[int]]) -> Tensor:
+    """Score of each head from the attention ``[H, n, T]`` of ``n`` queries, each with the keys that would be a hit."""
+    favourites = attention.argmax(-1).tolist()
+    hits = [sum(1 / len(keys) for key, keys in zip(head, shown, strict=True) if key in keys) for head in favourites]
+    return torch.tensor(hits, dtype=torch.float32)
+
+
+@contextmanager
+def _eager(language: Any) -> Iterator[None]:
+    """Let a model's language part tell its attention meanwhile."""
+    own = language.config._attn_implementation
+    language.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        language.set_attn_implementation(own)
+
+
+def read_scores(path: Path) -> tuple[tuple[float, ...], ...]:
+    """Head scores from a file that ``sparsight calibrate`` wrote.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    try:
+        scores = tuple(tuple(map(float, layer)) for layer in json.loads(path.read_text())["scores"])
+    except OSError as error:
+        raise ValueError(f"There is no file {path} with head scores: `sparsight calibrate` writes one.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no head scores: `sparsight calibrate` writes a file that does.") from error
+    return scores

@@ -1,0 +1,246 @@
+"""The picture of what a cache kept: kept patches marked, dropped ones faded, and every layer's share and sparsity."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sparsight.models.layouts import Tile
+
+GROUPS = 4
+"""Panels beside each tile, over which the layers are spread."""
+
+WIDTH, MARGIN, GAP, CAPTION, HEADER, BARS = 12.0, 0.45, 0.22, 0.3, 1.35, 1.55
+"""Inches."""
+
+DPI = 120
+INK, MUTED, FAINT, ACCENT, SECOND = "#1c2530", "#6a7683", "#d9dee3", "#f0a020", "#4d7694"
+MARKER, PAPER = np.array([1.0, 0.68, 0.17]), np.array([0.955, 0.965, 0.975])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a cache kept of one prompt.
+
+    Args:
+        layers: the numbers of the layers that are compressed; the others' lists follow them.
+        by_position: ``[L, T]``, share of a layer's KV heads that keep each position of the prompt.
+        by_layer: share of the prompt's entries that each layer keeps.
+        sparsity: sparsity of each layer, None where the method does not measure it.
+    """
+
+    layers: Sequence[int]
+    by_position: Tensor
+    by_layer: Sequence[float]
+    sparsity: Sequence[float] | None
+
+
+def layer_groups(layers: int) -> list[list[int]]:
+    """Consecutive layers in at most :data:`GROUPS` groups of nearly equal size."""
+    return [group.tolist() for group in np.array_split(np.arange(layers), min(GROUPS, layers))]
+
+
+def layer_names(layers: Sequence[int]) -> str:
+    """Layers by their numbers, a run of them by its ends."""
+    if len(layers) == 1:
+        return f"Layer {layers[0]}"
+    if layers[-1] - layers[0] == len(layers) - 1:
+        return f"Layers {layers[0]}–{layers[-1]}"  # noqa: RUF001
+    return f"Layers {', '.join(map(str, layers))}"
+
+
+def marked(tile: Tile, share: Tensor, scale: int = 1) -> NDArray[np.uint8]:
+    """A tile with its kept cells under a marker's colour and the others faded, ``[H * scale, W * scale, 3]``.
+
+    Args:
+        tile: the tile, pixels in ``[0, 1]``.
+        share: ``[rows, columns]`` in ``[0, 1]``, how much of each cell is kept.
+        scale: how many pixels become of one, in both directions.
+    """
+    pixels = enlarged(tile, scale)
+    height, width = (side // cells for side, cells in zip(pixels.shape[:2], share.shape, strict=True))
+    strength = share.numpy().repeat(height, 0).repeat(width, 1)[..., None] ** 0.75
+    grey = (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
+    # Black under the marker is a good part of its colour, or kept dark patches could not be told from dropped ones.
+    kept = MARKER * (0.6 + 0.2 * pixels + 0.2 * grey)
+    dropped = 0.72 * PAPER + 0.28 * grey
+    return np.asarray((strength * kept + (1 - strength) * dropped) * 255 + 0.5).astype(np.uint8)
+
+
+def enlarged(tile: Tile, scale: int) -> NDArray[np.float64]:
+    """A tile's pixels, ``[H * scale, W * scale, 3]``, interpolated."""
+    image = Image.fromarray((tile.pixels.numpy() * 255 + 0.5).astype(np.uint8))
+    return np.asarray(image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)) / 255
+
+
+def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote: str = "") -> Figure:
+    """The whole picture: for each tile the tile itself and one panel a group of layers, then bars by layer."""
+    groups = layer_groups(len(kept.by_layer))
+    blocks = [_Block(tile, len(groups)) for tile in tiles]
+    height = HEADER + sum(block.height for block in blocks) + BARS + 1.35
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+    page = _Page(figure, height)
+    page.text(MARGIN, 0.62, title, size=17, weight="bold")
+    page.text(MARGIN, 0.93, printable(subtitle), size=10.5, color=MUTED)
+    top = HEADER
+    for block in blocks:
+        block.paint(page, top, kept, groups)
+        top += block.height
+    _legend(page)
+    _bars(page, top + 0.25, kept)
+    page.text(MARGIN, height - 0.25, footnote, size=8, color=MUTED)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    try:
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path, format="PNG", optimize=True)
+    except OSError as error:
+        raise ValueError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def printable(text: str, limit: int = 100) -> str:
+    """One line of a text, cut to ``limit`` characters, with a box for what the font cannot show."""
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    line = " ".join(text.split())
+    line = line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+    return "".join(letter if ord(letter) in known else "□" for letter in line)
+
+
+class _Page:
+    """A figure measured in inches from its top left corner."""
+
+    def __init__(self, figure: Figure, height: float) -> None:
+        self.figure, self.height = figure, height
+
+    def text(self, left: float, baseline: float, text: str, **style: Any) -> None:
+        style = {"color": INK, "va": "baseline", **style}
+        # A prompt may hold dollar signs, which are not mathematics here.
+        self.figure.text(left / WIDTH, 1 - baseline / self.height, text, parse_math=False, **style)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        return self.figure.add_axes(
+            (left / WIDTH, 1 - (top + height) / self.height, width / WIDTH, height / self.height)
+        )
+
+
+class _Block:
+    """One tile large on the left, and its panels beside it in rows that are as high together."""
+
+    def __init__(self, tile: Tile, panels: int) -> None:
+        self.tile = tile
+        aspect = tile.pixels.shape[1] / tile.pixels.shape[0]
+        self.rows = min(panels, 2 if aspect > 0.7 else 1)
+        self.columns = -(-panels // self.rows)
+        # Widths: large + columns * (gap + small) fills the page; heights: rows of small ones and captions make a large.
+        between = (self.rows - 1) * (GAP / 2 + CAPTION)
+        free = WIDTH - 2 * MARGIN - self.columns * GAP
+        self.small_height = (free - between * aspect) / (aspect * (self.rows + self.columns))
+        self.small_width = self.small_height * aspect
+        self.large_height = self.rows * self.small_height + between
+        self.large_width = self.large_height * aspect
+        self.height = CAPTION + self.large_height + GAP
+
+    def paint(self, page: _Page, top: float, kept: Kept, groups: Sequence[Sequence[int]]) -> None:
+        tile = self.tile
+        scale = max(1, round(self.large_width * DPI / tile.pixels.shape[1]))
+        rows, columns = tile.tokens.shape
+        large = (self.large_width, self.large_height)
+        cells = f"{columns} × {rows}" + (" patches" if self.large_width > 3 else "")  # noqa: RUF001
+        self._panel(page, MARGIN, top, large, enlarged(tile, scale), tile.name or "Image", cells)
+        for number, group in enumerate(groups):
+            row, column = divmod(number, self.columns)
+            left = MARGIN + self.large_width + GAP + column * (self.small_width + GAP)
+            above = top + row * (self.small_height + GAP / 2 + CAPTION)
+            share = kept.by_position[group].mean(0)[tile.tokens]
+            name = layer_names([kept.layers[index] for index in group])
+            small = (self.small_width, self.small_height)
+            self._panel(page, left, above, small, marked(tile, share, scale), name, f"{float(share.mean()):.1%} kept")
+
+    def _panel(
+        self,
+        page: _Page,
+        left: float,
+        top: float,
+        size: tuple[float, float],
+        pixels: NDArray[Any],
+        name: str,
+        figure: str,
+    ) -> None:
+        page.text(left, top + CAPTION - 0.1, name, size=10, weight="bold")
+        page.text(left + size[0], top + CAPTION - 0.1, figure, size=9, color=MUTED, ha="right")
+        axes = page.axes(left, top + CAPTION, *size)
+        axes.imshow(pixels, interpolation="antialiased", aspect="auto", extent=(0, 1, 1, 0))
+        axes.set(xticks=(), yticks=())
+        # A white page must not end in the white of the paper.
+        axes.spines[:].set(color=FAINT, linewidth=0.8)
+        rows, columns = self.tile.tokens.shape
+        for place in self.tile.seams[0]:
+            axes.axhline(place / rows, color="white", linewidth=1, alpha=0.8)
+        for place in self.tile.seams[1]:
+            axes.axvline(place / columns, color="white", linewidth=1, alpha=0.8)
+
+
+def _legend(page: _Page) -> None:
+    """What the marker's strength means."""
+    right, width = WIDTH - MARGIN, 1.9
+    white = Tile("", torch.ones(1, 65, 3), torch.zeros(1, 65, dtype=torch.int64))
+    bar = page.axes(right - width, 0.52, width, 0.14)
+    bar.imshow(marked(white, torch.linspace(0, 1, 65)[None]), aspect="auto")
+    bar.set_axis_off()
+    page.text(right - width, 0.42, "KV heads that keep a patch", size=9, color=MUTED)
+    page.text(right - width, 0.82, "none", size=8.5, color=MUTED)
+    page.text(right, 0.82, "all", size=8.5, color=MUTED, ha="right")
+
+
+def _bars(page: _Page, top: float, kept: Kept) -> None:
+    """Bars by layer: entries kept, and sparsity where it was measured."""
+    charts = [("Entries kept of the prompt", kept.by_layer, max(kept.by_layer) * 1.1, ACCENT)]
+    if kept.sparsity is not None:
+        charts.append(("Sparsity of post-vision attention", kept.sparsity, 1.0, SECOND))
+    between, ticks = 0.5, 0.5
+    width = (WIDTH - 2 * MARGIN - (len(charts) - 1) * between) / len(charts)
+    for number, (name, values, highest, colour) in enumerate(charts):
+        left = MARGIN + number * (width + between)
+        mean = sum(values) / len(values)
+        page.text(left, top + CAPTION - 0.1, name, size=10, weight="bold")
+        page.text(left + width, top + CAPTION - 0.1, f"mean {mean:.1%}", size=9, color=MUTED, ha="right")
+        axes = page.axes(left + ticks, top + CAPTION + 0.08, width - ticks, BARS - CAPTION)
+        axes.bar(range(len(values)), values, color=colour, width=0.7)
+        axes.axhline(mean, color=INK, linewidth=0.8, dashes=(4, 3))
+        axes.set_xlim(-0.6, len(values) - 0.4)
+        axes.set_ylim(0, highest)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(partial(_layer_number, kept.layers))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if highest > 0.04 else 1))
+        axes.set_xlabel("layer", size=9, color=MUTED, labelpad=2)
+        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+        axes.grid(axis="y", color=FAINT, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(FAINT)
+
+
+def _layer_number(layers: Sequence[int], place: float, _: int | None) -> str:
+    """The number of the layer whose bar is at a place, nothing beside the bars."""
+    return str(layers[round(place)]) if 0 <= round(place) < len(layers) else ""

@@ -1,0 +1,149 @@
+"""The results of a run for people: tables on the terminal, in Markdown and in one self-contained page of HTML."""
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
+
+from sparsight.eval.accuracy_plots import draw_budgets, draw_records, methods_of
+from sparsight.eval.heatmap import save
+from sparsight.eval.metrics import Metric, metrics_of
+from sparsight.eval.summary import BASELINE, best
+
+SIGNIFICANT = 0.05
+PICTURES = {
+    "accuracy": "Each task's own metric against the budget; bars and band are 95 % intervals.",
+    "perplexity": "Perplexity of the right answers through each cache.",
+    "divergence": "How far the next token's distribution is from the full cache's.",
+    "records": "Pages of growing size at one budget.",
+}
+"""Picture: its caption."""
+
+
+def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write ``results.json``, ``report.md``, ``report.html`` and the pictures into a folder, and return their paths."""
+    pictures = {}
+    for name, figure in draw(results).items():
+        pictures[name] = folder / f"{name}.png"
+        save(figure, pictures[name])
+    texts = {
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "report.md": _render("report.md", results, {name: path.name for name, path in pictures.items()}),
+        "report.html": _render("report.html", results, {name: _inline(path) for name, path in pictures.items()}),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [*(folder / name for name in texts), *pictures.values()]
+
+
+def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
+    """The pictures of a run by name."""
+    figures = {"accuracy": draw_budgets(results)}
+    for name in ("perplexity", "divergence"):
+        if all(name in task["metrics"] for task in results["tasks"]):
+            figures[name] = draw_budgets(results, name)
+    budgets = budgets_of(results)
+    growing = draw_records(results, min(budgets, key=lambda budget: abs(budget - 0.1))) if budgets else None
+    return figures | ({"records": growing} if growing is not None else {})
+
+
+def budgets_of(results: Mapping[str, Any]) -> list[float]:
+    """The budgets of a run, ascending."""
+    return sorted({cell["budget"] for task in results["tasks"] for cell in task["cells"]})
+
+
+def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """For each task a headline and a table for the terminal: methods by budgets, intervals below, the best in bold."""
+    for task in results["tasks"]:
+        metric = metrics_of(task)[task["metric"]]
+        full = task["full"][task["metric"]]
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        shown.add_column("method", header_style="bold cyan")
+        for budget in budgets_of(results):
+            shown.add_column(f"{budget * 100:.3g} %", justify="right", header_style="bold cyan")
+        for method, row in rows(results, task, task["metric"]):
+            shown.add_row(
+                method,
+                *(
+                    Text.assemble(
+                        (got["value"], "bold" if got["best"] else ""), got["mark"], ("\n" + got["span"], "dim")
+                    )
+                    for got in row
+                ),
+            )
+        headline = (
+            f"{task['task']}, {task['summary']}: {metric.title}, {task['examples']} examples, "
+            f"full cache {show(metric, full['value'])} ({span(metric, full)})"
+        )
+        yield headline, shown
+
+
+def rows(results: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """A task's table of a metric: methods, and for each budget value, interval, whether it is the best, and a mark.
+
+    The mark is ``+`` or ``-`` where the method is better or worse than VL-Cache at the same budget, p < 0.05.
+    """
+    metric = metrics_of(task)[name]
+    table = []
+    for method in methods_of(results):
+        cells = sorted((cell for cell in task["cells"] if cell["method"] == method), key=lambda cell: cell["budget"])
+        row = []
+        for cell in cells:
+            found = cell["metrics"][name]
+            row.append(
+                {
+                    "value": show(metric, found["value"]),
+                    "span": span(metric, found),
+                    "best": found["value"] == best(task, name, cell["budget"]),
+                    "mark": _mark(task, cell, name),
+                    "p_value": found["p_value"],
+                }
+            )
+        table.append((method, row))
+    return table
+
+
+def show(metric: Metric, value: float) -> str:
+    """A value for people."""
+    return f"{value * 100:.1f}" if metric.percent else f"{value:.3g}"
+
+
+def span(metric: Metric, found: Mapping[str, float]) -> str:
+    """An interval for people."""
+    return f"{show(metric, found['low'])}-{show(metric, found['high'])}"
+
+
+def _mark(task: Mapping[str, Any], cell: Mapping[str, Any], name: str) -> str:
+    found = cell["metrics"][name]
+    if found["p_value"] is None or found["p_value"] >= SIGNIFICANT:
+        return " "
+    own = (BASELINE, cell["budget"])
+    baseline = next(other for other in task["cells"] if (other["method"], other["budget"]) == own)
+    better = (found["value"] > baseline["metrics"][name]["value"]) == metrics_of(task)[name].higher_is_better
+    return "+" if better else "-"
+
+
+def _render(template: str, results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    environment = Environment(
+        loader=PackageLoader("sparsight.eval"), autoescape=template.endswith("html"), trim_blocks=True
+    )
+    return environment.get_template(f"{template}.jinja").render(
+        results=results,
+        budgets=budgets_of(results),
+        metrics_of=metrics_of,
+        rows=rows,
+        show=show,
+        span=span,
+        baseline=BASELINE,
+        pictures=[(path, PICTURES[name]) for name, path in pictures.items()],
+    )
+
+
+def _inline(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

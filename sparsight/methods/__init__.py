@@ -1,0 +1,77 @@
+"""The methods by name, one short file each."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sparsight.compression.recipe import Recipe
+from sparsight.methods.adakv import AdaKV
+from sparsight.methods.aircache import AirCache
+from sparsight.methods.elastic import ElasticCache
+from sparsight.methods.full import Full
+from sparsight.methods.h2o import H2O
+from sparsight.methods.look_m import LookM
+from sparsight.methods.prefixkv import PrefixKV
+from sparsight.methods.pyramidkv import PyramidKV
+from sparsight.methods.random import RandomCache
+from sparsight.methods.snapkv import SnapKV
+from sparsight.methods.sparsemm import SparseMM
+from sparsight.methods.sparsight import Sparsight
+from sparsight.methods.streaming_llm import StreamingLLM
+from sparsight.methods.vl_cache import VLCache
+from sparsight.utils.suggest import unknown
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "vl-cache": VLCache,
+    "elastic": ElasticCache,
+    "h2o": H2O,
+    "streaming-llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "adakv": AdaKV,
+    "prefixkv": PrefixKV,
+    "look-m": LookM,
+    "aircache": AirCache,
+    "sparsemm": SparseMM,
+    "sparsight": Sparsight,
+    "random": RandomCache,
+    "full": Full,
+}
+
+ALIASES = {"local": "streaming-llm"}
+"""Other names that papers give a method."""
+
+
+def recipe(name: str, **numbers: Any) -> Recipe:
+    """A named method's recipe: ``recipe("vl-cache", budget=0.1)``.
+
+    Raises:
+        ValueError: no method has this name, or it has no such number, or a number is out of range.
+    """
+    name = ALIASES.get(name, name)
+    if name not in RECIPES:
+        raise unknown("method", name, RECIPES)
+    try:
+        return RECIPES[name](**numbers)
+    except TypeError as error:
+        raise ValueError(f"Method {name!r}: {error}.") from error
+
+
+__all__ = [
+    "ALIASES",
+    "H2O",
+    "RECIPES",
+    "AdaKV",
+    "AirCache",
+    "ElasticCache",
+    "Full",
+    "LookM",
+    "PrefixKV",
+    "PyramidKV",
+    "RandomCache",
+    "SnapKV",
+    "SparseMM",
+    "Sparsight",
+    "StreamingLLM",
+    "VLCache",
+    "recipe",
+]

@@ -1,0 +1,140 @@
+"""Where things are in a prompt: its vision tokens, its padding, and the queries that follow the last image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsight.models.families import CROSS_ATTENTION, FAMILIES, family_of
+from sparsight.models.layouts import find_grids
+
+LAST_WINDOW = 32
+"""Queries that stand in for the post-vision ones when no text follows the last image, or there is no image."""
+
+PIXEL_INPUTS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence of a batch: valid tokens ``[start, stop)``, of them post-vision queries ``[post_vision, stop)``."""
+
+    start: int
+    post_vision: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Valid tokens."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts.
+
+    Args:
+        vision_mask: bool ``[B, T]`` on the CPU, the token stands for a piece of an image or a video frame.
+        valid_mask: bool ``[B, T]`` on the CPU, the token is not padding.
+        spans: one :class:`Span` a sequence.
+        grids: for each sequence, where known, the positions of the vision tokens of each of its images' tiles, int64
+            ``[rows, columns]`` on the CPU.
+    """
+
+    vision_mask: Tensor
+    valid_mask: Tensor
+    spans: tuple[Span, ...]
+    grids: tuple[tuple[Tensor, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, padding included: ``T``."""
+        return self.vision_mask.shape[1]
+
+    def select(self, rows: Sequence[int]) -> "Prompt":
+        """The sequences at ``rows``, in that order."""
+        rows = list(rows)
+        spans = tuple(self.spans[row] for row in rows)
+        return Prompt(self.vision_mask[rows], self.valid_mask[rows], spans, tuple(self.grids[row] for row in rows))
+
+    def padded(self, padding: int) -> "Prompt":
+        """The same prompts with ``padding`` more tokens in front of them."""
+        spans = [Span(span.start + padding, span.post_vision + padding, span.stop + padding) for span in self.spans]
+        grids = [tuple(grid + padding for grid in row) for row in self.grids]
+        vision_mask, valid_mask = (functional.pad(mask, (padding, 0)) for mask in (self.vision_mask, self.valid_mask))
+        return Prompt(vision_mask, valid_mask, tuple(spans), tuple(grids))
+
+    @staticmethod
+    def join(prompts: Sequence["Prompt"]) -> "Prompt":
+        """The sequences of several prompts of the same length, one after the other."""
+        return Prompt(
+            torch.cat([prompt.vision_mask for prompt in prompts]),
+            torch.cat([prompt.valid_mask for prompt in prompts]),
+            tuple(span for prompt in prompts for span in prompt.spans),
+            tuple(grids for prompt in prompts for grids in prompt.grids),
+        )
+
+
+def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Prompt:
+    """Find the vision tokens, the padding and the post-vision queries of a batch of prompts.
+
+    Args:
+        config: the model's config.
+        inputs: what the processor returned: ``input_ids`` ``[B, T]``, and where present ``attention_mask`` and
+            ``mm_token_type_ids`` of the same shape.
+        grids: find the images' grids too, for which the inputs must hold the pixels.
+
+    Raises:
+        ValueError: the inputs lack ``input_ids``, have masks of another shape, pixels but no image token, a sequence
+            without a valid token, or padding between valid tokens; or the family cannot be compressed, or is unknown
+            and the inputs do not mark its vision tokens.
+    """
+    input_ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError("inputs must hold 'input_ids' of shape [batch, tokens], as the processor returns them.")
+    for name in ("attention_mask", "mm_token_type_ids"):
+        mask = inputs.get(name)
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{name!r} must have the shape of 'input_ids', {list(input_ids.shape)}, got {list(mask.shape)}."
+            )
+    vision_mask = _vision_mask(config, inputs).cpu()
+    if any(inputs.get(name) is not None for name in PIXEL_INPUTS) and not vision_mask.any():
+        raise ValueError("The inputs hold an image, but the prompt has no image token to stand for it.")
+    attention_mask = inputs.get("attention_mask")
+    valid_mask = torch.ones_like(vision_mask) if attention_mask is None else attention_mask.bool().cpu()
+    spans = tuple(_span(*row) for row in zip(vision_mask, valid_mask, strict=True))
+    return Prompt(vision_mask, valid_mask, spans, _grids(config, inputs) if grids else ((),) * len(spans))
+
+
+def _grids(config: Any, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], ...]:
+    """The grids of each sequence's images, none where the family is unknown."""
+    family = FAMILIES.get(config.model_type)
+    found = find_grids(family.layout, config, inputs) if family else [[] for _ in inputs["input_ids"]]
+    return tuple(tuple(grids) for grids in found)
+
+
+def _vision_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Bool ``[B, T]``, from the processor's token types or else from the family's token ids."""
+    token_types = inputs.get("mm_token_type_ids")
+    if token_types is not None and config.model_type not in CROSS_ATTENTION:
+        return token_types != 0
+    input_ids, family = inputs["input_ids"], family_of(config)
+    return torch.isin(input_ids, input_ids.new_tensor(family.token_ids(config) if family else []))
+
+
+def _span(vision: Tensor, valid: Tensor) -> Span:
+    """The span of one sequence from its masks ``[T]``."""
+    if not valid.any():
+        raise ValueError("A sequence of the batch has no valid token: its attention_mask is all zeros.")
+    positions = valid.nonzero()[:, 0]
+    start, stop = int(positions[0]), int(positions[-1]) + 1
+    if stop - start != len(positions):
+        raise ValueError("A sequence of the batch has padding between valid tokens: pad on one side only.")
+    vision_positions = (vision & valid).nonzero()[:, 0]
+    post_vision = int(vision_positions[-1]) + 1 if len(vision_positions) else stop
+    if post_vision == stop:
+        post_vision = max(start, stop - LAST_WINDOW)
+    return Span(start, post_vision, stop)

@@ -1,0 +1,272 @@
+"""From Python, and what is said of every row: the text that it gets alone, or what is wrong with it."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import sparsight
+from sparsight import CompressedCache, Recipe, VLCache, recipe
+from sparsight.batch_inference import answerer
+from sparsight.batch_inference.output import Result
+from sparsight.batch_inference.preparation import Preparation, prepared
+from sparsight.batch_inference.rows import Row, checksum, read_rows
+from sparsight.models.images import open_image
+from sparsight.models.loading import load_checkpoint, load_model, prepare
+from tests.models.test_images import huge_png
+
+TOKENS = 12
+
+
+def alone(model: str, row: Row, chosen: Recipe) -> Result:
+    """A row's result by itself, through ``generate`` as anybody calls it."""
+    checkpoint = load_checkpoint(model)
+    weights = load_model(checkpoint)
+    inputs = prepare(checkpoint, [open_image(image) for image in row.images if isinstance(image, Path)], row.prompt)
+    cache = CompressedCache(weights, chosen, inputs)
+    (first,) = weights.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    report = cache.report()
+    cache = CompressedCache(weights, chosen, inputs)
+    (output,) = weights.generate(**inputs, past_key_values=cache, max_new_tokens=TOKENS, do_sample=False)
+    new = output[inputs["input_ids"].shape[1] :]
+    assert new[0] == first[-1]
+    return Result(
+        id=row.id,
+        prompt_checksum=row.checksum,
+        text=checkpoint.processor.tokenizer.decode(new, skip_special_tokens=True),
+        finish_reason="length",
+        prompt_tokens=inputs["input_ids"].shape[1],
+        tokens=len(new),
+        kept=sum(report.kept_per_layer()) / len(report.kept),
+        kv_bytes=report.bytes_held,
+        full_kv_bytes=report.full_bytes,
+    )
+
+
+def lasting(result: Result) -> dict[str, Any]:
+    return {name: value for name, value in vars(result).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("chosen", [VLCache(0.2), recipe("elastic", budget=0.5), recipe("adakv", budget=0.5, window=4)])
+def test_every_row_gets_the_result_that_it_gets_alone(llava: str, asked: Path, chosen: Recipe) -> None:
+    rows = {row.id: row for row in read_rows(asked, None)}
+    found = list(sparsight.batch(asked, model=llava, recipe=chosen, max_new_tokens=TOKENS))
+    assert sorted(result.id for result in found) == sorted(rows)
+    assert len({result.text for result in found}) > 4
+    for result in found:
+        assert lasting(result) == lasting(alone(llava, rows[result.id], chosen))
+        assert result.seconds is not None and result.seconds > 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_the_size_of_the_batches_changes_nothing(llava: str, asked: Path, size: int) -> None:
+    found = {
+        result.id: result for result in sparsight.batch(asked, model=llava, batch_size=size, max_new_tokens=TOKENS)
+    }
+    other = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
+    assert {row: lasting(result) for row, result in found.items()} == {
+        row: lasting(result) for row, result in other.items()
+    }
+
+
+def test_mappings_are_asked_as_they_are(llava: str, pictures: Path, asked: Path) -> None:
+    given = [
+        {"id": "row-0", "image": str(pictures / "0.png"), "prompt": "What is in picture 0?"},
+        {"id": "row-4", "image": (pictures / "4.png").read_bytes()},
+    ]
+    found = {result.id: result.text for result in sparsight.batch(given, "What is in picture 4??????????", model=llava)}
+    other = {result.id: result.text for result in sparsight.batch(asked, model=llava)}
+    assert found == {name: other[name] for name in ("row-0", "row-4")}
+
+
+def test_what_is_wrong_with_everything_is_said_at_once(llava: str, asked: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no model folder"):
+        sparsight.batch(asked, model=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="Cannot read"):
+        sparsight.batch(tmp_path / "nothing.jsonl", model=llava)
+    row = {"id": "a", "image": "a.png", "prompt": "x"}
+    with pytest.raises(ValueError, match="Two rows have the id 'a'"):
+        sparsight.batch([row, row], model=llava)
+    with pytest.raises(ValueError, match="Unknown dtype 'int8'"):
+        list(sparsight.batch(asked, model=llava, dtype="int8"))
+
+
+def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pictures: Path, tmp_path: Path) -> None:
+    noise = (pictures / "0.png").read_bytes()
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(noise[: len(noise) // 2])
+    (tmp_path / "good.png").write_bytes(noise)
+    huge_png(tmp_path / "bomb.png", 30_000)
+    Image.new("RGB", (4, 4)).save(tmp_path / "script.eps")
+    wrong = {
+        "missing": ({"image": "nothing.png"}, "unreadable file", "nothing.png: No such file or directory."),
+        "folder": ({"image": "."}, "unreadable file", "Is a directory."),
+        "nul": ({"image": "a\0b.png"}, "unreadable file", "embedded null byte."),
+        "text": ({"image": "text.png"}, "not a picture", "is not a picture of a known format"),
+        "empty": ({"image": "empty.png"}, "not a picture", "is not a picture of a known format"),
+        "postscript": ({"image": "script.eps"}, "not a picture", "is not a picture of a known format"),
+        "cut": ({"image": "cut.png"}, "damaged picture", "is damaged or cut short"),
+        "bomb": ({"image": "bomb.png"}, "too many pixels", "more than the limit of 89,478,485 pixels."),
+        "second": ({"images": ["good.png", "nothing.png"]}, "unreadable file", "nothing.png: No such file"),
+        "none": ({}, "malformed row", "Row 'none' has no 'image' or 'images'"),
+        "placeholder": ({"image": "good.png", "prompt": "<image>?"}, "refused prompt", "must not spell '<image>'"),
+        "surrogate": ({"image": "good.png", "prompt": "\udcff"}, "refused prompt", "refuses the question"),
+        "long": ({"image": "good.png", "prompt": "?" * 4096}, "prompt too long", "but the model takes 4,096 in all."),
+    }
+    rows = [{"id": "first", "image": "good.png"}, *({"id": name, **row} for name, (row, _, _) in wrong.items())]
+    source = tmp_path / "asked.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "last", "image": "good.png"}]) + "{\n")
+    found = {result.id: result for result in sparsight.batch(source, "What?", model=llava, max_new_tokens=2)}
+    assert set(found) == {"first", "last", "line 16", *wrong}
+    assert found["first"].text == found["last"].text != ""
+    assert found["line 16"].error_kind == "malformed row"
+    for name, (row, kind, sentence) in wrong.items():
+        result = found[name]
+        assert result.error is not None
+        assert sentence in result.error
+        assert result.error.endswith(".")
+        assert "\n" not in result.error
+        asked = None if kind == "malformed row" else checksum(row.get("prompt", "What?"))
+        assert lasting(result) == lasting(Result(name, asked, error=result.error, error_kind=kind))
+
+
+def test_what_no_library_expects_of_a_picture_is_the_error_of_its_row(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def picky(checkpoint: Any, images: Any, prompt: str) -> Any:
+        if len(images) > 1:
+            raise IndexError("list index out of range\nand more")
+        return prepare(checkpoint, images, prompt)
+
+    monkeypatch.setattr("sparsight.batch_inference.preparation.prepare", picky)
+    found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
+    assert found["two"].error == "The processor failed, IndexError: list index out of range."
+    assert found.pop("two").error_kind == "processor failed"
+    assert all(result.text is not None for result in found.values())
+
+
+def test_a_prompt_as_long_as_the_model_takes_is_answered(llava: str, pictures: Path) -> None:
+    # <s>, <|user|>, newline, <|assistant|> and 16 for the picture beside the text.
+    rows = [{"id": str(more), "image": pictures / "0.png", "prompt": "?" * (4096 - 20 - 3 + more)} for more in (0, 1)]
+    found = {result.id: result for result in sparsight.batch(rows, model=llava, max_new_tokens=3)}
+    assert (found["0"].prompt_tokens, found["0"].tokens) == (4093, 3)
+    assert found["1"].error == (
+        "The prompt has 4,094 tokens and the answer may have 3, but the model takes 4,096 in all."
+    )
+
+
+def test_an_answer_that_the_model_ends_is_cut_there(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, finish = answerer.Answerer.__init__, answerer.Answerer._result
+    ends: list[int] = []
+    said: dict[str, list[int]] = {}
+
+    def ending(self: Any, model: Any, *rest: Any) -> None:
+        model.generation_config.eos_token_id = ends or None
+        begin(self, model, *rest)
+
+    def noted(self: Any, begun: Any, tokens: list[int], seconds: float) -> Result:
+        said.setdefault(begun.row.id, tokens)
+        return finish(self, begun, tokens, seconds)
+
+    monkeypatch.setattr(answerer.Answerer, "__init__", ending)
+    monkeypatch.setattr(answerer.Answerer, "_result", noted)
+    assert {result.tokens for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)} == {TOKENS}
+    # Tokens that answers have at different places, one of them first.
+    ends += [said["row-0"][0], said["row-1"][4]]
+    decode = load_checkpoint(llava).processor.tokenizer.decode
+    for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS):
+        tokens = said[result.id]
+        at = [place for place, token in enumerate(tokens) if token in ends]
+        assert result.finish_reason == ("stop" if at else "length")
+        assert result.tokens == (at[0] + 1 if at else TOKENS)
+        assert result.text == decode(tokens[: result.tokens], skip_special_tokens=True)
+        if result.id == "row-0":
+            assert result.tokens == 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    expected = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
+    decode, sizes = answerer.Answerer._decode, []
+
+    def limited(self: Any, begun: Any) -> Any:
+        sizes.append(len(begun))
+        if len(begun) > most:
+            # The caches of the rows are gone by then.
+            CompressedCache.join([each.cache for each in begun])
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(self, begun)
+
+    monkeypatch.setattr(answerer.Answerer, "_decode", limited)
+    found = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
+    assert found == expected
+    assert max(sizes) > most
+    assert sorted(sizes, reverse=True)[0] == sizes[0]
+
+
+def test_a_prompt_for_which_there_is_no_memory_at_all_is_an_error(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = answerer.Answerer._begin
+
+    def limited(self: Any, row: Row, inputs: Any) -> Any:
+        if row.id == "two":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return begin(self, row, inputs)
+
+    monkeypatch.setattr(answerer.Answerer, "_begin", limited)
+    found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
+    assert found.pop("two").error_kind == "out of memory"
+    assert all(result.text is not None for result in found.values())
+
+
+def test_other_failures_of_the_model_are_not_taken_for_lack_of_memory(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a kernel is broken")
+
+    monkeypatch.setattr(answerer.Answerer, "_decode", broken)
+    with pytest.raises(RuntimeError, match="a kernel is broken"):
+        list(sparsight.batch(asked, model=llava, max_new_tokens=2))
+
+
+def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(llava)
+    preparation = Preparation(checkpoint, TOKENS, 10**6)
+    rows = [Row(str(number), (asked.parent / "0.png",), "What?") for number in range(10)]
+    sizes: dict[float, list[int]] = {}
+    for room in (0.0, 2.5, 3.5, 1000.0):
+        worker = answerer.Answerer(load_model(checkpoint), preparation, VLCache(0.2))
+        (need,) = {worker._begin(*prepared(preparation, row)).need for row in rows[:2]}
+        monkeypatch.setattr(answerer, "_free_bytes", lambda device, room=room, need=need: room * need / answerer.SHARE)
+        some = worker.answer(prepared(preparation, row) for row in rows)
+        sizes[room] = [len(results) for results in some]
+    # There is always room for one more: the row from which its need is known.
+    assert sizes == {0.0: [1] * 10, 2.5: [4, 4, 2], 3.5: [5, 5], 1000.0: [10]}
+
+
+def test_rows_of_similar_length_decode_together(llava: str, pictures: Path) -> None:
+    checkpoint = load_checkpoint(llava)
+    preparation = Preparation(checkpoint, 2, 10**6)
+    rows = [Row(str(number), (pictures / "0.png",), "?" * [5, 200, 1000][number % 3]) for number in range(9)]
+    worker = answerer.Answerer(load_model(checkpoint), preparation, VLCache(0.2))
+    found = [
+        sorted(int(result.id) for result in some) for some in worker.answer(prepared(preparation, row) for row in rows)
+    ]
+    assert sorted(found) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+
+
+def test_a_picture_in_memory_is_called_by_its_row(llava: str) -> None:
+    file = BytesIO()
+    Image.new("RGB", (40, 40), "red").save(file, format="PNG")
+    rows = [{"id": "a", "image": file.getvalue()[:60], "prompt": "x"}]
+    (found,) = sparsight.batch(rows, model=llava)
+    assert found.error is not None and found.error.startswith("The picture of row 'a' is damaged or cut short")

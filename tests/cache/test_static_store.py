@@ -1,0 +1,304 @@
+"""Entries whose addresses stay: the same tokens, whatever records the step, and sequences that come and go."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from transformers import CompileConfig
+
+from sparsight import RECIPES, CompressedCache, VLCache, recipe
+from sparsight.attention import kernels
+from sparsight.compression import HeavyHitter, Sliding
+from tests.support import recorder
+from tests.support.models import (
+    NO_IMAGE,
+    NO_TEXT_AFTER,
+    ONE_IMAGE,
+    THREE_IMAGES,
+    Prompt,
+    generate,
+    inputs,
+    logits,
+    model,
+)
+from tests.support.recipes import recipe_for
+
+TOKENS = 24
+
+
+def made(tiny, name, budget=0.3):
+    return recipe_for(tiny, name, **({} if name == "full" else {"budget": budget}))
+
+
+def both(tiny, chosen, given, tokens=TOKENS, **options):
+    """Logits of every token without room and with it, and the two caches."""
+    caches = CompressedCache(tiny, chosen, given), CompressedCache(tiny, chosen, given, max_new_tokens=tokens)
+    plain, fixed = (torch.stack(logits(tiny, given, tokens, past_key_values=cache, **options)) for cache in caches)
+    return (plain, fixed), caches
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("budget", [0.05, 0.3])
+def test_tokens_and_entries_are_the_same_with_room(name, budget):
+    tiny = model("llava")
+    given = inputs("llava", THREE_IMAGES, ONE_IMAGE, NO_TEXT_AFTER)
+    (plain, fixed), caches = both(tiny, made(tiny, name, budget), given, 64)
+    assert_close(fixed, plain, rtol=1e-4, atol=1e-4)
+    assert plain.argmax(-1).equal(fixed.argmax(-1))
+    reports = [cache.report() for cache in caches]
+    assert reports[0].held == reports[1].held
+    assert reports[0].tokens_seen == reports[1].tokens_seen
+    for one, other in zip(caches[0].compressed, caches[1].compressed, strict=True):
+        # Slots differ, what is in them does not.
+        positions = [layer.entries.positions.flatten(0, -2).sort(-1, descending=True).values for layer in (one, other)]
+        width = min(each.shape[-1] for each in positions)
+        assert positions[0][:, :width].equal(positions[1][:, :width])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vl-cache", "elastic", "adakv"])
+def test_other_dtypes_are_as_close_as_they_can_be(name, dtype):
+    tiny = model("llava", dtype=dtype)
+    given = inputs("llava", ONE_IMAGE, dtype=dtype)
+    (plain, fixed), _ = both(tiny, made(tiny, name), given)
+    differ = (plain.argmax(-1) != fixed.argmax(-1)).flatten()
+    same = int(differ.nonzero()[0]) if differ.any() else len(differ)
+    # Where the first token flips, it is a near-tie.
+    assert_close(fixed[: same + 1], plain[: same + 1], rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        replace(recipe("streaming-llm", budget=0.05), decode=Sliding(sinks=60)),
+        replace(recipe("h2o", budget=0.2), decode=HeavyHitter(recent=1.0)),
+        replace(recipe("pyramidkv", budget=0.1), decode=Sliding(sinks=4)),
+    ],
+    ids=["more-sinks-than-entries", "all-are-recent", "fewer-entries-than-allowed"],
+)
+def test_rows_that_grow_more_than_their_share_find_room(chosen):
+    tiny, given = model("llava"), inputs("llava", THREE_IMAGES)
+    bound = 1 if chosen.allocate.kind == "pyramid" else None
+    caches = [CompressedCache(tiny, chosen, given, room, bound) for room in (None, 64)]
+    plain, fixed = (torch.stack(logits(tiny, given, 64, past_key_values=cache)) for cache in caches)
+    assert_close(fixed, plain, rtol=1e-4, atol=1e-4)
+    held = [(layer.entries.positions >= 0).sum(-1).flatten().tolist() for layer in caches[1].compressed]
+    assert [layer[0] for layer in caches[1].report().held] == held
+
+
+def test_addresses_stay():
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
+    cache = CompressedCache(tiny, recipe("h2o", budget=0.3), given, max_new_tokens=TOKENS)
+    tiny(**given, past_key_values=cache)
+
+    def addresses():
+        fixed = [layer.fixed for layer in cache.compressed]
+        tensors = [
+            (*each.entries.tensors, each.held, each.rows, *each.clock.tensors, each.ring.scores) for each in fixed
+        ]
+        return [tensor.data_ptr() for layer in tensors for tensor in layer]
+
+    before = addresses()
+    for _ in range(TOKENS - 1):
+        tiny(input_ids=given["input_ids"][:, :1], past_key_values=cache)
+    assert addresses() == before
+
+
+def test_a_token_of_a_growing_layer_is_taken_in_by_few_operations():
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE, NO_IMAGE)
+    cache = CompressedCache(tiny, VLCache(0.3), given, max_new_tokens=TOKENS)
+    tiny(**given, past_key_values=cache)
+    keys = torch.zeros(2, 2, 1, 16)
+    first, second = (layer.fixed for layer in cache.compressed[:2])
+    counts = []
+    for layer in (first, second):
+        with recorder.Recorder() as recorded:
+            layer.take_in(keys, keys)
+        # What makes no new tensor and changes none costs a GPU nothing.
+        counts.append(sum(not function.is_view for function, *_ in recorded.calls))
+    # Slots in use and where they are, keys, values and positions, both counters.
+    assert counts[1] == 7
+    assert counts[0] - counts[1] <= 6
+
+
+@pytest.mark.parametrize("name", ["vl-cache", "elastic", "h2o"])
+def test_what_began_in_inference_mode_goes_on_outside_of_it(name):
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
+    cache = CompressedCache(tiny, made(tiny, name), given, max_new_tokens=TOKENS)
+    token = given["input_ids"][:, :1]
+    with torch.inference_mode():
+        tiny(**given, past_key_values=cache)
+        tiny(input_ids=token, past_key_values=cache)
+    with torch.no_grad():
+        tiny(input_ids=token, past_key_values=cache)
+    assert cache.report().tokens_seen == given["input_ids"].shape[1] + 2
+
+
+def test_no_more_tokens_than_there_is_room_for():
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
+    cache = CompressedCache(tiny, VLCache(), given, max_new_tokens=4)
+    with pytest.raises(RuntimeError, match="give CompressedCache a larger max_new_tokens"):
+        generate(tiny, given, 6, past_key_values=cache)
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number of at least 1, got 0"):
+        CompressedCache(tiny, VLCache(), given, max_new_tokens=0)
+
+
+@pytest.mark.parametrize("name", ["vl-cache", "elastic", "h2o"])
+def test_a_second_turn_is_the_same(name):
+    tiny = model("llava")
+    first = inputs("llava", ONE_IMAGE)
+    answers = []
+    for room in (None, TOKENS):
+        cache = CompressedCache(tiny, made(tiny, name), first, max_new_tokens=room)
+        answer = tiny.generate(**first, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        turn = torch.cat([answer, torch.arange(3, 9)[None]], 1)
+        both_turns = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
+        answers.append(tiny.generate(**both_turns, past_key_values=cache, max_new_tokens=TOKENS, do_sample=False))
+        assert cache.report().tokens_seen == turn.shape[1] + TOKENS - 1
+    assert answers[0].equal(answers[1])
+
+
+def test_beams_and_candidates_are_the_same():
+    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
+    for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 2}):
+        plain, fixed = (
+            generate(tiny, given, 9, past_key_values=CompressedCache(tiny, VLCache(0.4), given, room), **options)
+            for room in (None, 16)
+        )
+        assert plain.equal(fixed)
+
+
+def test_joined_prompts_have_room_too():
+    tiny = model("llava")
+    prompts = [inputs("llava", each, seed=seed) for seed, each in enumerate((ONE_IMAGE, THREE_IMAGES))]
+    held = []
+    for room in (None, 5):
+        caches = [CompressedCache(tiny, recipe("elastic", budget=0.3), each, room) for each in prompts]
+        for cache, each in zip(caches, prompts, strict=True):
+            tiny(**each, past_key_values=cache)
+        joined = CompressedCache.join(caches)
+        output = tiny(
+            input_ids=torch.tensor([[5], [6]]), past_key_values=joined, position_ids=torch.tensor([[40], [90]])
+        )
+        held.append((output.logits, joined.report().held))
+    assert_close(held[0][0], held[1][0])
+    assert held[0][1] == held[1][1]
+
+
+# Sequences of a running batch
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(["vl-cache", "elastic", "streaming-llm", "h2o", "adakv"]),
+    row=st.integers(0, 2),
+    before=st.integers(0, 6),
+    empty=st.integers(0, 3),
+    seed=st.integers(0, 100),
+)
+def test_a_row_is_emptied_and_filled_without_touching_its_neighbours(name, row, before, empty, seed):
+    tiny = model("llama")
+    chosen = made(tiny, name)
+    prompts = [inputs("llama", Prompt(0, 30 + 9 * place, 9), seed=seed + place) for place in range(4)]
+    newcomer = prompts.pop(row)
+
+    def alone(prompt):
+        cache = CompressedCache(tiny, chosen, prompt, max_new_tokens=32)
+        tiny(**prompt, past_key_values=cache)
+        return cache
+
+    # The longest prompt makes the batch's storage wide enough for all.
+    wide = inputs("llama", Prompt(0, 70, 9), seed=seed)
+    batch = CompressedCache.join([alone(prompt) for prompt in [*prompts[:row], wide, *prompts[row:]]])
+    references = [alone(prompt) for prompt in [*prompts[:row], wide, *prompts[row:]]]
+    seen = [cache.prompt.length for cache in references]
+
+    def step(rows):
+        """One token of every sequence, of the batch and of each alone."""
+        tokens = [7 + place + sum(seen) % 50 for place in range(4)]
+        together = tiny(
+            input_ids=torch.tensor(tokens)[:, None], past_key_values=batch, position_ids=torch.tensor(seen)[:, None]
+        ).logits
+        for place in rows:
+            lone = tiny(
+                input_ids=torch.tensor([[tokens[place]]]),
+                past_key_values=references[place],
+                position_ids=torch.tensor([[seen[place]]]),
+            ).logits
+            assert_close(together[place], lone[0], rtol=1e-4, atol=1e-4)
+            seen[place] += 1
+
+    others = [place for place in range(4) if place != row]
+    for _ in range(before):
+        step(range(4))
+    for layer in batch.compressed:
+        layer.fixed.clear(row)
+    for _ in range(empty):
+        step(others)
+    references[row] = alone(newcomer)
+    seen[row] = references[row].prompt.length
+    for layer, other in zip(batch.compressed, alone(newcomer).compressed, strict=True):
+        layer.fixed.fill(row, other.fixed)
+    for _ in range(6):
+        step(range(4))
+
+
+@pytest.mark.parametrize("name", ["vl-cache", "adakv"])
+def test_a_sequence_that_does_not_fit_is_refused(name):
+    tiny = model("llama")
+    caches = []
+    for length in (20, 400):
+        prompt = inputs("llama", Prompt(0, length, 9))
+        caches.append(CompressedCache(tiny, recipe(name, budget=0.5), prompt, max_new_tokens=4))
+        tiny(**prompt, past_key_values=caches[-1])
+    short, long = (cache.compressed[0].fixed for cache in caches)
+    with pytest.raises(ValueError, match="does not fit in the place of one with"):
+        short.fill(0, long)
+
+
+# What records the step
+
+
+def compiled(**options):
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None, **options)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.fixture
+def compiles():
+    """A fresh compiler, and the number of graphs that it made."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "paligemma"])
+@pytest.mark.parametrize("name", ["full", "vl-cache", "elastic", "h2o", "adakv"])
+def test_generate_compiles_one_graph_for_all_tokens(name, family, compiles, monkeypatch):
+    tiny = model(family)
+    monkeypatch.delattr(tiny, "_compiled_call", raising=False)
+    given = inputs(family, ONE_IMAGE, NO_IMAGE)
+    (plain, fixed), _ = both(tiny, made(tiny, name), given, compile_config=compiled())
+    assert_close(fixed, plain, rtol=1e-4, atol=1e-4)
+    assert compiles() == 1
+
+
+def test_the_kernel_compiles_as_one_operation(compiles, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
+    tiny = model("llava")
+    monkeypatch.delattr(tiny, "_compiled_call", raising=False)
+    given = inputs("llava", ONE_IMAGE, NO_IMAGE)
+    plain = logits(tiny, given, 5, past_key_values=CompressedCache(tiny, VLCache(0.3), given))
+    if not torch.cuda.is_available():
+        # Interpreted, with tensors on the CPU.
+        monkeypatch.setattr(kernels, "usable", lambda *states: len(states) == 3)
+    cache = CompressedCache(tiny, VLCache(0.3), given, max_new_tokens=5)
+    fixed = logits(tiny, given, 5, past_key_values=cache, compile_config=compiled())
+    assert_close(torch.stack(fixed), torch.stack(plain), rtol=1e-4, atol=1e-4)
+    assert compiles() == 1

@@ -1,0 +1,95 @@
+"""One recorded prefill gives every recipe the cache that it would have after a prefill of its own."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sparsight import RECIPES, CompressedCache, recipe
+from sparsight.cache import layer
+from sparsight.eval.prefill_snapshot import Recorded
+from tests.support import models
+from tests.support.models import NO_IMAGE, ONE_IMAGE, THREE_IMAGES
+from tests.support.recipes import recipe_for
+
+
+def prefilled(model, chosen, inputs):
+    cache = CompressedCache(model, chosen, inputs)
+    models.generate(model, inputs, 1, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_cache_from_a_record_is_the_cache_of_an_own_prefill(family, method, monkeypatch):
+    # Records are of the model's own attention, which one pass of ours would round otherwise.
+    monkeypatch.setattr(layer, "is_plain", lambda *_, **__: False)
+    model, inputs = models.model(family), models.inputs(family, ONE_IMAGE, THREE_IMAGES)
+    recorded = Recorded(model, inputs)
+    # Another budget first: what it observed is shared, and must not have changed.
+    recorded.cache(recipe_for(model, method, budget=0.6))
+    chosen = recipe_for(model, method, budget=0.3)
+    cache, own = recorded.cache(chosen), prefilled(model, chosen, inputs)
+    assert cache.report() == own.report()
+    for one, twin in zip(cache.compressed, own.compressed, strict=True):
+        assert torch.equal(one.entries.positions, twin.entries.positions)
+        assert torch.equal(one.entries.keys, twin.entries.keys)
+        assert torch.equal(one.entries.values, twin.entries.values)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("method", ["vl-cache", "elastic", "h2o"])
+def test_decoding_goes_on_as_after_an_own_prefill(family, method):
+    model, inputs = models.model(family), models.inputs(family, ONE_IMAGE, THREE_IMAGES)
+    chosen = recipe_for(model, method, budget=0.3)
+    recorded = Recorded(model, inputs)
+    first = recorded.logits.argmax(-1, keepdim=True)
+    going_on = {
+        "input_ids": torch.cat([inputs["input_ids"], first], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(first)], dim=1),
+    }
+    tokens = models.generate(model, going_on, 9, past_key_values=recorded.cache(chosen))
+    whole = models.generate(model, inputs, 10, past_key_values=CompressedCache(model, chosen, inputs))
+    assert torch.equal(torch.cat([first, tokens], dim=1), whole)
+
+
+def test_the_logits_are_the_models_own():
+    model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE, NO_IMAGE)
+    assert_close(Recorded(model, inputs).logits, models.logits(model, inputs, 1)[0])
+
+
+def test_the_states_give_the_attention_that_the_model_pays():
+    eager = models.fresh_model("llava")
+    eager.set_attn_implementation({"text_config": "eager"})
+    inputs = models.inputs("llava", ONE_IMAGE)
+    paid = eager(**inputs, output_attentions=True).attentions
+    for states, weights in zip(Recorded(models.model("llava"), inputs).states, paid, strict=True):
+        key = states.key.repeat_interleave(states.query.shape[1] // states.key.shape[1], dim=1)
+        logits = states.query @ key.mT * states.scaling
+        causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+        assert_close(logits.masked_fill(~causal, -torch.inf).softmax(-1), weights)
+
+
+def test_layers_with_a_sliding_window_are_recorded_too():
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Qwen2Config(**models.text_config("1:2"), use_sliding_window=True, sliding_window=16, layer_types=layers)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    inputs, chosen = models.inputs("llama", NO_IMAGE, NO_IMAGE), recipe("vl-cache", budget=0.3)
+    recorded = Recorded(model, inputs)
+    whole = models.generate(model, inputs, 20, past_key_values=CompressedCache(model, chosen, inputs))
+    going_on = {"input_ids": torch.cat([inputs["input_ids"], whole[:, :1]], dim=1)}
+    going_on["attention_mask"] = torch.ones_like(going_on["input_ids"])
+    # The second time nothing of the first must be left.
+    for _ in range(2):
+        tokens = models.generate(model, going_on, 19, past_key_values=recorded.cache(chosen))
+        assert torch.equal(tokens, whole[:, 1:])
+
+
+def test_a_model_keeps_nothing_of_a_record():
+    model, inputs = models.fresh_model("llava"), models.inputs("llava", ONE_IMAGE)
+    before = model.config.text_config._attn_implementation
+    recorded = Recorded(model, inputs)
+    recorded.cache(recipe("vl-cache"))
+    del recorded
+    assert model.config.text_config._attn_implementation == before

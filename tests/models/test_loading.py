@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig
+
+from sparsight.models.loading import Checkpoint, load_checkpoint, load_model, prepare
+from tests.support import tiny
+
+IMAGE = Image.new("RGB", (56, 56), "teal")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Checkpoint:
+    return load_checkpoint(str(folder))
+
+
+def text_of(checkpoint: Checkpoint, inputs: Any) -> str:
+    assert inputs["input_ids"].shape[0] == 1
+    return checkpoint.processor.tokenizer.decode(inputs["input_ids"][0])
+
+
+PICTURE = "<image>" * tiny.GRID**2
+
+
+def test_the_chat_template_places_pictures_before_the_prompt(checkpoint: Checkpoint) -> None:
+    inputs = prepare(checkpoint, [IMAGE, IMAGE], "What is it?")
+    assert text_of(checkpoint, inputs) == f"<s><|user|>{PICTURE}\n{PICTURE}\nWhat is it?<|assistant|>"
+    assert inputs["pixel_values"].shape == (2, 3, tiny.SIDE, tiny.SIDE)
+
+
+def test_a_prompt_needs_no_picture(checkpoint: Checkpoint) -> None:
+    inputs = prepare(checkpoint, [], "What is it?")
+    assert text_of(checkpoint, inputs) == "<s><|user|>What is it?<|assistant|>"
+    assert "pixel_values" not in inputs
+
+
+def test_without_a_chat_template_the_prompt_follows_the_pictures(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(str(tiny.llava(tmp_path, chat_template=None)))
+    assert text_of(checkpoint, prepare(checkpoint, [IMAGE], "What is it?")) == f"{PICTURE}\nWhat is it?"
+    assert text_of(checkpoint, prepare(checkpoint, [], "What is it?")) == "What is it?"
+
+
+@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, None])
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_prompt_that_spells_the_placeholder_is_refused(tmp_path: Path, template: str | None, images: int) -> None:
+    checkpoint = load_checkpoint(str(tiny.llava(tmp_path, chat_template=template)))
+    with pytest.raises(ValueError, match="must not spell '<image>'"):
+        prepare(checkpoint, [IMAGE] * images, "What is an <image> tag?")
+
+
+def test_a_prompt_that_spells_the_video_placeholder_is_refused(checkpoint: Checkpoint) -> None:
+    config = Qwen2_5_VLConfig(
+        image_token_id=checkpoint.processor.tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=checkpoint.processor.tokenizer.convert_tokens_to_ids("<video>"),
+    )
+    qwen = Checkpoint("qwen", config, checkpoint.processor)
+    with pytest.raises(ValueError, match="must not spell '<video>'"):
+        prepare(qwen, [], "What is a <video>?")
+
+
+def test_a_chat_template_that_fails_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ raise_exception('No system prompt') }}")
+    with pytest.raises(ValueError, match=r"The processor of .* refuses the question: No system prompt\."):
+        prepare(checkpoint, [], "What is it?")
+
+
+def test_a_chat_template_that_leaves_pictures_out_is_named(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")
+    with pytest.raises(
+        ValueError, match=r"^The processor of .* refuses the question: [^.\n]*number of images[^.\n]*\.$"
+    ):
+        prepare(checkpoint, [IMAGE], "What is it?")
+
+
+def test_weights_are_loaded_in_the_type_that_was_asked_for(checkpoint: Checkpoint) -> None:
+    assert load_model(checkpoint).dtype == torch.float32
+    model = load_model(checkpoint, device="cpu", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert model.device.type == "cpu"
+    assert not model.training
+
+
+def test_unknown_types_and_devices_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="Unknown dtype 'float3': did you mean 'float32'"):
+        load_model(checkpoint, dtype="float3")
+    with pytest.raises(ValueError, match="There is no device 'banana'"):
+        load_model(checkpoint, device="banana")
+
+
+def test_a_path_that_is_no_folder_is_named_without_asking_the_hub(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    for name in (str(tmp_path / "nothing"), str(file), "./nothing", "~/nothing", "a/b/c"):
+        with pytest.raises(ValueError, match=f"There is no model folder {name}"):
+            load_checkpoint(name)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^nobody/nothing is not a model that can be loaded: [^\n]+\.$"):
+        load_checkpoint("nobody/nothing")
+
+
+@pytest.mark.parametrize("config", [None, "{", "{}", '{"model_type": "unheard-of"}'])
+def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, config: str | None) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} is not a model that can be loaded: [^\n]+\.$"):
+        load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "llama", "bert"])
+def test_a_model_without_pictures_or_without_language_is_refused(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=f"is a '{model_type}' model, not a vision-language model"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_a_model_without_its_processor_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(ValueError, match=rf"^The processor of {tmp_path} cannot be loaded: [^\n]+$"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_a_processor_without_pictures_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where a repository holds no more than a tokenizer, AutoProcessor returns that.
+    only_words = SimpleNamespace(from_pretrained=lambda name, **settings: tiny.tokenizer())
+    monkeypatch.setattr("sparsight.models.loading.AutoProcessor", only_words)
+    with pytest.raises(ValueError, match=f"{folder} has no processor for images"):
+        load_checkpoint(str(folder))
+
+
+def test_a_model_without_weights_is_named(tmp_path: Path) -> None:
+    tiny.llava(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} cannot be loaded: [^\n]+$"):
+        load_model(load_checkpoint(str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} cannot be loaded: [^\n]+$"):
+        load_model(load_checkpoint(str(tmp_path)))
+
+
+def test_weights_that_are_incomplete_are_refused(tmp_path: Path) -> None:
+    tiny.llava(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.1.mlp." not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} are incomplete: 3 are missing, .*layers.1.mlp"):
+        load_model(load_checkpoint(str(tmp_path)))
