@@ -28,8 +28,8 @@ from transformers import DynamicCache
 from sparsight.bench import machine
 from sparsight.bench.shapes import SHAPES, random_inputs, random_model
 from sparsight.cache import CompressedCache
-from sparsight.cache.ragged_store import RaggedEntries
-from sparsight.engine.model_runner import DecodeStep
+from sparsight.cache.ragged_store import RaggedStore
+from sparsight.engine.model_runner import ModelRunner
 from sparsight.methods import recipe
 
 MODELS = ("llava-1.5-7b", "llava-next-mistral-7b")
@@ -114,9 +114,9 @@ def lengths(mean: int, rows: int) -> list[int]:
     return [both[place] for place in order]
 
 
-def storage(held: list[int], like: Tensor) -> RaggedEntries:
+def storage(held: list[int], like: Tensor) -> RaggedStore:
     """Random entries, ``held[r]`` in each row; heads, dtype and device are those of ``like`` ``[B, H_kv, 0, D]``."""
-    entries = RaggedEntries.allocate(held, like, like)
+    entries = RaggedStore.allocate(held, like, like)
     entries.keys.normal_()
     entries.values.normal_()
     # Which position an entry has makes no difference, as long as it has one.
@@ -141,7 +141,7 @@ def launch_counts(device: torch.device) -> list[dict[str, Any]]:
         if chosen:
             cache = CompressedCache(model, chosen, inputs, max_new_tokens=3)
             model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
-            step = DecodeStep(model)
+            step = ModelRunner(model)
             for _ in range(3):
                 _, counts["replayed"] = watched(partial(step, input_ids=token, past_key_values=cache, logits_to_keep=1))
         found.append({"method": method or "transformers", "layers": model.config.num_hidden_layers, **counts})

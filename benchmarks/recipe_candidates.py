@@ -19,7 +19,7 @@ from rich.table import Table
 
 from sparsight import Recipe
 from sparsight.compression import AcrossHeads, Evict, Grow, PostVision, SparsityAware, Uniform
-from sparsight.compression.layer_statistics import Observed, Share
+from sparsight.compression.layer_statistics import KeepRatio, LayerStatistics
 from sparsight.compression.score import Window
 from sparsight.eval.evaluate import Plan, run, weights_digest
 from sparsight.eval.store import Store
@@ -51,7 +51,7 @@ class PartlyEqual(SparsityAware):
 
     equal: float = 0.75
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each layer keeps."""
         by_sparsity: list[Any] = super().shares(layers, budget)
         return [self.equal * budget + (1 - self.equal) * share for share in by_sparsity]

@@ -23,7 +23,7 @@ MASK_ROWS = 256
 
 # One lease a config, however many caches use it. The lock is re-entrant because a lease may be collected, and its
 # config restored, while another is being taken.
-_leases: "weakref.WeakValueDictionary[int, Lease]" = weakref.WeakValueDictionary()
+_overrides: "weakref.WeakValueDictionary[int, AttentionOverride]" = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
@@ -54,7 +54,7 @@ def own_attention(
         function = AttentionInterface()[name]
     if "flash" in name:
         # transformers finds the flash kernel by the config's name for it.
-        module = With(module, config=With(module.config, _attn_implementation=name))
+        module = AttributeOverride(module, config=AttributeOverride(module.config, _attn_implementation=name))
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -103,7 +103,7 @@ def is_plain(module: Any, *states: Tensor, **kwargs: Any) -> bool:
     )
 
 
-class With:
+class AttributeOverride:
     """An object as it is but for some attributes."""
 
     def __init__(self, target: Any, **attributes: Any) -> None:
@@ -113,19 +113,19 @@ class With:
         return getattr(self._target, name)
 
 
-class Lease:
+class AttentionOverride:
     """Keeps the language part of a model switched to :func:`attention` for as long as a cache holds the lease."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
         weakref.finalize(self, _restore, config)
 
-    def __deepcopy__(self, memo: dict) -> "Lease":
+    def __deepcopy__(self, memo: dict) -> "AttentionOverride":
         """A copied cache runs on the same model."""
         return self
 
 
-def lease(config: PreTrainedConfig) -> Lease:
+def override_attention(config: PreTrainedConfig) -> AttentionOverride:
     """Switch the language part of a model, by its config, to :func:`attention` until the lease's last holder is gone.
 
     Raises:
@@ -142,14 +142,14 @@ def lease(config: PreTrainedConfig) -> Lease:
         AttentionMaskInterface.register(PREFIX + own, AttentionMaskInterface()[own])
         # Not by set_attn_implementation, which would look for a flash kernel of this name.
         config._attn_implementation_internal = PREFIX + own
-        current = _leases.get(id(config))
+        current = _overrides.get(id(config))
         if current is None:
-            current = _leases[id(config)] = Lease(config)
+            current = _overrides[id(config)] = AttentionOverride(config)
         return current
 
 
 def _restore(config: PreTrainedConfig) -> None:
     """Give a model its own attention back, unless it has been leased again or given another meanwhile."""
     with _lock:
-        if id(config) not in _leases and config._attn_implementation.startswith(PREFIX):
+        if id(config) not in _overrides and config._attn_implementation.startswith(PREFIX):
             config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)

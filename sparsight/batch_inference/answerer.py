@@ -36,7 +36,7 @@ SIMILAR = 1.25
 
 
 @dataclass(frozen=True)
-class Begun:
+class RunningSequence:
     """A row whose prompt has been prefilled and compressed.
 
     Args:
@@ -74,7 +74,7 @@ class Answerer:
         self.model, self.preparation, self.recipe = model, preparation, recipe
         self.batch_size = batch_size or MOST_ROWS
         self._room: float | None = None
-        self._waiting: dict[int, list[Begun]] = {}
+        self._waiting: dict[int, list[RunningSequence]] = {}
         end = model.generation_config.eos_token_id
         self._ends = set(end if isinstance(end, list) else [end])
 
@@ -91,7 +91,7 @@ class Answerer:
         while begun is None and self._waiting:
             yield from self._decode_most()
             begun = _unless_out_of_memory(self._begin, row, inputs)
-        if isinstance(begun, Begun):
+        if isinstance(begun, RunningSequence):
             # Rows of similar length, because what a row lacks to the longest of its batch is memory wasted.
             similar = self._waiting.setdefault(self._similar(begun.ids.shape[1]), [])
             similar.append(begun)
@@ -104,7 +104,7 @@ class Answerer:
         """What prompts of similar length have in common."""
         return int(math.log(length, SIMILAR))
 
-    def _is_full(self, begun: Begun) -> bool:
+    def _is_full(self, begun: RunningSequence) -> bool:
         """Whether the caches of the rows that wait will take all the room that there is for them."""
         if self._room is None:
             self._room = SHARE * _free_bytes(self.model.device) + begun.need
@@ -126,7 +126,7 @@ class Answerer:
                 yield from self._take(*prepared(self.preparation, row))
 
     @torch.no_grad()
-    def _begin(self, row: Row, inputs: Any) -> Begun | RowError:
+    def _begin(self, row: Row, inputs: Any) -> RunningSequence | RowError:
         """Prefill and compress a row's prompt."""
         started = time.perf_counter()
         inputs = inputs.to(self.model.device, self.model.dtype)
@@ -146,10 +146,12 @@ class Answerer:
         }
         need = report.bytes_held + report.full_bytes // length * self.preparation.max_new_tokens
         deltas = tuple(module.rope_deltas for module in self._rope_modules())
-        return Begun(row, ids[:, :-1], ids[:, -1:], cache, deltas, need, result, time.perf_counter() - started)
+        return RunningSequence(
+            row, ids[:, :-1], ids[:, -1:], cache, deltas, need, result, time.perf_counter() - started
+        )
 
     @torch.no_grad()
-    def _decode(self, begun: Sequence[Begun]) -> list[Result]:
+    def _decode(self, begun: Sequence[RunningSequence]) -> list[Result]:
         """Complete the answers of rows together."""
         started = time.perf_counter()
         answers = {each.row.id: each.first for each in begun}
@@ -173,7 +175,7 @@ class Answerer:
         """Modules that remember the prompts' lengths as their positions count them (Qwen-VL and its relatives)."""
         return [module for module in self.model.modules() if isinstance(getattr(module, "rope_deltas", None), Tensor)]
 
-    def _result(self, begun: Begun, tokens: list[int], seconds: float) -> Result:
+    def _result(self, begun: RunningSequence, tokens: list[int], seconds: float) -> Result:
         ends = [place for place, token in enumerate(tokens) if token in self._ends]
         tokens = tokens[: ends[0] + 1] if ends else tokens
         return Result(

@@ -17,7 +17,7 @@ from sparsight.bench import machine
 from sparsight.bench.machine import Stopwatch
 from sparsight.cache.compressed_cache import CompressedCache, layer_bytes
 from sparsight.cache.prefill import Prefill
-from sparsight.engine.model_runner import decode_step, recorded
+from sparsight.engine.model_runner import capture_options, decode_step
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measure(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens:
     held, entries = _bytes(cache)
     seconds = []
     # As sparsight.generate does.
-    decode: Callable[..., Any] = decode_step(model) if recorded(cache) else model
+    decode: Callable[..., Any] = decode_step(model) if capture_options(cache) else model
     for _ in range(new_tokens - 1):
         taken, token = _step(decode, device, token, cache)
         seconds.append(taken)

@@ -15,7 +15,7 @@ from sparsight.bench.measure import Sample, measure
 from sparsight.bench.shapes import random_inputs
 from sparsight.cache import CompressedCache
 from sparsight.compression.recipe import Recipe
-from sparsight.engine.model_runner import room
+from sparsight.engine.model_runner import static_capacity
 
 TRANSFORMERS = "transformers"
 KEPT_LENGTH = "kept-length"
@@ -108,7 +108,7 @@ def run(
             on_progress(f"{context} tokens x {batch}", number * (plan.rounds + 1) + round_, total)
             # The round that does not count shows each case what it will meet, not all of it.
             new_tokens = plan.new_tokens if round_ else min(plan.new_tokens, WARM_UP_TOKENS)
-            tokens_to_come = room(model, new_tokens, compile=plan.compiled)
+            tokens_to_come = static_capacity(model, new_tokens, compile=plan.compiled)
             # What a case leaves behind, in memory and in another process, should not always meet the same one.
             for cell in Random(round_).sample(measured, len(measured)):
                 if cell.reason is None and time.monotonic() < end:

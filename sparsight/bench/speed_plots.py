@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from sparsight.bench.rounds import KEPT_LENGTH, KVPRESS, OTHERS, TRANSFORMERS
-from sparsight.eval.accuracy_plots import COLORS, MARKERS
-from sparsight.eval.heatmap import DPI, FAINT, INK, MUTED
+from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
 
 Cell = Mapping[str, Any]
 PANEL = 3.9, 2.9

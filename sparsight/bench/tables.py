@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsight.bench.speed_plots import draw_growth, draw_speed_up
-from sparsight.eval.heatmap import save
+from sparsight.utils.plot_style import save
 
 Cell = Mapping[str, Any]
 RESULTS = "bench.json"

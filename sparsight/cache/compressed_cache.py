@@ -11,13 +11,13 @@ from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparsight.attention.function import is_causal, lease, mark, visible
+from sparsight.attention.function import is_causal, mark, override_attention, visible
 from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.prefill import Prefill
 from sparsight.cache.report import Report
 from sparsight.compression import VisualHeads
-from sparsight.compression.layer_statistics import Share, gathered
+from sparsight.compression.layer_statistics import KeepRatio, gather_to_cpu
 from sparsight.compression.recipe import Recipe
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
@@ -89,7 +89,7 @@ class CompressedCache(Cache):
         if isinstance(recipe.allocate, VisualHeads):
             recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
         self._model_name = type(model).__name__
-        self._lease = lease(language.config)
+        self._attention_override = override_attention(language.config)
         self._located = prompt
         self._start(prompt)
 
@@ -115,7 +115,7 @@ class CompressedCache(Cache):
         first = caches[0]
         for cache in caches:
             cache._settle()
-            if cache._lease is not first._lease or cache.recipe != first.recipe:
+            if cache._attention_override is not first._attention_override or cache.recipe != first.recipe:
                 raise ValueError("Only caches of one model and one recipe can be joined.")
             if any(layer.entries is None or layer.seen != cache.prompt.length for layer in cache.compressed):
                 raise ValueError("Only caches that have seen their prompts and nothing more can be joined.")
@@ -186,7 +186,7 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one layer, called in place of the model's own."""
         self._unattended = False
-        if module.config is not self._lease.config:
+        if module.config is not self._attention_override.config:
             raise self._foreign_model()
         for name in UNSUPPORTED:
             if kwargs.get(name) is not None:
@@ -236,7 +236,7 @@ class CompressedCache(Cache):
         if self.recipe.allocate.threshold is not None:
             self._sparsity = sparsity
 
-    def _plan(self) -> tuple[list[list[float]], list[list[Share]]]:
+    def _plan(self) -> tuple[list[list[float]], list[list[KeepRatio]]]:
         """Sparsity by layer and sequence, and the share that each layer keeps by sequence and layer."""
         prefills = [layer.prefill for layer in self.compressed if layer.prefill is not None]
         for prefill in prefills:
@@ -251,7 +251,7 @@ class CompressedCache(Cache):
 
     def _sparsities(self, prefills: list[Prefill]) -> list[list[float]]:
         """Sparsity by layer and sequence."""
-        counts = gathered(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)
+        counts = gather_to_cpu(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)
         return [prefill.sparsity(*layer) for prefill, layer in zip(prefills, counts.tolist(), strict=True)]
 
     def _foreign_model(self) -> ValueError:

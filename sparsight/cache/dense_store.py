@@ -28,7 +28,7 @@ def shifted(positions: Tensor, later: int) -> Tensor:
     return positions.where(positions == VACANT, positions + later)
 
 
-class Entries:
+class DenseStore:
     """Keys and values of one layer, as many for each sequence as it kept.
 
     Sequences may hold different numbers of entries. They end at the same slot, so that new entries of all sequences
@@ -47,7 +47,7 @@ class Entries:
 
     @classmethod
     @writable
-    def allocate(cls, held: list[int], like_keys: Tensor, like_values: Tensor) -> "Entries":
+    def allocate(cls, held: list[int], like_keys: Tensor, like_values: Tensor) -> "DenseStore":
         """Storage for ``held[b]`` entries of each sequence, vacant yet; dtype and shape follow ``[B, H_kv, T, D]``."""
         capacity = max(held) + growth_step(max(held))
         rows, heads = len(held), like_keys.shape[1]
@@ -66,7 +66,7 @@ class Entries:
 
     @classmethod
     @writable
-    def join(cls, parts: Sequence["Entries"], padding: Sequence[int]) -> "Entries":
+    def join(cls, parts: Sequence["DenseStore"], padding: Sequence[int]) -> "DenseStore":
         """The sequences of several, one after the other, those of ``parts[i]`` at positions ``padding[i]`` later."""
         joined = cls.allocate([part.used for part in parts for _ in part.held], parts[0].keys, parts[0].values)
         joined.held = [held for part in parts for held in part.held]
@@ -189,9 +189,9 @@ class Entries:
         places = [list(range(0, count * capacity, capacity)), [self.used] * count]
         return torch.tensor(places, device=self.keys.device)
 
-    def whole(self) -> "Entries":
+    def whole(self) -> "DenseStore":
         """The same entries with all slots in use, so that what is in them is all that tells which are vacant."""
-        entries = Entries(self.keys, self.values, self.positions, [0] * len(self.held))
+        entries = DenseStore(self.keys, self.values, self.positions, [0] * len(self.held))
         entries.used = self.positions.shape[2]
         return entries
 

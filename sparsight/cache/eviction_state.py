@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sparsight.cache.dense_store import VACANT
 from sparsight.cache.prefill import Prefill
-from sparsight.cache.ragged_store import Held
+from sparsight.cache.ragged_store import KVStore
 from sparsight.compression import FixedPoint, HeavyHitter, Sliding
 from sparsight.compression.eviction import drops, slot_of_lowest
 
@@ -40,7 +40,9 @@ class Allowance(ABC):
         self.protected: list[int] = []
 
     @classmethod
-    def join(cls, rings: Sequence[Any], parts: Sequence[Held], padding: Sequence[int], entries: Held, seen: int) -> Any:
+    def join(
+        cls, rings: Sequence[Any], parts: Sequence[KVStore], padding: Sequence[int], entries: KVStore, seen: int
+    ) -> Any:
         """The rows of several that have written nothing yet, for ``entries`` of ``seen`` tokens.
 
         The entries of ``rings[i]`` were ``parts[i]``, at positions ``padding[i]`` earlier.
@@ -49,22 +51,22 @@ class Allowance(ABC):
         joined = [own + more for ring, more in zip(rings, padding, strict=True) for own in ring.padding]
         return cls(rings[0].rule, shares, joined)
 
-    def attend(self, entries: Held, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
-        """:meth:`Entries.attend`."""
+    def attend(self, entries: KVStore, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
+        """:meth:`DenseStore.attend`."""
         return entries.attend(query, recent_mask, scaling)
 
-    def add_turn(self, entries: Held, before: Sequence[int], count: int, seen: int) -> None:
+    def add_turn(self, entries: KVStore, before: Sequence[int], count: int, seen: int) -> None:
         """Note that a turn of ``count`` tokens, padding included, was appended where ``before`` entries were held."""
         added = [held - old for held, old in zip(entries.held, before, strict=True)]
         self.turn_tokens = [tokens + new for tokens, new in zip(self.turn_tokens, added, strict=True)]
         self.padding = [tokens + count - new for tokens, new in zip(self.padding, added, strict=True)]
         self.protect(entries)
 
-    def protect(self, entries: Held) -> None:
+    def protect(self, entries: KVStore) -> None:
         """Let what is protected follow from the entries held now."""
         self.protected = [self.rule.fixed_index(held) for held in entries.held]
 
-    def make_room(self, entries: Held, position: int) -> list[int]:
+    def make_room(self, entries: KVStore, position: int) -> list[int]:
         """Drop entries until the token at ``position`` replaces no more than one of each row; how many it does."""
         entries.reserve(1)
         gone = [
@@ -80,7 +82,7 @@ class Allowance(ABC):
         return gone
 
     @abstractmethod
-    def vacate(self, entries: Held, dropped: list[bool]) -> None:
+    def vacate(self, entries: KVStore, dropped: list[bool]) -> None:
         """Drop the next entry to go of every row where ``dropped``."""
 
     def select_rows(self, index: Tensor) -> None:
@@ -106,7 +108,7 @@ class Ring(Allowance):
         vacant: slots of each row in front of the last one in use that hold nothing.
     """
 
-    def start(self, entries: Held, prefill: Prefill, seen: int) -> None:
+    def start(self, entries: KVStore, prefill: Prefill, seen: int) -> None:
         """Begin with the entries kept of a prompt."""
         # They lie in order, behind the vacant slots.
         rows = list(zip(entries.held, entries.ends, strict=True))
@@ -116,26 +118,26 @@ class Ring(Allowance):
 
     @classmethod
     def join(
-        cls, rings: Sequence[Any], parts: Sequence[Held], padding: Sequence[int], entries: Held, seen: int
+        cls, rings: Sequence[Any], parts: Sequence[KVStore], padding: Sequence[int], entries: KVStore, seen: int
     ) -> "Ring":
         """:meth:`Allowance.join`."""
         joined: Ring = super().join(rings, parts, padding, entries, seen)
         joined.look_up(entries)
         return joined
 
-    def add_turn(self, entries: Held, before: Sequence[int], count: int, seen: int) -> None:
+    def add_turn(self, entries: KVStore, before: Sequence[int], count: int, seen: int) -> None:
         """:meth:`Allowance.add_turn`; the fixed place moves."""
         super().add_turn(entries, before, count, seen)
         self.look_up(entries)
 
-    def look_up(self, entries: Held) -> None:
+    def look_up(self, entries: KVStore) -> None:
         """Find the order of the entries by their positions."""
         by_row = entries.positions[:, 0].argsort(-1).tolist()
         self.order = [row[len(row) - held :] for row, held in zip(by_row, entries.held, strict=True)]
         self.vacant = [sorted(set(range(max(order))).difference(order)) for order in self.order]
         self.protect(entries)
 
-    def write(self, entries: Held, keys: Tensor, values: Tensor, position: int) -> None:
+    def write(self, entries: KVStore, keys: Tensor, values: Tensor, position: int) -> None:
         """Take in one new token's entries, ``[B, H_kv, 1, D]``."""
         grow = [count == 0 for count in self.make_room(entries, position)]
         slots = []
@@ -146,7 +148,7 @@ class Ring(Allowance):
             slots.append(slot)
         entries.put(keys, values, position, slots, grow)
 
-    def vacate(self, entries: Held, dropped: list[bool]) -> None:
+    def vacate(self, entries: KVStore, dropped: list[bool]) -> None:
         """:meth:`Allowance.vacate`."""
         rows = list(zip(self.order, self.vacant, self.protected, dropped, strict=True))
         slots = [order[place] if gone else 0 for order, _, place, gone in rows]
@@ -172,7 +174,7 @@ class HeavyHitters(Allowance):
 
     rule: HeavyHitter
 
-    def start(self, entries: Held, prefill: Prefill, seen: int) -> None:
+    def start(self, entries: KVStore, prefill: Prefill, seen: int) -> None:
         """Begin with the entries kept of a prompt, and the scores that they had in it."""
         self.protect(entries)
         spans = prefill.prompt.spans
@@ -186,7 +188,7 @@ class HeavyHitters(Allowance):
 
     @classmethod
     def join(
-        cls, rings: Sequence[Any], parts: Sequence[Held], padding: Sequence[int], entries: Held, seen: int
+        cls, rings: Sequence[Any], parts: Sequence[KVStore], padding: Sequence[int], entries: KVStore, seen: int
     ) -> "HeavyHitters":
         """:meth:`Allowance.join`; every entry keeps its score, whatever slot it has now."""
         joined: HeavyHitters = super().join(rings, parts, padding, entries, seen)
@@ -203,7 +205,7 @@ class HeavyHitters(Allowance):
         joined.scores = torch.cat(scores) * (entries.positions != VACANT)
         return joined
 
-    def write(self, entries: Held, keys: Tensor, values: Tensor, position: int) -> None:
+    def write(self, entries: KVStore, keys: Tensor, values: Tensor, position: int) -> None:
         """Take in one new token's entries, ``[B, H_kv, 1, D]``."""
         self.protect(entries)
         grow = [count == 0 for count in self.make_room(entries, position)]
@@ -211,21 +213,21 @@ class HeavyHitters(Allowance):
         # What took the place of an entry does not inherit its score.
         self.scores = self.scores.masked_fill(entries.positions == position, 0)
 
-    def vacate(self, entries: Held, dropped: list[bool]) -> None:
+    def vacate(self, entries: KVStore, dropped: list[bool]) -> None:
         """:meth:`Allowance.vacate`."""
         entries.vacate(self._slots(entries, [not gone for gone in dropped]), dropped)
 
-    def attend(self, entries: Held, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
+    def attend(self, entries: KVStore, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
         """Attend, and remember what was attended to."""
         output, got = entries.attend_and_tell(query, recent_mask, scaling)
         self.scores = self.fitted(entries) + got.detach()
         return output
 
-    def fitted(self, entries: Held) -> Tensor:
+    def fitted(self, entries: KVStore) -> Tensor:
         """The scores of all slots, those that the storage has grown by included."""
         return functional.pad(self.scores, (0, entries.positions.shape[2] - self.scores.shape[2]))
 
-    def _slots(self, entries: Held, grow: list[bool]) -> Tensor:
+    def _slots(self, entries: KVStore, grow: list[bool]) -> Tensor:
         self.scores = self.fitted(entries)
         recent, may_grow = torch.tensor([self.protected, grow], device=entries.positions.device)
         return slot_of_lowest(entries.positions, self.scores, recent, may_grow.bool())

@@ -11,10 +11,10 @@ from sparsight.attention.function import is_plain, own_attention, visible
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.eviction_state import HeavyHitters, Ring
 from sparsight.cache.prefill import Prefill
-from sparsight.cache.ragged_store import Held
-from sparsight.cache.static_store import FixedEntries
+from sparsight.cache.ragged_store import KVStore
+from sparsight.cache.static_store import StaticStore
 from sparsight.compression import Grow, HeavyHitter
-from sparsight.compression.layer_statistics import Share
+from sparsight.compression.layer_statistics import KeepRatio
 from sparsight.compression.recipe import Recipe
 from sparsight.models.prompt import Prompt
 
@@ -77,8 +77,8 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt = prompt
         self.seen = 0
         self.prefill: Prefill | None = None
-        self.entries: Held | None = None
-        self.fixed: FixedEntries | None = None
+        self.entries: KVStore | None = None
+        self.fixed: StaticStore | None = None
         self.kept: list[int] = []
         self.ring: Ring | HeavyHitters | None = None
         self.record_past = False
@@ -125,7 +125,7 @@ class CompressedLayer(CacheLayerMixin):
             prefill.cut(query, scaling)
         return output
 
-    def compact(self, shares: Sequence[Share]) -> None:
+    def compact(self, shares: Sequence[KeepRatio]) -> None:
         """Keep ``shares[b]`` of each sequence's prompt, and free the rest."""
         assert self.prefill is not None
         prefill, self.prefill = self.prefill, None
@@ -147,7 +147,7 @@ class CompressedLayer(CacheLayerMixin):
         """Make room for the tokens to come, if their number is known, where addresses stay."""
         if self.room is not None and self.entries is not None:
             first = None if self.first is None else self.first.fixed
-            self.fixed = FixedEntries(self.entries, self.ring, self.seen, self.room, first)
+            self.fixed = StaticStore(self.entries, self.ring, self.seen, self.room, first)
 
     def settle(self) -> None:
         """Take note of the tokens that were taken in where addresses stay."""

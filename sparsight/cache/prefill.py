@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.cache.dense_store import Entries
-from sparsight.cache.ragged_store import Held, RaggedEntries
+from sparsight.cache.dense_store import DenseStore
+from sparsight.cache.ragged_store import KVStore, RaggedStore
 from sparsight.compression import EliteWindow, PostVision
-from sparsight.compression.layer_statistics import Observed, Share
+from sparsight.compression.layer_statistics import KeepRatio, LayerStatistics
 from sparsight.compression.recipe import Recipe
 from sparsight.compression.statistics import attend_and_sum, attention_sums, visible_pairs
 from sparsight.models.prompt import Prompt, Span
@@ -166,12 +166,12 @@ class Prefill:
         grids = [grid.to(sums.device, non_blocking=True) - first for grid in self.prompt.grids[row]]
         return self.recipe.score.importance(sums, vision, grids)
 
-    def observed(self, row: int, sparsity: float, budget: float) -> Observed:
+    def observed(self, row: int, sparsity: float, budget: float) -> LayerStatistics:
         """What one sequence showed, as allocations see it."""
         score = self.scores[row]
         length = score.shape[1]
         always = self.recipe.reduce.always(max(1, round(budget * length)), length)
-        return Observed(score, sparsity, self.vision(row), always)
+        return LayerStatistics(score, sparsity, self.vision(row), always)
 
     def vision(self, row: int) -> Tensor:
         """Bool ``[T]``, on the CPU: which of a sequence's tokens stand for vision."""
@@ -190,14 +190,14 @@ class Prefill:
             raise ValueError(f"The attention holds NaN, in {self.keys.dtype}: try a dtype of a wider range.")
         return [count / max(every, 1) for count, every in zip(zeroed, visible, strict=True)]
 
-    def compact(self, shares: Sequence[Share]) -> Held:
+    def compact(self, shares: Sequence[KeepRatio]) -> KVStore:
         """The entries that stay when ``shares[b]`` of each sequence's prompt may; at least one of a KV head does."""
         rows = list(self._rows(shares))
         planned = [max(1, round(share * span.length)) for share, span, *_ in rows]
         kept = [min(count, keys.shape[1]) for count, (*_, keys, _, _) in zip(planned, rows, strict=True)]
         self.cut_short = kept != planned
-        storage = RaggedEntries if self.recipe.allocate.head_wise else Entries
-        entries: Held = storage.allocate(kept, self.keys, self.values)
+        storage = RaggedStore if self.recipe.allocate.head_wise else DenseStore
+        entries: KVStore = storage.allocate(kept, self.keys, self.values)
         for row, (_, span, score, keys, values, positions) in enumerate(rows):
             chosen = self.recipe.reduce.select(score.gather(1, positions), kept[row])
             states = self.recipe.reduce.apply(keys, values, chosen)
@@ -208,10 +208,10 @@ class Prefill:
             entries.append(self.keys[:, :, length:], self.values[:, :, length:], length)
         return entries
 
-    def _rows(self, shares: Sequence[Share]) -> Iterator[tuple[float, Span, Tensor, Tensor, Tensor, Tensor]]:
+    def _rows(self, shares: Sequence[KeepRatio]) -> Iterator[tuple[float, Span, Tensor, Tensor, Tensor, Tensor]]:
         """What selection works on, of a sequence or of each of its KV heads.
 
-        Share, span, score of the whole prompt, and keys, values and positions held.
+        KeepRatio, span, score of the whole prompt, and keys, values and positions held.
         """
         for row, (share, span) in enumerate(zip(shares, self.prompt.spans, strict=True)):
             states = (self.scores[row], *self.held(row))

@@ -10,14 +10,14 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from sparsight.attention import kernels
-from sparsight.cache.dense_store import VACANT, Entries, growth_step, shifted, writable
+from sparsight.cache.dense_store import VACANT, DenseStore, growth_step, shifted, writable
 
 
-class RaggedEntries:
-    """:class:`Entries` of rows of different lengths: every KV head of every sequence is a row of its own.
+class RaggedStore:
+    """:class:`DenseStore` of rows of different lengths: every KV head of every sequence is a row of its own.
 
     Rows lie one after the other in one storage, each with its own room to grow. Tensors that go in and out are by
-    sequence and head, ``[B, H_kv, ...]``, as for :class:`Entries`; whatever is kept by row has ``R = B * H_kv``.
+    sequence and head, ``[B, H_kv, ...]``, as for :class:`DenseStore`; whatever is kept by row has ``R = B * H_kv``.
 
     Attributes:
         keys, values: ``[slots, D]``.
@@ -37,7 +37,7 @@ class RaggedEntries:
 
     @classmethod
     @writable
-    def allocate(cls, held: list[int], like_keys: Tensor, like_values: Tensor) -> "RaggedEntries":
+    def allocate(cls, held: list[int], like_keys: Tensor, like_values: Tensor) -> "RaggedStore":
         """Storage for ``held[r]`` entries of each row, vacant yet; dtype and shape follow ``[B, H_kv, T, D]``."""
         room = growth_step(sum(held) // len(held))
         capacities = [count + room for count in held]
@@ -57,7 +57,7 @@ class RaggedEntries:
 
     @classmethod
     @writable
-    def join(cls, parts: Sequence["RaggedEntries"], padding: Sequence[int]) -> "RaggedEntries":
+    def join(cls, parts: Sequence["RaggedStore"], padding: Sequence[int]) -> "RaggedStore":
         """The rows of several, one after the other, those of ``parts[i]`` at positions ``padding[i]`` later."""
         positions = [shifted(part.flat_positions, later) for part, later in zip(parts, padding, strict=True)]
         joined = cls(
@@ -140,11 +140,11 @@ class RaggedEntries:
         self.used, self.held = [self.used[row] for row in rows], [self.held[row] for row in rows]
 
     def positions_at(self, indices: Sequence[int], next_position: int) -> Tensor:
-        """:meth:`Entries.positions_at` of every row, int32 ``[R, 1]``."""
+        """:meth:`DenseStore.positions_at` of every row, int32 ``[R, 1]``."""
         return torch.cat([self._row(row).positions_at([index], next_position) for row, index in enumerate(indices)])
 
     def attend(self, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:
-        """:meth:`Entries.attend`, row by row where no kernel takes all of them."""
+        """:meth:`DenseStore.attend`, row by row where no kernel takes all of them."""
         if query.shape[2] == 1 and kernels.usable(query, self.keys, self.values):
             return kernels.attend(query, *self.tensors, self.rows(), max(self.used), scaling)
         rows = [self._row(row).attend(*self._asked(row, query, recent_mask), scaling) for row in range(len(self.held))]
@@ -153,7 +153,7 @@ class RaggedEntries:
     def attend_and_tell(
         self, query: Tensor, recent_mask: Tensor | None, scaling: float | None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`Entries.attend_and_tell`, the attention that each slot got as ``[R, 1, largest capacity]``."""
+        """:meth:`DenseStore.attend_and_tell`, the attention that each slot got as ``[R, 1, largest capacity]``."""
         rows = [
             self._row(row).attend_and_tell(*self._asked(row, query, recent_mask), scaling)
             for row in range(len(self.held))
@@ -168,22 +168,22 @@ class RaggedEntries:
         return self.used
 
     def settle(self, held: list[int], ends: list[int]) -> None:
-        """:meth:`Entries.settle`."""
+        """:meth:`DenseStore.settle`."""
         self.held, self.used = held, ends
 
     def rows(self) -> Tensor:
         """First slot of each row, and how many are in use, ``[2, R]``."""
         return torch.tensor([self.starts, self.used], device=self.keys.device)
 
-    def whole(self) -> Entries:
+    def whole(self) -> DenseStore:
         """The same entries, by sequence and KV head, with vacant slots behind the shorter rows."""
         by_row = [pad_sequence(each.split(self.capacities), batch_first=True) for each in (self.keys, self.values)]
         keys, values = (each.unflatten(0, (-1, self.heads)) for each in by_row)
         positions = self.positions.view(keys.shape[:3])
-        return Entries(keys, values, positions, [0] * len(positions)).whole()
+        return DenseStore(keys, values, positions, [0] * len(positions)).whole()
 
     def replace(self, sequence: int, other: Any) -> None:
-        """:meth:`Entries.replace`; every row must fit."""
+        """:meth:`DenseStore.replace`; every row must fit."""
         rows = slice(sequence * self.heads, (sequence + 1) * self.heads)
         more, own = other.capacities, self.capacities[rows]
         if any(slots > room for slots, room in zip(more, own, strict=True)):
@@ -195,7 +195,7 @@ class RaggedEntries:
             self.flat_positions[ours] = other.flat_positions[theirs]
 
     def clear(self, sequence: int) -> None:
-        """:meth:`Entries.clear`."""
+        """:meth:`DenseStore.clear`."""
         for row in range(sequence * self.heads, (sequence + 1) * self.heads):
             self.flat_positions[self.starts[row] : self.starts[row] + self.capacities[row]] = VACANT
 
@@ -244,11 +244,11 @@ class RaggedEntries:
             [functional.pad(row, (0, 0) * (states.ndim - 1) + (0, more), value=value) for row, more in rows]
         )
 
-    def _row(self, row: int) -> Entries:
+    def _row(self, row: int) -> DenseStore:
         """One row in the same storage."""
         slots = slice(self.starts[row], self.starts[row] + self.used[row])
         keys, values, positions = self.keys[slots], self.values[slots], self.flat_positions[slots]
-        entries = Entries(keys[None, None], values[None, None], positions[None, None], [self.held[row]])
+        entries = DenseStore(keys[None, None], values[None, None], positions[None, None], [self.held[row]])
         entries.used = self.used[row]
         return entries
 
@@ -260,5 +260,5 @@ class RaggedEntries:
         return query[sequence, None, head * group : (head + 1) * group], mask
 
 
-Held = Entries | RaggedEntries
+KVStore = DenseStore | RaggedStore
 """What a layer holds after compression."""

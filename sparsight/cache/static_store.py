@@ -12,11 +12,11 @@ from torch import Tensor
 from sparsight.attention import kernels
 from sparsight.cache.dense_store import writable
 from sparsight.cache.eviction_state import Allowance, HeavyHitters
-from sparsight.cache.ragged_store import Held
+from sparsight.cache.ragged_store import KVStore
 from sparsight.compression.eviction import slot_of_lowest, slot_to_write
 
 
-class Clock:
+class StepMetadata:
     """Where the sequences of a batch are, for all layers.
 
     Attributes:
@@ -55,7 +55,7 @@ class Clock:
         self.steps.view(len(self.active), -1)[sequence] = active
 
 
-class FixedEntries:
+class StaticStore:
     """Entries with room for the tokens to come, whose addresses stay, and tensors of what changes with every token.
 
     A row is a sequence, or one KV head of a sequence where the heads hold different numbers of entries; ``Hr`` is the
@@ -71,7 +71,7 @@ class FixedEntries:
 
     @writable
     def __init__(
-        self, entries: Held, ring: Allowance | None, seen: int, room: int, first: "FixedEntries | None"
+        self, entries: KVStore, ring: Allowance | None, seen: int, room: int, first: "StaticStore | None"
     ) -> None:
         entries.reserve(_growth(entries, ring, seen + room, room))
         self.entries, self.ring = entries, ring
@@ -92,8 +92,8 @@ class FixedEntries:
         # A layer on another device has a clock of its own.
         first = None if first is None or first.held.device != device else first
         self.leads = first is None
-        self.clock: Clock = (
-            Clock(self.rows.shape[1] // entries.heads, entries.heads, seen, room, device)
+        self.clock: StepMetadata = (
+            StepMetadata(self.rows.shape[1] // entries.heads, entries.heads, seen, room, device)
             if first is None
             else first.clock
         )
@@ -172,7 +172,7 @@ class FixedEntries:
         self._used(sequence).zero_()
         self.clock.put(sequence, 0, 1, active=0)
 
-    def fill(self, sequence: int, other: "FixedEntries") -> None:
+    def fill(self, sequence: int, other: "StaticStore") -> None:
         """Give the place of a sequence to that of ``other``, which was compressed alone by the same recipe.
 
         Raises:
@@ -200,7 +200,7 @@ class FixedEntries:
         return self.rows[1].view(len(self.clock.position), -1)[sequence]
 
 
-def _growth(entries: Held, ring: Allowance | None, tokens: int, room: int) -> int:
+def _growth(entries: KVStore, ring: Allowance | None, tokens: int, room: int) -> int:
     """Slots that each row may come to need for ``room`` tokens, of which there are ``tokens`` then."""
     if ring is None or isinstance(ring, HeavyHitters):
         return room

@@ -13,12 +13,12 @@ from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.eval.analysis import FRACTIONS, Findings, analyze, summarise
 from sparsight.eval.analysis_plots import draw_analysis
-from sparsight.eval.heatmap import save
 from sparsight.eval.prompt_sets import generated, read
 from sparsight.methods import Full
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.loading import load_checkpoint, load_model, prepare
 from sparsight.utils import checks
+from sparsight.utils.plot_style import save
 
 
 def analyze_model(

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, TextStreamer
 
-from sparsight.cli.session import Ready
-from sparsight.engine.model_runner import recorded
+from sparsight.cli.session import Session
+from sparsight.engine.model_runner import capture_options
 from sparsight.eval.metrics import same_tokens
 
 
@@ -31,7 +31,7 @@ class Answer:
 
 
 def answer(
-    ready: Ready,
+    ready: Session,
     cache: Cache,
     max_new_tokens: int,
     prefill_chunk: int | None = None,
@@ -51,7 +51,7 @@ def answer(
         num_beams=1,
         prefill_chunk_size=prefill_chunk,
         streamer=stream,
-        **recorded(cache, stream),
+        **capture_options(cache, stream),
     )
     tokens = tuple(output[0, ready.inputs["input_ids"].shape[1] :].tolist())
     return Answer(

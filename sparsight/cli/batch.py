@@ -20,7 +20,7 @@ from sparsight.batch_inference.ray_data import Cluster, results_on
 from sparsight.batch_inference.rows import read_ids, read_rows
 from sparsight.cache.report import mebibytes
 from sparsight.cli import options
-from sparsight.cli.recipe_options import chosen_recipe
+from sparsight.cli.recipe_options import recipe_from_options
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.loading import load_checkpoint
 
@@ -59,7 +59,7 @@ def batch(
 ) -> None:
     """Ask a model about many pictures; exits with 1 if there was no answer for some of them."""
     started = time.perf_counter()
-    recipe = chosen_recipe(model, method, budget, heads)
+    recipe = recipe_from_options(model, method, budget, heads)
     size = _batch_size(batch_size)
     if ray is None and (replicas != 1 or gpus_per_replica is not None):
         raise ValueError("--replicas and --gpus-per-replica are for --ray, which is not given.")

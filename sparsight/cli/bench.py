@@ -25,7 +25,7 @@ from sparsight.cli import options
 from sparsight.cli.parsing import budget_list, count_list, names
 from sparsight.cli.progress import progress
 from sparsight.compression.recipe import Recipe
-from sparsight.engine.model_runner import room
+from sparsight.engine.model_runner import static_capacity
 from sparsight.methods import recipe
 from sparsight.models.loading import DTYPES, find_device, load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
@@ -86,7 +86,10 @@ def bench(
     for each in plan.recipes:
         # Refuses what the model cannot take before anything is measured.
         CompressedCache(
-            loaded, each, random_inputs(loaded, length=1, batch=1), room(loaded, new_tokens, compile=compiled)
+            loaded,
+            each,
+            random_inputs(loaded, length=1, batch=1),
+            static_capacity(loaded, new_tokens, compile=compiled),
         )
     tables.make_folder(output)
     weights, free = weight_bytes(loaded), machine.available_bytes(loaded.device)

@@ -107,12 +107,12 @@ def _benchmarks(
         raise ValueError("lmms-eval has too many tasks for all of them: name some with --tasks, such as docvqa_val.")
     try:
         from sparsight.eval.lmms_harness import run_harness
-        from sparsight.eval.lmms_model import Sparsight
+        from sparsight.eval.lmms_model import LmmsModel
     except ImportError as error:
         raise ValueError(
             f"lmms-eval cannot be used: {str(error).rstrip('.')}. Install it with pip install 'sparsight[lmms-eval]'."
         ) from error
-    loaded = Sparsight(model, batch_size=batch, device=device, dtype=dtype)
+    loaded = LmmsModel(model, batch_size=batch, device=device, dtype=dtype)
     store = Store(output, {**_about(model, loaded.model), "examples": limit})
     return run_harness(tasks.split(","), recipes, loaded, store, limit, include, on_progress)
 

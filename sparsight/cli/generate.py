@@ -13,9 +13,9 @@ from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.report import Report, mebibytes
 from sparsight.cli import options
 from sparsight.cli.answer import Answer, agreement, answer
-from sparsight.cli.recipe_options import chosen_recipe
-from sparsight.cli.session import get_ready, read_question
-from sparsight.engine.model_runner import room
+from sparsight.cli.recipe_options import recipe_from_options
+from sparsight.cli.session import open_session, read_question
+from sparsight.engine.model_runner import static_capacity
 from sparsight.models.families import check_chunks
 from sparsight.models.images import MAX_PIXELS
 
@@ -47,17 +47,19 @@ def generate(
 ) -> None:
     """Answer a question about pictures, and show what the KV cache held."""
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
-    chosen = chosen_recipe(model, method, budget, heads, **parts)
+    chosen = recipe_from_options(model, method, budget, heads, **parts)
     if prefill_bound is not None:
         check_bound(prefill_bound, chosen)
     question = read_question(model, image or [], prompt, max_pixels)
     if prefill_chunk is not None:
         check_chunks(question.checkpoint.config)
-    ready = get_ready(question, device, dtype)
+    ready = open_session(question, device, dtype)
     if compare:
         # Neither of the two runs shall be the one that warms up.
         answer(ready, DynamicCache(), 1, prefill_chunk)
-    cache = CompressedCache(ready.model, chosen, ready.inputs, room(ready.model, max_new_tokens), prefill_bound)
+    cache = CompressedCache(
+        ready.model, chosen, ready.inputs, static_capacity(ready.model, max_new_tokens), prefill_bound
+    )
     compressed = answer(ready, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
     report = cache.report()
     result = describe(compressed, report, report.kept_per_layer(), report.bytes_held)

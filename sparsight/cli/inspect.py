@@ -12,12 +12,13 @@ from sparsight.cache import CompressedCache
 from sparsight.cache.report import Report, mebibytes
 from sparsight.cli import options
 from sparsight.cli.answer import answer
-from sparsight.cli.recipe_options import chosen_recipe
-from sparsight.cli.session import Question, get_ready, read_question
-from sparsight.eval.heatmap import Kept, draw, save
+from sparsight.cli.recipe_options import recipe_from_options
+from sparsight.cli.session import Question, open_session, read_question
+from sparsight.eval.heatmap import Kept, draw
 from sparsight.models.families import family_of
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.layouts import Tile, find_tiles
+from sparsight.utils.plot_style import save
 
 
 def inspect(
@@ -39,14 +40,14 @@ def inspect(
 ) -> None:
     """Paint which parts of the pictures stay in the KV cache."""
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
-    chosen = chosen_recipe(model, method, budget, heads, **parts)
+    chosen = recipe_from_options(model, method, budget, heads, **parts)
     if not image:
         raise ValueError("There is nothing to inspect without a picture: give --image.")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise ValueError(f"--output must be a .png file in a folder that exists, got {output}.")
     question = read_question(model, image, prompt, max_pixels)
     tiles = tiles_of(question)
-    ready = get_ready(question, device, dtype)
+    ready = open_session(question, device, dtype)
     cache = CompressedCache(ready.model, chosen, ready.inputs)
     answer(ready, cache, 1)
     report = cache.report()

@@ -11,7 +11,7 @@ from sparsight.methods import recipe
 from sparsight.reader import head_scores_path
 
 
-def chosen_recipe(model: str, method: str, budget: float, heads: Path | None, **kinds: str | None) -> Recipe:
+def recipe_from_options(model: str, method: str, budget: float, heads: Path | None, **kinds: str | None) -> Recipe:
     """A named method with other parts where ``kinds`` says so, and with the model's head scores where it needs them.
 
     Raises:

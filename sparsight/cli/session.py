@@ -27,7 +27,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Ready:
+class Session:
     """A model and a question for it.
 
     Args:
@@ -55,7 +55,7 @@ def read_question(model: str, images: Sequence[Path], prompt: str, max_pixels: i
     return Question(checkpoint, inputs)
 
 
-def get_ready(question: Question, device: str, dtype: str) -> Ready:
+def open_session(question: Question, device: str, dtype: str) -> Session:
     """Load the model that a question is for.
 
     Raises:
@@ -65,7 +65,7 @@ def get_ready(question: Question, device: str, dtype: str) -> Ready:
     with _status(f"Loading {checkpoint.name}"):
         model = load_model(checkpoint, device, dtype)
     inputs = BatchFeature(dict(question.inputs)).to(model.device, model.dtype)
-    return Ready(model, checkpoint.processor.tokenizer, inputs)
+    return Session(model, checkpoint.processor.tokenizer, inputs)
 
 
 def _status(text: str) -> Any:

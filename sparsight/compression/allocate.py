@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsight.compression.layer_statistics import Observed, Share, gathered
+from sparsight.compression.layer_statistics import KeepRatio, LayerStatistics, gather_to_cpu
 from sparsight.utils import checks
 
 
@@ -19,7 +19,7 @@ class Uniform:
     head_wise: ClassVar[bool] = False
     threshold: ClassVar[float | None] = None
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each layer keeps."""
         return [budget] * len(layers)
 
@@ -46,7 +46,7 @@ class SparsityAware:
         checks.fraction("threshold", self.threshold)
         checks.fraction("floor", self.floor, zero=True)
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each layer keeps."""
         density = torch.tensor([1 - layer.sparsity for layer in layers], dtype=torch.float64)
         total = budget * len(density)
@@ -74,7 +74,7 @@ class Pyramid:
     def __post_init__(self) -> None:
         checks.at_least("steepness", self.steepness, 1)
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each layer keeps."""
         last = budget / self.steepness
         weights = torch.linspace(2 * budget - last, last, len(layers), dtype=torch.float64)
@@ -95,9 +95,9 @@ class SharedMass:
     head_wise: ClassVar[bool] = False
     threshold: ClassVar[float | None] = None
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each layer keeps."""
-        scores = gathered(layer.score.mean(0) for layer in layers).double().sort(-1, descending=True).values
+        scores = gather_to_cpu(layer.score.mean(0) for layer in layers).double().sort(-1, descending=True).values
         masses = scores.cumsum(-1) / scores.sum(-1, keepdim=True)
         low, high = 0.0, 1.0
         for _ in range(50):
@@ -119,14 +119,14 @@ class StrengthSkewness:
     head_wise: ClassVar[bool] = False
     threshold: ClassVar[float | None] = None
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each layer keeps."""
         vision = layers[0].vision
         seen = int(vision.sum())
         text = 1 - seen / len(vision)
         if not seen or budget <= text:
             return [budget] * len(layers)
-        importance = gathered(layer.score.mean(0) for layer in layers)[:, vision].double()
+        importance = gather_to_cpu(layer.score.mean(0) for layer in layers)[:, vision].double()
         weights = (relative(importance.sum(1)) + relative(skewness(importance).clamp(min=0))) / 2
         of_vision = water_fill(weights, (budget - text) / (1 - text) * len(layers), 0.0)
         return (text + (1 - text) * of_vision).tolist()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsight.compression.allocate import water_fill
-from sparsight.compression.layer_statistics import Observed, Share, gathered
+from sparsight.compression.layer_statistics import KeepRatio, LayerStatistics, gather_to_cpu
 from sparsight.utils import checks
 
 
@@ -32,15 +32,15 @@ class AcrossHeads:
     def __post_init__(self) -> None:
         checks.fraction("floor", self.floor, zero=True)
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each KV head of each layer keeps."""
         length = layers[0].score.shape[1]
         equal = max(1, round(budget * length))
-        chosen = gathered(self._chosen(layer, equal) for layer in layers).tolist()
+        chosen = gather_to_cpu(self._chosen(layer, equal) for layer in layers).tolist()
         counts = (whole([self.floor * equal + (1 - self.floor) * best for best in heads]) for heads in chosen)
         return [[count / length for count in heads] for heads in counts]
 
-    def _chosen(self, layer: Observed, equal: int) -> Tensor:
+    def _chosen(self, layer: LayerStatistics, equal: int) -> Tensor:
         """How many of the best entries of a layer are each head's, of as many as all heads keep in sum, ``[H_kv]``."""
         heads, length = layer.score.shape
         score = layer.score.masked_fill(layer.always.to(layer.score.device, non_blocking=True), torch.inf)
@@ -89,7 +89,7 @@ class VisualHeads:
                 f"and {measured}: measure them once with `sparsight calibrate`."
             )
 
-    def shares(self, layers: Sequence[Observed], budget: float) -> list[Share]:
+    def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each KV head of each layer keeps."""
         scores = torch.tensor(self.scores, dtype=torch.float64)
         length = layers[0].score.shape[1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Observed:
+class LayerStatistics:
     """What the prefill of one sequence showed in one layer.
 
     Args:
@@ -24,11 +24,11 @@ class Observed:
     always: Tensor
 
 
-Share = float | list[float]
+KeepRatio = float | list[float]
 """Share of the prompt's entries that a layer keeps, or of each of its KV heads."""
 
 
-def gathered(layers: Iterable[Tensor]) -> Tensor:
+def gather_to_cpu(layers: Iterable[Tensor]) -> Tensor:
     """What several layers, maybe on several devices, have of the same shape, stacked on the CPU by one copy."""
     first, *others = layers
     return torch.stack([first, *(other.to(first.device, non_blocking=True) for other in others)]).cpu()

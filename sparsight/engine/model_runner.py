@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from sparsight.attention.function import With
+from sparsight.attention.function import AttributeOverride
 from sparsight.cache import CompressedCache
 from sparsight.compression.recipe import Recipe
 
@@ -53,15 +53,15 @@ def generate(
             they ask for beams or an assistant where steps are recorded, which go through ``model.generate`` and a
             :class:`CompressedCache`.
     """
-    cache = CompressedCache(model, recipe, inputs, room(model, max_new_tokens, compile=compile))
-    options |= recorded(cache, options.get("streamer"))
+    cache = CompressedCache(model, recipe, inputs, static_capacity(model, max_new_tokens, compile=compile))
+    options |= capture_options(cache, options.get("streamer"))
     if "custom_generate" in options and options.get("assistant_model") is not None:
         raise _not_one_by_one()
     answer: Any = model.generate
     return answer(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
 
 
-def room(model: PreTrainedModel, tokens: int, *, compile: bool = False) -> int | None:
+def static_capacity(model: PreTrainedModel, tokens: int, *, compile: bool = False) -> int | None:
     """``max_new_tokens`` of a cache: as many where decode steps are recorded, or on a CPU compiled; None elsewhere.
 
     Raises:
@@ -75,7 +75,7 @@ def room(model: PreTrainedModel, tokens: int, *, compile: bool = False) -> int |
     return tokens if model.device.type == "cuda" and not spread else None
 
 
-def recorded(cache: Cache, streamer: Any = None) -> dict[str, Any]:
+def capture_options(cache: Cache, streamer: Any = None) -> dict[str, Any]:
     """Arguments of ``model.generate`` with which a cache's decode steps are recorded, if they can be."""
     if not (isinstance(cache, CompressedCache) and cache.is_compileable):
         return {}
@@ -85,7 +85,7 @@ def recorded(cache: Cache, streamer: Any = None) -> dict[str, Any]:
 
 def decode_step(model: PreTrainedModel) -> Callable[..., Any]:
     """A model's pass over one new token of every sequence, recorded as its device does it."""
-    return DecodeStep(model) if model.device.type == "cuda" else partial(compiled_step, model)
+    return ModelRunner(model) if model.device.type == "cuda" else partial(compiled_step, model)
 
 
 def compiled_step(model: PreTrainedModel, **inputs: Any) -> Any:
@@ -125,7 +125,7 @@ def _without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"attention_mask": tokens.new_ones(len(tokens), 1, 1, 1, dtype=torch.bool)}
 
 
-class DecodeStep:
+class ModelRunner:
     """A model's pass over one new token of every sequence, recorded the second time and replayed from then on.
 
     The first time shows the device all that must not happen for the first time while a graph is recorded. What is
@@ -173,7 +173,7 @@ def _sample(
 
     def prefill(ids: Tensor, config: GenerationConfig, *rest: Any, **more: Any) -> Any:
         # Chunks of a prompt would be compiled otherwise.
-        return model._prefill(ids, With(config, disable_compile=True), *rest, **more)
+        return model._prefill(ids, AttributeOverride(config, disable_compile=True), *rest, **more)
 
     # A recorded step overwrites what it gave before; of that transformers copies the logits alone.
     kept = generation_config.output_hidden_states or generation_config.output_attentions
@@ -181,7 +181,7 @@ def _sample(
     changed: dict[str, Any] = {"get_compiled_call": lambda config: step, "_prefill": prefill}
     if model.device.type == "cpu":
         changed["_valid_auto_compile_criteria"] = lambda *_: True
-    stepping = With(model, **changed)
+    stepping = AttributeOverride(model, **changed)
     return type(model)._sample(stepping, input_ids, generation_config=generation_config, streamer=streamer, **arguments)
 
 

@@ -7,14 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from sparsight.eval.heatmap import DPI, FAINT, INK, MUTED
 from sparsight.eval.metrics import Metric, metrics_of
+from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
 
-COLORS = (
-    "#f0a020", "#4d7694", "#c8553d", "#588b4b", "#8a63a8", "#2a9d9d", "#d67aa8", "#8c6d4f", "#9aa5b1", "#b8b13a",
-    "#3f51a3", "#e07b39", "#6b8e9f", "#a03a5c",
-)  # fmt: skip
-MARKERS = "osD^vP*Xhp<>dH"
 PANEL = 4.3, 3.6
 """Inches."""
 

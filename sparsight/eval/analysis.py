@@ -18,7 +18,7 @@ from sparsight.compression.recipe import Recipe
 from sparsight.compression.reduce import top_positions
 from sparsight.compression.statistics import attention_sums, visible_pairs
 from sparsight.eval.intervals import interval
-from sparsight.eval.prefill_snapshot import Recorded, States
+from sparsight.eval.prefill_snapshot import PrefillSnapshot, States
 from sparsight.methods import RECIPES, recipe
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -55,11 +55,11 @@ def analyze(
     """
     if inputs["input_ids"].shape[0] != 1:
         raise ValueError(f"Analyze one prompt at a time, not {inputs['input_ids'].shape[0]}.")
-    prompt = Recorded(model, inputs)
+    prompt = PrefillSnapshot(model, inputs)
     length = inputs["input_ids"].shape[1]
     answer = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)[:, length:]
     # The last token is never asked with, unless it is the only one.
-    whole = Recorded(model, followed(inputs, answer[:, : max(1, answer.shape[1] - 1)]))
+    whole = PrefillSnapshot(model, followed(inputs, answer[:, : max(1, answer.shape[1] - 1)]))
     span, vision = prompt.prompt.spans[0], prompt.prompt.vision_mask[0].to(model.device)
     sparsity, attention, paid = [], [], []
     for states in whole.states:
@@ -82,7 +82,7 @@ def analyze(
     }
 
 
-def scores(prompt: Recorded) -> dict[str, list[Tensor]]:
+def scores(prompt: PrefillSnapshot) -> dict[str, list[Tensor]]:
     """What each score of the known methods says of a prompt, ``[H_kv, T]`` a layer."""
     found = {}
     for chosen in _different("score", 1.0):

@@ -7,8 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from sparsight.eval.accuracy_plots import COLORS, MARKERS
-from sparsight.eval.heatmap import DPI, FAINT, INK, MUTED
+from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
 
 SIZE = 15.0, 9.2
 """Inches."""

@@ -12,7 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight.cache import CompressedCache
 from sparsight.compression.recipe import Recipe
-from sparsight.eval.prefill_snapshot import Recorded, next_logits
+from sparsight.eval.prefill_snapshot import PrefillSnapshot, next_logits
 
 SPARE = 4
 """Tokens by which a free answer may be longer than the right one, beside a quarter of its length."""
@@ -48,7 +48,7 @@ class Turn:
 
 
 @torch.inference_mode()
-def converse(recorded: Recorded, recipe: Recipe, conversations: Conversations) -> list[Turn]:
+def converse(recorded: PrefillSnapshot, recipe: Recipe, conversations: Conversations) -> list[Turn]:
     """Hold the conversations through a recipe's cache, every token through its decode rule.
 
     Each turn is answered twice, freely and along the right answer, which is also what the next turn follows.

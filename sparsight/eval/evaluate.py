@@ -14,7 +14,7 @@ from sparsight.compression.recipe import Recipe
 from sparsight.eval.converse import Conversations, Turn, converse
 from sparsight.eval.example_batches import batches, conversations
 from sparsight.eval.metrics import anls, divergence, exact_match, rouge_l, same_tokens, surprisal
-from sparsight.eval.prefill_snapshot import Recorded
+from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.store import Figures, Store
 from sparsight.eval.tasks import Task, needed, records
 from sparsight.methods import Full
@@ -81,7 +81,7 @@ def _measure(
     """Measure a batch under some recipes, one after the other; each is on disk when it is yielded."""
     began = time.perf_counter()
     conversation = conversations(processor, list(examples.values()), model.device, model.dtype)
-    recorded = Recorded(model, conversation.inputs)
+    recorded = PrefillSnapshot(model, conversation.inputs)
     full = converse(recorded, FULL, conversation)
     ends = end_tokens(model, processor.tokenizer)
     for recipe in recipes:

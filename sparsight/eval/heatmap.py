@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -18,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparsight.models.layouts import Tile
+from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MUTED
 
 GROUPS = 4
 """Panels beside each tile, over which the layers are spread."""
@@ -25,8 +24,7 @@ GROUPS = 4
 WIDTH, MARGIN, GAP, CAPTION, HEADER, BARS = 12.0, 0.45, 0.22, 0.3, 1.35, 1.55
 """Inches."""
 
-DPI = 120
-INK, MUTED, FAINT, ACCENT, SECOND = "#1c2530", "#6a7683", "#d9dee3", "#f0a020", "#4d7694"
+ACCENT, SECOND = COLORS[:2]
 MARKER, PAPER = np.array([1.0, 0.68, 0.17]), np.array([0.955, 0.965, 0.975])
 
 
@@ -102,20 +100,6 @@ def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote:
     _bars(page, top + 0.25, kept)
     page.text(MARGIN, height - 0.25, footnote, size=8, color=MUTED)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    try:
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path, format="PNG", optimize=True)
-    except OSError as error:
-        raise ValueError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def printable(text: str, limit: int = 100) -> str:

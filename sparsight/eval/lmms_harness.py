@@ -35,7 +35,7 @@ def run_harness(
     Args:
         tasks: names of lmms-eval's tasks or groups of tasks.
         recipes: methods at their budgets; the full cache is always evaluated as well.
-        model: a :class:`sparsight.eval.lmms_model.Sparsight`.
+        model: a :class:`sparsight.eval.lmms_model.LmmsModel`.
         store: where the figures go.
         limit: examples of each task, all if None.
         include: a folder of more tasks in lmms-eval's format.

@@ -19,7 +19,7 @@ from sparsight.methods import recipe
 from sparsight.models.loading import load_checkpoint, load_model, templated
 
 
-class Sparsight(lmms):  # type: ignore[misc]
+class LmmsModel(lmms):  # type: ignore[misc]
     """A vision-language model whose KV cache is compressed.
 
     Args:

@@ -2,4 +2,4 @@
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
-MANIFEST = ModelManifest("sparsight", chat_class_path="sparsight.eval.lmms_model.Sparsight")
+MANIFEST = ModelManifest("sparsight", chat_class_path="sparsight.eval.lmms_model.LmmsModel")

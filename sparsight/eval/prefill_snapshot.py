@@ -38,7 +38,7 @@ class States:
     visible: Tensor | None
 
 
-class Recorded:
+class PrefillSnapshot:
     """Prompts that the model has seen once, from which the caches of any number of recipes are made.
 
     A prompt attends to all of itself whatever the recipe, so that one prefill serves them all. A cache made here holds

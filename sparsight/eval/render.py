@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsight.eval.accuracy_plots import draw_budgets, draw_records, methods_of
-from sparsight.eval.heatmap import save
 from sparsight.eval.metrics import Metric, metrics_of
 from sparsight.eval.summary import BASELINE, best
+from sparsight.utils.plot_style import save
 
 SIGNIFICANT = 0.05
 PICTURES = {

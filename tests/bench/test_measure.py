@@ -72,7 +72,7 @@ def test_nothing_is_watched_afterwards(model, inputs):
 def test_steps_are_recorded_where_addresses_stay(model, inputs, monkeypatch):
     steps = []
     monkeypatch.setattr(model_runner, "record", lambda step: (steps.append(step), recorder.record(step))[1])
-    monkeypatch.setattr(module, "decode_step", model_runner.DecodeStep)
+    monkeypatch.setattr(module, "decode_step", model_runner.ModelRunner)
     cache = CompressedCache(model, recipe("elastic", budget=0.1), inputs, max_new_tokens=5)
     sample = measure(model, inputs["input_ids"], cache, 5)
     assert len(steps) == 1

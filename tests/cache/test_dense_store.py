@@ -4,13 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sparsight.cache.dense_store import LEAST_GROWTH, Entries, growth_step
+from sparsight.cache.dense_store import LEAST_GROWTH, DenseStore, growth_step
 
 
 def filled(held, kv_heads=2, size=8, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     like = torch.zeros(1, kv_heads, 1, size, dtype=dtype)
-    entries = Entries.allocate(held, like, like)
+    entries = DenseStore.allocate(held, like, like)
     for row, count in enumerate(held):
         keys, values = torch.randn(2, kv_heads, count, size, generator=generator).to(dtype)
         entries.fill(row, keys, values, torch.arange(count).expand(kv_heads, -1))

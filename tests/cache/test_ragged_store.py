@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.cache.dense_store import LEAST_GROWTH, growth_step
-from sparsight.cache.ragged_store import RaggedEntries
+from sparsight.cache.ragged_store import RaggedStore
 from sparsight.compression.eviction import slot_to_write
 
 HEADS, SIZE = 2, 8
@@ -15,7 +15,7 @@ HEADS, SIZE = 2, 8
 def filled(held, dtype=torch.float32, generator=None):
     """Storage with ``held[r]`` random entries of each row, and the same as lists of (position, key, value)."""
     like = torch.zeros(1, HEADS, 1, SIZE, dtype=dtype)
-    entries = RaggedEntries.allocate(held, like, like)
+    entries = RaggedStore.allocate(held, like, like)
     rows = []
     for row, count in enumerate(held):
         keys, values = torch.randn(2, 1, count, SIZE, generator=generator).to(dtype)

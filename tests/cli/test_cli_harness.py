@@ -107,9 +107,9 @@ def test_a_task_that_lmms_eval_does_not_have_is_named(folder: Path, tmp_path: Pa
 def test_lmms_eval_knows_the_model_by_name() -> None:
     from lmms_eval.models import get_model
 
-    from sparsight.eval.lmms_model import Sparsight
+    from sparsight.eval.lmms_model import LmmsModel
 
-    assert get_model("sparsight") is Sparsight
+    assert get_model("sparsight") is LmmsModel
 
 
 def test_generation_is_what_a_task_asks_for() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.compression import Pyramid, SharedMass, SparsityAware, Uniform
-from sparsight.compression.layer_statistics import Observed
+from sparsight.compression.layer_statistics import LayerStatistics
 from tests.support import reference
 
 
@@ -15,13 +15,13 @@ def scored(*scores, vision=(), always=()):
     """Layers of these scores ``[H_kv, T]``, with positions of vision tokens and some that always stay."""
     places = torch.arange(scores[0].shape[1])
     seen, stay = torch.isin(places, torch.tensor(vision)), torch.isin(places, torch.tensor(always))
-    return [Observed(score, 0.0, seen, stay) for score in scores]
+    return [LayerStatistics(score, 0.0, seen, stay) for score in scores]
 
 
 def sparse(*sparsities):
     """Layers of these sparsities."""
     nothing = torch.zeros(4, dtype=torch.bool)
-    return [Observed(torch.ones(1, 4), sparsity, nothing, nothing) for sparsity in sparsities]
+    return [LayerStatistics(torch.ones(1, 4), sparsity, nothing, nothing) for sparsity in sparsities]
 
 
 SPARSITIES = st.lists(st.floats(0, 0.9999), min_size=1, max_size=40)

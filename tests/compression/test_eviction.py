@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsight.cache.dense_store import Entries
+from sparsight.cache.dense_store import DenseStore
 from sparsight.compression import FixedPoint, Sliding
 from sparsight.compression.eviction import drops, slot_to_write
 
@@ -40,7 +40,7 @@ def test_a_sliding_window_keeps_the_sinks_and_the_most_recent_entries(kept, shar
 
 def check_slots(rule, kept, share, expected_steps):
     states = torch.zeros(1, 1, kept, 1)
-    entries = Entries.allocate([kept], states, states)
+    entries = DenseStore.allocate([kept], states, states)
     entries.fill(0, states[0], states[0], torch.arange(kept)[None])
     fixed = rule.fixed_index(kept)
     fixed_positions = entries.positions_at([fixed], next_position=kept)

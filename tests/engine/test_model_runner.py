@@ -10,7 +10,7 @@ from transformers import TextStreamer
 import sparsight
 from sparsight import CompressedCache, VLCache
 from sparsight.engine import model_runner
-from sparsight.engine.model_runner import DecodeStep
+from sparsight.engine.model_runner import ModelRunner
 from tests.support import recorder
 from tests.support.families import TINY
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generate, inputs, logits, model
@@ -33,7 +33,7 @@ def recorded(monkeypatch):
         return recorder.record(step)
 
     monkeypatch.setattr(model_runner, "record", record)
-    monkeypatch.setattr(model_runner, "decode_step", DecodeStep)
+    monkeypatch.setattr(model_runner, "decode_step", ModelRunner)
     monkeypatch.setattr(
         "transformers.generation.GenerationMixin._valid_auto_compile_criteria",
         lambda self, arguments, config: arguments["past_key_values"].is_compileable and not config.disable_compile,
@@ -44,7 +44,7 @@ def recorded(monkeypatch):
 def through_steps(tiny, chosen, given, tokens=TOKENS):
     """Logits of an answer whose steps are recorded."""
     cache = CompressedCache(tiny, chosen, given, max_new_tokens=tokens)
-    return logits(tiny, given, tokens, past_key_values=cache, **model_runner.recorded(cache))
+    return logits(tiny, given, tokens, past_key_values=cache, **model_runner.capture_options(cache))
 
 
 @on_the_cpu
@@ -83,7 +83,7 @@ def test_layers_that_are_bounded_already_are_not_recorded(family, recorded):
 @on_the_cpu
 def test_what_the_host_computes_for_each_token_is_noticed(recorded):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    cache, step = CompressedCache(tiny, VLCache(0.3), given), DecodeStep(tiny)
+    cache, step = CompressedCache(tiny, VLCache(0.3), given), ModelRunner(tiny)
     tiny(**given, past_key_values=cache)
     tokens = given["input_ids"][:, :1]
     step(input_ids=tokens, position_ids=tokens, past_key_values=cache)
@@ -142,7 +142,7 @@ class Pieces(TextStreamer):
 @on_the_cpu
 def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    monkeypatch.setattr(model_runner, "room", lambda model, tokens, compile: tokens)
+    monkeypatch.setattr(model_runner, "static_capacity", lambda model, tokens, compile: tokens)
     streamer = Pieces()
     tokens = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, do_sample=False, streamer=streamer)
     assert streamer.tokens == tokens[0].tolist()
@@ -152,7 +152,7 @@ def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
 @on_the_cpu
 def test_beams_are_refused_where_steps_are_recorded(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    monkeypatch.setattr(model_runner, "room", lambda model, tokens, compile: tokens)
+    monkeypatch.setattr(model_runner, "static_capacity", lambda model, tokens, compile: tokens)
     for options in ({"num_beams": 2}, {"assistant_model": tiny}):
         with pytest.raises(ValueError, match="for beams and assistants"):
             sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
@@ -163,7 +163,7 @@ def test_hidden_states_are_those_of_their_tokens(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
     options = {"return_dict_in_generate": True, "output_hidden_states": True, "do_sample": False}
     plain = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
-    monkeypatch.setattr(model_runner, "room", lambda model, tokens, compile: tokens)
+    monkeypatch.setattr(model_runner, "static_capacity", lambda model, tokens, compile: tokens)
     fixed = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
     for one, other in zip(plain.hidden_states, fixed.hidden_states, strict=True):
         assert_close(one[-1], other[-1], rtol=1e-4, atol=1e-4)
@@ -177,7 +177,7 @@ def test_chunks_of_a_prompt_are_run_as_they_are(bound, recorded, monkeypatch):
     monkeypatch.delattr("transformers.PreTrainedModel.get_compiled_call")
     caches = [CompressedCache(tiny, VLCache(0.3), given, room, bound) for room in (None, 9)]
     plain, replayed = (
-        generate(tiny, given, 9, past_key_values=cache, prefill_chunk_size=8, **model_runner.recorded(cache))
+        generate(tiny, given, 9, past_key_values=cache, prefill_chunk_size=8, **model_runner.capture_options(cache))
         for cache in caches
     )
     assert plain.equal(replayed)

@@ -12,7 +12,7 @@ from sparsight import CompressedCache, recipe
 from sparsight.compression import Accumulated, LastWindow, PostVision
 from sparsight.eval.analysis import FRACTIONS, analyze, followed, foreseen, scores, summarise, title
 from sparsight.eval.analysis_plots import draw_analysis
-from sparsight.eval.prefill_snapshot import Recorded
+from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.prompt_sets import generated, read
 from sparsight.eval.tasks import task
 from tests.support import families, models, reference
@@ -111,7 +111,7 @@ def test_nothing_covers_more_than_the_best_possible() -> None:
 
 def test_scores_are_those_that_the_methods_select_by() -> None:
     model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
-    found = scores(Recorded(model, inputs))
+    found = scores(PrefillSnapshot(model, inputs))
     chosen = recipe("snapkv", budget=0.9)
     cache = CompressedCache(model, chosen, inputs)
     models.generate(model, inputs, 1, past_key_values=cache)

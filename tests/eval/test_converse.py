@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from sparsight import CompressedCache, Recipe, recipe
 from sparsight.eval.converse import SPARE, Conversations, converse
-from sparsight.eval.prefill_snapshot import Recorded
+from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.methods import Full
 from tests.support import models
 from tests.support.models import PAD, Prompt
@@ -93,7 +93,7 @@ def by_hand(family: str, given: Conversations, row: int, chosen: Recipe | None) 
 @pytest.mark.parametrize("method", ["vl-cache", "elastic", "h2o", "streaming-llm"])
 def test_rows_of_a_batch_are_conversations_held_alone_token_by_token(family: str, method: str) -> None:
     given, chosen = batch(family), recipe(method, budget=0.4)
-    turns = converse(Recorded(models.model(family), given.inputs), chosen, given)
+    turns = converse(PrefillSnapshot(models.model(family), given.inputs), chosen, given)
     for row in range(2):
         forced, free = by_hand(family, given, row, chosen)
         for turn, logits, tokens in zip(turns, forced, free, strict=True):
@@ -104,7 +104,7 @@ def test_rows_of_a_batch_are_conversations_held_alone_token_by_token(family: str
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_the_full_recipe_is_transformers_own_cache(family: str) -> None:
     given = batch(family)
-    turns = converse(Recorded(models.model(family), given.inputs), Full(), given)
+    turns = converse(PrefillSnapshot(models.model(family), given.inputs), Full(), given)
     for row in range(2):
         forced, free = by_hand(family, given, row, None)
         for turn, logits, tokens in zip(turns, forced, free, strict=True):
@@ -114,7 +114,7 @@ def test_the_full_recipe_is_transformers_own_cache(family: str) -> None:
 
 def test_the_full_recipe_is_one_pass_over_the_whole_conversation() -> None:
     given = batch("llava")
-    turns = converse(Recorded(models.model("llava"), given.inputs), Full(), given)
+    turns = converse(PrefillSnapshot(models.model("llava"), given.inputs), Full(), given)
     for row in range(2):
         prompt = alone("llava", given, row)
         first, second = (answer[row].tolist() for answer in given.answers)
@@ -127,7 +127,7 @@ def test_the_full_recipe_is_one_pass_over_the_whole_conversation() -> None:
 
 def test_recipes_do_not_disturb_each_other() -> None:
     given, chosen = batch("llava"), recipe("elastic", budget=0.4)
-    recorded = Recorded(models.model("llava"), given.inputs)
+    recorded = PrefillSnapshot(models.model("llava"), given.inputs)
     before = converse(recorded, chosen, given)
     converse(recorded, recipe("h2o", budget=0.2), given)
     after = converse(recorded, chosen, given)

@@ -6,8 +6,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sparsight.eval.heatmap import DPI, MARKER, WIDTH, Kept, draw, layer_groups, marked, printable, save
+from sparsight.eval.heatmap import MARKER, WIDTH, Kept, draw, layer_groups, marked, printable
 from sparsight.models.layouts import Tile
+from sparsight.utils.plot_style import DPI, save
 
 
 def white_tile(rows: int = 3, columns: int = 4, patch: int = 5) -> Tile:

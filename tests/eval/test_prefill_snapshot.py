@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sparsight import RECIPES, CompressedCache, recipe
 from sparsight.cache import layer
-from sparsight.eval.prefill_snapshot import Recorded
+from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from tests.support import models
 from tests.support.models import NO_IMAGE, ONE_IMAGE, THREE_IMAGES
 from tests.support.recipes import recipe_for
@@ -25,7 +25,7 @@ def test_a_cache_from_a_record_is_the_cache_of_an_own_prefill(family, method, mo
     # Records are of the model's own attention, which one pass of ours would round otherwise.
     monkeypatch.setattr(layer, "is_plain", lambda *_, **__: False)
     model, inputs = models.model(family), models.inputs(family, ONE_IMAGE, THREE_IMAGES)
-    recorded = Recorded(model, inputs)
+    recorded = PrefillSnapshot(model, inputs)
     # Another budget first: what it observed is shared, and must not have changed.
     recorded.cache(recipe_for(model, method, budget=0.6))
     chosen = recipe_for(model, method, budget=0.3)
@@ -42,7 +42,7 @@ def test_a_cache_from_a_record_is_the_cache_of_an_own_prefill(family, method, mo
 def test_decoding_goes_on_as_after_an_own_prefill(family, method):
     model, inputs = models.model(family), models.inputs(family, ONE_IMAGE, THREE_IMAGES)
     chosen = recipe_for(model, method, budget=0.3)
-    recorded = Recorded(model, inputs)
+    recorded = PrefillSnapshot(model, inputs)
     first = recorded.logits.argmax(-1, keepdim=True)
     going_on = {
         "input_ids": torch.cat([inputs["input_ids"], first], dim=1),
@@ -55,7 +55,7 @@ def test_decoding_goes_on_as_after_an_own_prefill(family, method):
 
 def test_the_logits_are_the_models_own():
     model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE, NO_IMAGE)
-    assert_close(Recorded(model, inputs).logits, models.logits(model, inputs, 1)[0])
+    assert_close(PrefillSnapshot(model, inputs).logits, models.logits(model, inputs, 1)[0])
 
 
 def test_the_states_give_the_attention_that_the_model_pays():
@@ -63,7 +63,7 @@ def test_the_states_give_the_attention_that_the_model_pays():
     eager.set_attn_implementation({"text_config": "eager"})
     inputs = models.inputs("llava", ONE_IMAGE)
     paid = eager(**inputs, output_attentions=True).attentions
-    for states, weights in zip(Recorded(models.model("llava"), inputs).states, paid, strict=True):
+    for states, weights in zip(PrefillSnapshot(models.model("llava"), inputs).states, paid, strict=True):
         key = states.key.repeat_interleave(states.query.shape[1] // states.key.shape[1], dim=1)
         logits = states.query @ key.mT * states.scaling
         causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
@@ -76,7 +76,7 @@ def test_layers_with_a_sliding_window_are_recorded_too():
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).eval()
     inputs, chosen = models.inputs("llama", NO_IMAGE, NO_IMAGE), recipe("vl-cache", budget=0.3)
-    recorded = Recorded(model, inputs)
+    recorded = PrefillSnapshot(model, inputs)
     whole = models.generate(model, inputs, 20, past_key_values=CompressedCache(model, chosen, inputs))
     going_on = {"input_ids": torch.cat([inputs["input_ids"], whole[:, :1]], dim=1)}
     going_on["attention_mask"] = torch.ones_like(going_on["input_ids"])
@@ -89,7 +89,7 @@ def test_layers_with_a_sliding_window_are_recorded_too():
 def test_a_model_keeps_nothing_of_a_record():
     model, inputs = models.fresh_model("llava"), models.inputs("llava", ONE_IMAGE)
     before = model.config.text_config._attn_implementation
-    recorded = Recorded(model, inputs)
+    recorded = PrefillSnapshot(model, inputs)
     recorded.cache(recipe("vl-cache"))
     del recorded
     assert model.config.text_config._attn_implementation == before

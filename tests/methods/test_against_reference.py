@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from sparsight import CompressedCache, ElasticCache, VLCache, recipe
 from sparsight.cache import layer as layers
-from sparsight.cache.ragged_store import RaggedEntries
+from sparsight.cache.ragged_store import RaggedStore
 from sparsight.models.prompt import locate
 from tests.support import families, models, reference
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
@@ -151,7 +151,7 @@ def check_entries(cache, twin, rows, dtype):
 
 def entries_of(entries, b, h):
     """Positions, keys and values that a KV head of a sequence holds, in order of position."""
-    if isinstance(entries, RaggedEntries):
+    if isinstance(entries, RaggedStore):
         row = b * entries.heads + h
         slots = slice(entries.starts[row], entries.starts[row] + entries.used[row])
         held, keys, values = entries.flat_positions[slots], entries.keys[slots], entries.values[slots]

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.attention import kernels
-from sparsight.cache.dense_store import Entries
-from sparsight.cache.ragged_store import RaggedEntries
+from sparsight.cache.dense_store import DenseStore
+from sparsight.cache.ragged_store import RaggedStore
 from tests.attention.kernels.conftest import DEVICE
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
@@ -35,7 +35,7 @@ def check(pair):
 def rectangular(counts, kv_heads, size, dtype, generator, value_size=None):
     like = torch.zeros(1, kv_heads, 1, size, dtype=dtype)
     like_values = torch.zeros(1, kv_heads, 1, value_size or size, dtype=dtype)
-    entries = Entries.allocate(counts, like, like_values)
+    entries = DenseStore.allocate(counts, like, like_values)
     for row, count in enumerate(counts):
         keys = torch.randn(kv_heads, count, size, generator=generator).to(dtype)
         values = torch.randn(kv_heads, count, value_size or size, generator=generator).to(dtype)
@@ -45,7 +45,7 @@ def rectangular(counts, kv_heads, size, dtype, generator, value_size=None):
 
 def ragged(counts, kv_heads, size, dtype, generator):
     like = torch.zeros(1, kv_heads, 1, size, dtype=dtype)
-    entries = RaggedEntries.allocate(counts, like, like)
+    entries = RaggedStore.allocate(counts, like, like)
     for row, count in enumerate(counts):
         keys, values = torch.randn(2, 1, count, size, generator=generator).to(dtype)
         entries.fill(row, keys, values, torch.arange(count)[None])
