@@ -104,6 +104,6 @@ def _bytes(cache: Any) -> tuple[int, int]:
     if not isinstance(cache, CompressedCache):
         held = sum(map(layer_bytes, cache.layers))
         return held, held
-    entries = [layer.entries for layer in cache.compressed if layer.entries is not None]
+    stores = [layer.store for layer in cache.compressed if layer.store is not None]
     others = cache.nbytes - sum(layer.nbytes for layer in cache.compressed)
-    return cache.nbytes, others + sum(sum(held.held) * held.token_bytes // len(held.held) for held in entries)
+    return cache.nbytes, others + sum(int(store.held.sum()) * store.token_bytes // len(store.held) for store in stores)

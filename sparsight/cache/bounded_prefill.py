@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.cache.prefill import Prefill
-from sparsight.compression import EliteWindow, Evict
 from sparsight.compression.recipe import Recipe
-from sparsight.compression.statistics import attention_sums, visible_pairs
+from sparsight.compression.score import AttentionSums
 from sparsight.models.prompt import Prompt
 from sparsight.utils import checks
 
@@ -23,7 +22,7 @@ BLOCK_ROWS = 256
 def check_bound(bound: float, recipe: Recipe) -> None:
     """Raise ValueError unless a prefill of ``recipe`` can be bounded by ``bound``."""
     checks.at_least("prefill_bound", bound, 1)
-    if not isinstance(recipe.reduce, Evict):
+    if recipe.reduce.merges:
         raise ValueError(
             f"Reduction {recipe.reduce.kind!r} merges the entries that go into those that stay, so none may go before "
             "all are planned: leave prefill_bound out, or take a method that evicts."
@@ -32,11 +31,9 @@ def check_bound(bound: float, recipe: Recipe) -> None:
 
 def check_cuts(recipe: Recipe, *, causal: bool) -> None:
     """Raise ValueError unless a prompt that comes in chunks can be cut between them."""
-    waits = isinstance(recipe.score, EliteWindow)
+    waits = recipe.score.needs_full_prompt
     if waits or not causal:
-        why = (
-            f"score {recipe.score.kind!r} looks back at all of it" if waits else "the model lets tokens see later ones"
-        )
+        why = f"score {recipe.score.kind!r} needs all of it" if waits else "the model lets tokens attend to later ones"
         raise ValueError(
             f"A prompt in chunks cannot be cut between them, since {why}: give it whole, or leave prefill_bound out."
         )
@@ -50,106 +47,99 @@ def allowance(bound: float, budget: float, length: int) -> int:
 class BoundedPrefill(Prefill):
     """A prefill whose layers are cut to ``bound`` times the budget as soon as each has been observed.
 
-    A prompt that comes whole is cut in the order of the final selection, and what fewer entries keep is among what more
-    keep: the compressed prompt is the same. One that comes in chunks is cut after each by the attention of its newest
-    queries, and the chunks that follow see only what is left: an approximation.
+    A prompt that comes in one piece is cut in the order of the final selection, and what fewer entries keep is among
+    what more keep: the compressed prompt is the same. One that comes in chunks is cut after each by the attention of
+    its newest queries, and the chunks that follow attend only to what is left: an approximation.
 
     Attributes:
-        rows: once something has been cut, what :meth:`held` gives of each sequence; :attr:`keys` and :attr:`values` are
-            empty from then on.
+        remaining: once something has been cut, what :meth:`entries` returns for each sequence; :attr:`keys` and
+            :attr:`values` are empty from then on.
     """
 
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor, bound: float) -> None:
         super().__init__(recipe, prompt, keys, values)
-        self.rows: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.remaining: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.allowances = [allowance(bound, recipe.budget, span.length) for span in prompt.spans]
 
     @torch.no_grad()
     def attend_cut(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Take in the prompt's next part and attend to what is held, ``[B, q, H, D]``, once something has been cut.
+        """Add the prompt's next part and attend to what is left, ``[B, q, H, D]``, once something has been cut.
 
-        What padding attends to is 0.
+        The output of padding is 0.
         """
-        assert self.rows is not None
+        assert self.remaining is not None
         batch, heads, count, _ = query.shape
         first, self.seen = self.seen, self.seen + count
         output = values.new_zeros(batch, count, heads, values.shape[-1])
-        for row, span in enumerate(self.prompt.spans):
+        for sequence, span in enumerate(self.prompt.spans):
             new = self._newest(range(span.start, span.stop), query)
             if new.start >= new.stop:
                 continue
             places = torch.arange(new.start, new.stop, device=keys.device) + (first - span.start)
-            added = keys[row, :, new].detach(), values[row, :, new].detach(), places.expand(keys.shape[1], -1)
-            held = [torch.cat(both, dim=1) for both in zip(self.rows[row], added, strict=True)]
-            self.rows[row] = held[0], held[1], held[2]
-            output[row, new] = attend(query[row, :, new], held[0], held[1], scaling).transpose(0, 1)
+            added = keys[sequence, :, new].detach(), values[sequence, :, new].detach(), places.expand(keys.shape[1], -1)
+            states = [torch.cat(both, dim=1) for both in zip(self.remaining[sequence], added, strict=True)]
+            self.remaining[sequence] = states[0], states[1], states[2]
+            output[sequence, new] = attend(query[sequence, :, new], states[0], states[1], scaling).transpose(0, 1)
         self.observe(query, scaling)
         self.cut(query, scaling)
         return output
 
-    def _sums(
-        self, row: int, rows: range, query: Tensor, scaling: float, threshold: float | None, visible: Tensor | None
-    ) -> Tensor | None:
-        """:meth:`Prefill._sums` of ``rows`` that end with what has been seen: what is not held gets nothing."""
-        if self.rows is None:
-            return super()._sums(row, rows, query, scaling, threshold, visible)
-        newest = self._newest(rows, query)
-        if newest.start >= newest.stop:
-            return None
-        keys, _, positions = self.rows[row]
-        sums, zeroed = attention_sums(query[row, :, newest], keys, scaling, threshold)
-        if zeroed is not None:
-            self._count(row, zeroed, visible_pairs(newest.stop - newest.start, keys.shape[1]) * query.shape[1])
-        return torch.zeros_like(self.scores[row]).scatter_(1, positions, sums)
+    def _attended(
+        self, sequence: int, queries: range, newest: slice, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """:meth:`Prefill._attended`: what is left, for queries that end with what has been seen."""
+        if self.remaining is None:
+            return super()._attended(sequence, queries, newest, visible)
+        keys, _, places = self.remaining[sequence]
+        return keys, None, places
 
     @torch.no_grad()
     def cut(self, query: Tensor, scaling: float) -> None:
         """Cut every sequence to its allowance, once its newest queries ``[B, H, q, D]`` have been observed."""
-        whole = self.seen >= self.prompt.length
-        if whole:
+        complete = self.seen >= self.prompt.length
+        if complete:
             super().finish()
-        every = [self.held(row) for row in range(len(self.allowances))]
-        excess = [held[0].shape[1] > most for held, most in zip(every, self.allowances, strict=True)]
+        every = [self.entries(sequence) for sequence in range(len(self.allowances))]
+        excess = [states[0].shape[1] > most for states, most in zip(every, self.allowances, strict=True)]
         if not any(excess):
             return
-        rows = []
-        for row, (keys, values, positions) in enumerate(every):
-            if excess[row]:
-                score = self.scores[row] if whole else self._provisional(row, query, scaling)
-                chosen = self.recipe.reduce.select(score.gather(1, positions), self.allowances[row])
-                kept = *self.recipe.reduce.apply(keys, values, chosen), positions.gather(1, chosen)
+        remaining = []
+        for sequence, (keys, values, places) in enumerate(every):
+            if excess[sequence]:
+                score = self.scores[sequence] if complete else self._provisional(sequence, query, scaling)
+                chosen = self.recipe.reduce.select(score.gather(1, places), self.allowances[sequence])
+                kept = *self.recipe.reduce.apply(keys, values, chosen), places.gather(1, chosen)
             else:
                 # A view would keep the whole batch alive.
-                kept = keys.clone(), values.clone(), positions
-            rows.append(kept)
-        self.rows = rows
+                kept = keys.clone(), values.clone(), places
+            remaining.append(kept)
+        self.remaining = remaining
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
-        self.exact &= whole
+        self.exact &= complete
 
-    def _provisional(self, row: int, query: Tensor, scaling: float) -> Tensor:
-        """A sequence's score so far, or that of its newest queries while the score's own have hardly come."""
-        span = self.prompt.spans[row]
+    def _provisional(self, sequence: int, query: Tensor, scaling: float) -> Tensor:
+        """A sequence's score so far, or that of its newest queries while few of the score's own have come."""
+        span = self.prompt.spans[sequence]
         end = min(span.stop, self.seen)
         newest = range(max(span.start, end - WINDOW, self.seen - query.shape[2]), end)
-        own = self.recipe.score.rows(span)
-        sums = self.scores[row]
+        own = self.recipe.score.queries(span)
+        attention = self.attention[sequence]
         if own and own.start > newest.start:
-            told = self._sums(row, newest, query, scaling, None, None)
-            assert told is not None
-            sums = functional.pad(told, (0, span.length - told.shape[1]))
-        return self.importance(row, sums)
+            attention = AttentionSums(self.keys.shape[1], span.length, self.keys.device)
+            self._accumulate(attention, sequence, newest, query, scaling)
+        return self.importance(sequence, attention.total)
 
     def finish(self) -> None:
         """Nothing to do: the last :meth:`cut` has made the scores."""
 
-    def held(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`Prefill.held`."""
-        return super().held(row) if self.rows is None else self.rows[row]
+    def entries(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`Prefill.entries`."""
+        return super().entries(sequence) if self.remaining is None else self.remaining[sequence]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return super().nbytes + sum(keys.nbytes + values.nbytes for keys, values, _ in self.rows or [])
+        return super().nbytes + sum(keys.nbytes + values.nbytes for keys, values, _ in self.remaining or [])
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

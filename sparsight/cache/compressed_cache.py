@@ -13,11 +13,12 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsight.attention.function import is_causal, mark, override_attention, visible
 from sparsight.cache.bounded_prefill import check_bound
+from sparsight.cache.kv_store import KVStore
 from sparsight.cache.layer import CompressedLayer
+from sparsight.cache.plan import make_plan
 from sparsight.cache.prefill import Prefill
 from sparsight.cache.report import Report
 from sparsight.compression import VisualHeads
-from sparsight.compression.layer_statistics import KeepRatio, gather_to_cpu
 from sparsight.compression.recipe import Recipe
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
@@ -114,10 +115,10 @@ class CompressedCache(Cache):
         """
         first = caches[0]
         for cache in caches:
-            cache._settle()
+            cache._sync_lengths()
             if cache._attention_override is not first._attention_override or cache.recipe != first.recipe:
                 raise ValueError("Only caches of one model and one recipe can be joined.")
-            if any(layer.entries is None or layer.seen != cache.prompt.length for layer in cache.compressed):
+            if any(layer.store is None or layer.seen != cache.prompt.length for layer in cache.compressed):
                 raise ValueError("Only caches that have seen their prompts and nothing more can be joined.")
         length = max(cache.prompt.length for cache in caches)
         padding = [length - cache.prompt.length for cache in caches]
@@ -153,7 +154,7 @@ class CompressedCache(Cache):
         if self._unattended:
             self._unattended = False
             raise self._foreign_model()
-        if layer.entries is None:
+        if layer.store is None:
             self._check_prompt(layer, *key_states.shape[0::2])
             # Attention and statistics read head by head, and what came out of a fused projection is held apart from it.
             key_states, value_states = key_states.contiguous(), value_states.contiguous()
@@ -193,7 +194,7 @@ class CompressedCache(Cache):
                 raise ValueError(
                     f"{self._model_name} attends with {name!r}, which a compressed cache does not support."
                 )
-        if layer.entries is not None:
+        if layer.store is not None:
             output = layer.attend_held(query, key, value, mask, kwargs.get("scaling"))
             return output.transpose(1, 2).contiguous(), None
         if layer is self.compressed[0]:
@@ -229,30 +230,12 @@ class CompressedCache(Cache):
 
     @torch.no_grad()
     def _compact(self) -> None:
-        """Plan from all layers' observations, then compact them one by one, so that memory never peaks again."""
-        sparsity, plans = self._plan()
-        for layer, *shares in zip(self.compressed, *plans, strict=True):
-            layer.compact(shares)
+        """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
+        plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
+        for layer, ratios in zip(self.compressed, plan.ratios, strict=True):
+            layer.compact(ratios)
         if self.recipe.allocate.threshold is not None:
-            self._sparsity = sparsity
-
-    def _plan(self) -> tuple[list[list[float]], list[list[KeepRatio]]]:
-        """Sparsity by layer and sequence, and the share that each layer keeps by sequence and layer."""
-        prefills = [layer.prefill for layer in self.compressed if layer.prefill is not None]
-        for prefill in prefills:
-            prefill.finish()
-        sparsity = self._sparsities(prefills)
-        plans = []
-        for row in range(len(self.prompt.spans)):
-            layers = zip(prefills, sparsity, strict=True)
-            observed = [prefill.observed(row, values[row], self.recipe.budget) for prefill, values in layers]
-            plans.append(self.recipe.allocate.shares(observed, self.recipe.budget))
-        return sparsity, plans
-
-    def _sparsities(self, prefills: list[Prefill]) -> list[list[float]]:
-        """Sparsity by layer and sequence."""
-        counts = gather_to_cpu(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)
-        return [prefill.sparsity(*layer) for prefill, layer in zip(prefills, counts.tolist(), strict=True)]
+            self._sparsity = plan.sparsity
 
     def _foreign_model(self) -> ValueError:
         return ValueError(
@@ -303,31 +286,47 @@ class CompressedCache(Cache):
         Raises:
             ValueError: the prompt has not been compressed yet, or the layer is not one that is compressed.
         """
-        held = self.layers[layer]
-        if not isinstance(held, CompressedLayer):
-            raise ValueError(f"Layer {layer} is not compressed: it is not one of plain full attention.")
-        if held.entries is None:
-            raise ValueError("Nothing is compressed yet: the model has not seen the whole prompt.")
+        store = self._store(layer)
         length = self.prompt.length
-        positions = held.entries.positions.long().view(len(self.prompt.spans), held.entries.heads, -1)
+        positions = store.positions.long().unflatten(0, (-1, store.heads))
         of_prompt = (positions >= 0) & (positions < length)
         ordered = positions.masked_fill(~of_prompt, length).sort(-1).values[..., : int(of_prompt.sum(-1).max())]
         return ordered.masked_fill(ordered == length, -1)
+
+    def entries(self, layer: int, sequence: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What one KV head of one sequence holds in a layer.
+
+        Returns:
+            Positions int32 ``[n]``, ascending, and the keys and values there, ``[n, D]``.
+
+        Raises:
+            ValueError: as :meth:`kept_positions`.
+        """
+        store = self._store(layer)
+        return store.entries(sequence * store.heads + head)
+
+    def _store(self, layer: int) -> KVStore:
+        found = self.layers[layer]
+        if not isinstance(found, CompressedLayer):
+            raise ValueError(f"Layer {layer} is not compressed: it is not one of plain full attention.")
+        if found.store is None:
+            raise ValueError("Nothing is compressed yet: the model has not seen the whole prompt.")
+        return found.store
 
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors of the cache occupy."""
         return sum(layer_bytes(layer) for layer in self.layers)
 
-    def _settle(self) -> None:
-        """Let the layers take note of tokens that were taken in where addresses stay."""
+    def _sync_lengths(self) -> None:
+        """Let the layers count tokens that were seen with static storage."""
         for layer in self.compressed:
-            layer.settle()
+            layer.sync_lengths()
 
     def report(self) -> Report:
         """Entries kept and held, sparsity, and bytes against the full cache's."""
-        self._settle()
-        compacted = [(layer, layer.entries) for layer in self.compressed if layer.entries is not None]
+        self._sync_lengths()
+        compacted = [(layer, layer.store) for layer in self.compressed if layer.store is not None]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return Report(
             method=self.recipe.name,
@@ -338,8 +337,8 @@ class CompressedCache(Cache):
             tokens_seen=self.compressed[0].seen,
             exact=all(layer.exact for layer in self.compressed),
             cut_short=[index for index, layer in enumerate(self.layers) if getattr(layer, "cut_short", False)],
-            kept=[held.by_head(layer.kept) for layer, held in compacted],
-            held=[held.by_head(held.held) for _, held in compacted],
+            kept=[store.by_head(layer.kept) for layer, store in compacted],
+            held=[store.by_head(store.held.tolist()) for _, store in compacted],
             sparsity=self._sparsity,
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),

@@ -1,4 +1,4 @@
-"""One layer of the cache, as transformers sees it: first the whole prompt, then the entries that stay."""
+"""One layer of the cache, as transformers sees it: first the prompt, then the entries that stay."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -9,11 +9,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention.function import is_plain, own_attention, visible
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
-from sparsight.cache.eviction_state import HeavyHitters, Ring
+from sparsight.cache.compaction import begin_eviction, compact
+from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
-from sparsight.cache.ragged_store import KVStore
-from sparsight.cache.static_store import StaticStore
-from sparsight.compression import Grow, HeavyHitter
+from sparsight.cache.step_metadata import StepMetadata, writable
+from sparsight.compression.eviction import EvictionState, fitted
 from sparsight.compression.layer_statistics import KeepRatio
 from sparsight.compression.recipe import Recipe
 from sparsight.models.prompt import Prompt
@@ -24,12 +24,13 @@ class CompressedLayer(CacheLayerMixin):
 
     Attributes:
         first: the first layer of the cache, None if this is it.
-        seen: tokens seen, padding included; positions follow it.
+        seen: tokens seen, padding included; positions follow it. With static storage :meth:`sync_lengths` updates it.
         prefill: the prompt so far, until it is compacted.
-        entries: what is held from then on.
-        fixed: the same with addresses that stay, if there is room for a known number of tokens.
-        kept: how many prompt entries each row of the entries kept.
-        exact: whether every token of the prompt saw all of those before it.
+        store: the entries held from then on.
+        eviction: which of them may go.
+        step: where the sequences are, shared with the other layers of the device.
+        kept: how many prompt entries each row of the store kept.
+        exact: whether every token of the prompt attended to all of those before it.
         cut_short: whether the prefill's bound left fewer entries than were planned.
     """
 
@@ -39,12 +40,12 @@ class CompressedLayer(CacheLayerMixin):
         self,
         recipe: Recipe,
         prompt: Prompt,
-        room: int | None,
+        capacity: int | None,
         bound: float | None,
         first: "CompressedLayer | None",
     ) -> None:
         super().__init__()
-        self.recipe, self.room, self.bound, self.first = recipe, room, bound, first
+        self.recipe, self.capacity, self.bound, self.first = recipe, capacity, bound, first
         self.start(prompt)
 
     @classmethod
@@ -59,17 +60,16 @@ class CompressedLayer(CacheLayerMixin):
 
         ``prompt`` is all of theirs, with ``padding[i]`` more tokens in front of those of ``layers[i]``.
         """
-        joined = cls(layers[0].recipe, prompt, layers[0].room, layers[0].bound, first)
+        joined = cls(layers[0].recipe, prompt, layers[0].capacity, layers[0].bound, first)
         joined.exact = all(layer.exact for layer in layers)
         joined.cut_short = any(layer.cut_short for layer in layers)
         joined.seen, joined.is_initialized = prompt.length, True
-        parts: list[Any] = [layer.entries for layer in layers]
-        joined.entries = type(parts[0]).join(parts, padding)
+        stores: list[Any] = [layer.store for layer in layers]
+        joined.store = store = type(stores[0]).join(stores, padding)
         joined.kept = [count for layer in layers for count in layer.kept]
-        if layers[0].ring is not None:
-            rings = [layer.ring for layer in layers]
-            joined.ring = type(layers[0].ring).join(rings, parts, padding, joined.entries, prompt.length)
-        joined._fix()
+        states = [layer.eviction for layer in layers if layer.eviction is not None]
+        joined.eviction = EvictionState.join(states, padding, store.positions.shape[1])
+        joined._begin_decoding()
         return joined
 
     def start(self, prompt: Prompt) -> None:
@@ -77,10 +77,11 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt = prompt
         self.seen = 0
         self.prefill: Prefill | None = None
-        self.entries: KVStore | None = None
-        self.fixed: StaticStore | None = None
+        self.store: KVStore | None = None
+        self.eviction: EvictionState | None = None
+        self.step: StepMetadata | None = None
         self.kept: list[int] = []
-        self.ring: Ring | HeavyHitters | None = None
+        self._rounded_up = True
         self.record_past = False
         self.exact, self.cut_short = True, False
         # Some models ask whether their prompt's prefix has been seen.
@@ -99,15 +100,15 @@ class CompressedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model's own attention over the prompt so far, and observe the queries that matter.
 
-        ``causal`` tells that they see all keys up to their own but padding. Where all of them matter, one pass of
-        our own gives their attention too, on a CPU.
+        ``causal`` says that they attend to all keys up to their own except padding. Where all of them matter, one pass
+        of our own computes their attention too, on a CPU.
         """
         if self.bound is not None and query.shape[2] < self.prompt.length:
             check_cuts(self.recipe, causal=causal)
         self.seen, self.is_initialized = self.seen + query.shape[2], True
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         prefill = self.prefill
-        if isinstance(prefill, BoundedPrefill) and prefill.rows is not None:
+        if isinstance(prefill, BoundedPrefill) and prefill.remaining is not None:
             return prefill.attend_cut(query, key, value, scaling), None
         if prefill is None:
             first = self.recipe, self.prompt, key, value
@@ -125,69 +126,140 @@ class CompressedLayer(CacheLayerMixin):
             prefill.cut(query, scaling)
         return output
 
-    def compact(self, shares: Sequence[KeepRatio]) -> None:
-        """Keep ``shares[b]`` of each sequence's prompt, and free the rest."""
+    def compact(self, ratios: Sequence[KeepRatio]) -> None:
+        """Keep ``ratios[b]`` of each sequence's prompt, and free the rest."""
         assert self.prefill is not None
         prefill, self.prefill = self.prefill, None
-        self.entries = prefill.compact(shares)
-        self.exact, self.cut_short = prefill.exact, prefill.cut_short
-        beyond = self.seen - self.prompt.length
-        self.kept = [held - beyond for held in self.entries.held]
-        rule = self.recipe.decode
-        if not isinstance(rule, Grow):
-            by_row = [row for share in shares for row in (share if isinstance(share, list) else [share])]
-            padding = [self.prompt.length - span.length for span in self.prompt.spans]
-            padding = [tokens for tokens in padding for _ in range(len(by_row) // len(padding))]
-            kind = HeavyHitters if isinstance(rule, HeavyHitter) else Ring
-            self.ring = kind(rule, by_row, padding)
-            self.ring.start(self.entries, prefill, self.seen)
-        self._fix()
+        self.store, self.kept, self.cut_short = compact(prefill, ratios)
+        self.exact = prefill.exact
+        self.eviction = begin_eviction(prefill, ratios, self.store)
+        self._begin_decoding()
 
-    def _fix(self) -> None:
-        """Make room for the tokens to come, if their number is known, where addresses stay."""
-        if self.room is not None and self.entries is not None:
-            first = None if self.first is None else self.first.fixed
-            self.fixed = StaticStore(self.entries, self.ring, self.seen, self.room, first)
+    def _begin_decoding(self) -> None:
+        """Prepare for single tokens: positions, and with a known capacity storage that stays where it is."""
+        store, state = self._decoding()
+        device, first = store.held.device, self.first
+        # A layer on another device has metadata of its own.
+        shared = first.step if first is not None and first.step is not None else None
+        self.leads = shared is None or shared.position.device != device
+        if self.leads:
+            shared = StepMetadata(len(self.prompt.spans), store.heads, self.seen, self.capacity, device)
+        self.step = shared
+        if self.capacity is None:
+            return
+        if self._rounded_up:
+            self._drop_excess()
+        store.static = False
+        store.reserve(self.recipe.decode.growth(store, state, self.seen, self.capacity))
+        store.static = True
+        self._fit_scores()
+        if device.type == "cuda":
+            # Otherwise torch.compile would copy the entries for every token.
+            for tensor in (*store.tensors, *state.tensors, *self._step().tensors):
+                torch._dynamo.mark_static_address(tensor)
 
-    def settle(self) -> None:
-        """Take note of the tokens that were taken in where addresses stay."""
-        if self.fixed is not None:
-            self.seen = self.fixed.settle()
+    def _drop_excess(self) -> None:
+        """Drop what rounding kept beyond the allowance, before the first token."""
+        store, state = self._decoding()
+        store.vacate(self.recipe.decode.excess(store, state, self.seen))
+        self._rounded_up = False
+
+    @writable
+    def _fit_scores(self) -> None:
+        """Scores for all slots, those that the storage has grown by included."""
+        store, state = self._decoding()
+        state.scores = fitted(state.scores, max(store.capacities))
+
+    def sync_lengths(self) -> None:
+        """Count the tokens that were seen with static storage, whose steps do not run this code."""
+        if self.step is not None and self.capacity is not None:
+            self.seen = int(self.step.seen)
 
     def attend_held(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None
     ) -> Tensor:
-        """Take in the new entries and attend over all entries held, ``[B, H, q, D]``."""
-        assert self.entries is not None
-        key, value = key.detach(), value.detach()
-        count = key.shape[2]
-        if self.fixed is not None and count == 1:
-            self.fixed.take_in(key, value)
-            return self.fixed.attend(query, scaling)
-        self.settle()
-        position, self.seen = self.seen, self.seen + count
-        # A single token sees everything; of a new turn, the last token sees every other but padding.
-        mask = _recent_mask(attention_mask) if count > 1 else None
-        if count == 1 and self.ring is not None:
-            self.ring.write(self.entries, key, value, position)
+        """Write the new entries and attend over all entries held, ``[B, H, q, D]``."""
+        mask = None
+        if key.shape[2] == 1:
+            self._write(key.detach(), value.detach())
         else:
-            before = self.entries.held
-            self.entries.append(key, value, position, None if mask is None else mask[:, 0, -1])
-            if self.ring is not None:
-                self.ring.add_turn(self.entries, before, count, self.seen)
-        if self.ring is None:
-            output = self.entries.attend(query, mask, scaling)
+            # Of a new turn, the last token attends to every other except padding.
+            mask = _recent_mask(attention_mask)
+            self._append(key.detach(), value.detach(), None if mask is None else mask[:, 0, -1])
+        store, state = self._decoding()
+        if self.recipe.decode.tracks_attention:
+            output, received = store.attend_and_score(query, mask, scaling)
+            state.scores.add_(received.detach())
         else:
-            output = self.ring.attend(self.entries, query, mask, scaling)
-        self._fix()
+            output = store.attend(query, mask, scaling)
         return output
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        """Write the entries of one new token of every sequence."""
+        (store, state), step = self._decoding(), self._step()
+        if not store.static:
+            if self._rounded_up:
+                self._drop_excess()
+            self.seen += 1
+            store.reserve(1)
+            self._fit_scores()
+        if self.leads:
+            step.advance()
+        slots, added = self.recipe.decode.slots(store, state, step.row_positions, step.row_steps)
+        store.write(key, value, slots, added, step)
+        if self.recipe.decode.tracks_attention:
+            # What took the place of an entry does not inherit its score.
+            state.scores.scatter_(1, slots[:, None], 0)
+
+    def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        """Append the entries of a new turn, bool ``valid`` ``[B, q]`` excludes padding."""
+        self.sync_lengths()
+        store, state = self._decoding()
+        count, before = key.shape[2], store.held
+        store.append(key, value, self.seen, valid)
+        self.seen += count
+        added = store.held - before
+        state.turn_tokens = state.turn_tokens + added
+        state.padding = state.padding + (count - added)
+        self.recipe.decode.protect(store, state, self.seen)
+        self._rounded_up = True
+        self._begin_decoding()
+        self._fit_scores()
+
+    def _decoding(self) -> tuple[KVStore, EvictionState]:
+        """What decoding works on."""
+        assert self.store is not None and self.eviction is not None
+        return self.store, self.eviction
+
+    def _step(self) -> StepMetadata:
+        assert self.step is not None
+        return self.step
+
+    # Sequences of a static batch that leave and join
+
+    def clear(self, sequence: int) -> None:
+        """Leave of a sequence only its place, with one entry that nobody reads."""
+        self._decoding()[0].clear(sequence)
+        self._step().put(sequence, 0, 1, active=0)
+
+    def put(self, sequence: int, other: "CompressedLayer") -> None:
+        """Give the place of a sequence to that of ``other``, which was compressed alone by the same recipe.
+
+        Raises:
+            ValueError: it has more slots than there are in this place.
+        """
+        (store, state), (other_store, other_state) = self._decoding(), other._decoding()
+        store.put(sequence, other_store)
+        state.put(store.rows_of(sequence), other_state)
+        step = other._step()
+        self._step().put(sequence, step.position[0], step.end[0], active=1)
 
     # What generation strategies ask of a cache
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]  # a plain attribute there
         """Whether new entries can be taken back: rules that drop overwrite old ones, which are lost."""
-        return isinstance(self.recipe.decode, Grow)
+        return self.recipe.decode.croppable
 
     def activate_past_recording(self) -> None:
         """Expect candidates that may be taken back; refused where they could not be."""
@@ -213,15 +285,15 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}.")
         if not self.is_croppable:
             self._refuse_crop()
-        self.settle()
+        self.sync_lengths()
         added = self.seen - self.prompt.length
-        if self.entries is None or count > added:
+        if self.store is None or count > added:
             raise ValueError(
                 f"Cannot crop {count} tokens: only {max(added, 0)} were added since the prompt was compressed."
             )
-        self.entries.drop_newest(count)
         self.seen -= count
-        self._fix()
+        self.store.crop(self.seen)
+        self._begin_decoding()
 
     def _refuse_crop(self) -> NoReturn:
         raise ValueError(
@@ -238,31 +310,30 @@ class CompressedLayer(CacheLayerMixin):
         if self.prefill is not None:
             raise ValueError("The sequences of a cache cannot be reordered before it has seen the whole prompt.")
         self.prompt = prompt
-        self.settle()
-        if self.entries is not None:
-            rows = self.entries.rows_of(index)
-            self.entries.select_rows(rows)
+        self.sync_lengths()
+        if self.store is not None and self.eviction is not None:
+            rows = self.store.row_index(index)
+            self.store.select(index)
             self.kept = [self.kept[row] for row in rows.tolist()]
-            if self.ring is not None:
-                self.ring.select_rows(rows)
-            self._fix()
+            self.eviction = self.eviction.select(rows.to(self.store.held.device))
+            self._begin_decoding()
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]  # a plain attribute there
-        """Whether decoding one token can be recorded and replayed: addresses stay."""
-        return self.room is not None
+        """Whether a decode step can be captured or compiled: storage is static."""
+        return self.capacity is not None
 
     def get_seq_length(self) -> Any:
-        """Tokens seen, as a tensor where addresses stay, so that it may be recorded."""
-        return self.seen if self.fixed is None else self.fixed.seen
+        """Tokens seen, as a tensor where storage is static, so that it can be captured."""
+        return self.seen if self.step is None or self.capacity is None else self.step.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask that transformers builds: once entries went it is about the new tokens only."""
-        if self.entries is None:
-            cut = isinstance(self.prefill, BoundedPrefill) and self.prefill.rows is not None
+        if self.store is None:
+            cut = isinstance(self.prefill, BoundedPrefill) and self.prefill.remaining is not None
             return (query_length, self.seen) if cut else (self.seen + query_length, 0)
-        if self.fixed is not None and torch.compiler.is_compiling():
-            # The mask of a single token is not looked at, and may not hang on a number that changes.
+        if self.capacity is not None and torch.compiler.is_compiling():
+            # The mask of a single token is ignored, and may not depend on a number that changes.
             return query_length, 0
         return query_length, int(self.get_seq_length())
 
@@ -286,14 +357,14 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes that the layer's tensors occupy."""
-        if self.entries is not None:
-            return self.entries.nbytes
+        if self.store is not None:
+            return self.store.nbytes
         return 0 if self.prefill is None else self.prefill.nbytes
 
     @property
     def full_bytes(self) -> int:
         """Bytes that the full cache's keys and values would occupy for the tokens seen."""
-        states = self.entries or self.prefill
+        states = self.store or self.prefill
         return 0 if states is None else self.seen * states.token_bytes
 
 

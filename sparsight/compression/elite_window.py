@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from sparsight.compression.score import Grids
+from sparsight.compression.score import AttentionSums, BaseScore, Grids
 from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
@@ -14,7 +15,7 @@ BLOCK_ROWS = 16
 
 
 @dataclass(frozen=True)
-class EliteWindow:
+class EliteWindow(BaseScore):
     """Attention of the text that the last token minds most (AirCache, arXiv 2503.23956).
 
     The elite are the post-vision tokens to which the last one, looking at post-vision tokens alone, pays at least
@@ -27,14 +28,19 @@ class EliteWindow:
     """
 
     kind: ClassVar[str] = "elite-window"
+    needs_full_prompt: ClassVar[bool] = True
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
         checks.fraction("threshold", self.threshold)
 
-    def rows(self, span: Span) -> range:
+    def queries(self, span: Span) -> range:
         """Query positions of which some are looked at."""
         return range(span.post_vision, span.stop)
+
+    def accumulator(self, heads: int, length: int, device: torch.device) -> "WindowQueries":
+        """The queries themselves: which of them are elite the last one decides."""
+        return WindowQueries(self, heads, length, device)
 
     def sums(self, query: Tensor, key: Tensor, vision: Tensor, visible: Tensor) -> Tensor:
         """Mean attention that the elite pay each position.
@@ -67,3 +73,33 @@ class EliteWindow:
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
         """Score ``[H_kv, T]`` from :meth:`sums`, the vision mask ``[T]`` and the images' grids."""
         return sums + sums.amax(-1, keepdim=True) * ~vision
+
+
+class WindowQueries(AttentionSums):
+    """The queries of an observation window, and which keys each attends to, until the prompt is complete."""
+
+    def __init__(self, score: EliteWindow, heads: int, length: int, device: torch.device) -> None:
+        super().__init__(heads, length, device)
+        self.score, self.length = score, length
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        threshold: float | None,
+        visible: Tensor | None,
+        places: Tensor | None,
+    ) -> Tensor | None:
+        """Keep queries ``[H, r, D]``; no weights are computed yet, so none are counted."""
+        count, keys = query.shape[1], key.shape[1]
+        if visible is None:
+            visible = torch.ones(count, keys, dtype=torch.bool, device=key.device).tril(keys - count)
+        self.parts.append((query.float() * scaling, functional.pad(visible, (0, self.length - keys))))
+        return None
+
+    def sums(self, key: Tensor, vision: Tensor) -> Tensor:
+        """:meth:`EliteWindow.sums` of all queries kept."""
+        queries, visible = zip(*self.parts, strict=True)
+        return self.score.sums(torch.cat(queries, dim=1), key, vision, torch.cat(visible))

@@ -1,35 +1,199 @@
-"""Decode rules: what becomes of each new entry while the answer is generated.
+"""Eviction rules: which entry each new one replaces while the answer is generated.
 
-A layer that kept a share of the prompt may hold that share of all tokens seen, but for :class:`Grow`, which appends
-every entry: while a new entry would exceed the allowance, an old one is dropped.
-Keys carry their rotary position and attention does not care about the order of its entries, so dropping one and
-appending the other is overwriting one slot. The entries of a new turn of a conversation are added as they are and raise
-the allowance.
+Keys carry their rotary position and attention does not depend on the order of its entries, so dropping an entry and
+appending the new one is overwriting one slot. Everything here is tensors, and a step reads none of them on the host:
+the same code runs eagerly, in a CUDA graph and compiled. A row is one KV head of one sequence, ``N = B * H_kv``.
 """
 
-import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.utils import checks
 
+NEVER = torch.iinfo(torch.int32).max
+"""A position that no token reaches."""
+
+
+class Rows(Protocol):
+    """What an eviction rule reads of the rows of one layer.
+
+    Attributes:
+        held: int64 ``[N]``, entries of each row.
+        used: int64 ``[N]``, slots up to the last occupied one.
+    """
+
+    held: Tensor
+    used: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of the token in each slot, int32 ``[N, C]``, -1 where the slot is vacant."""
+
+
+@dataclass
+class EvictionState:
+    """How many entries each row may hold, and what decides which of them goes.
+
+    A layer that kept a share of the prompt may hold that share of all tokens seen. The entries of a new turn of a
+    conversation are added as they are and raise the allowance by their number.
+
+    Attributes:
+        ratio: float64 ``[N]``, entries that may be held for every token seen.
+        padding, turn_tokens: float64 ``[N]``, padding tokens, and tokens of new turns, among the tokens seen.
+        protected: int64 ``[N]``, entries that may not be dropped.
+        boundary: int32 ``[N]``, the position from which on entries may be dropped, for rules with a fixed place.
+        scores: float32 ``[N, C]``, the attention that each slot's entry received, where the rule tracks it; else empty.
+    """
+
+    ratio: Tensor
+    padding: Tensor
+    turn_tokens: Tensor
+    protected: Tensor
+    boundary: Tensor
+    scores: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of the above."""
+        return self.ratio, self.padding, self.turn_tokens, self.protected, self.boundary, self.scores
+
+    def allowance(self, seen: Tensor | int) -> Tensor:
+        """Entries that each row may hold once ``seen`` tokens have been processed, float64 ``[N]``."""
+        return self.ratio * (seen - self.padding - self.turn_tokens) + self.turn_tokens
+
+    def select(self, index: Tensor) -> "EvictionState":
+        """The state of the rows at ``index``."""
+        return EvictionState(*(each[index] for each in self.tensors))
+
+    def put(self, rows: slice, other: "EvictionState") -> None:
+        """Overwrite the state of some rows in place."""
+        for own, new in zip(self.tensors, other.tensors, strict=True):
+            own[rows] = fitted(new, own.shape[1]) if own.ndim == 2 else new
+
+    @staticmethod
+    def join(states: Sequence["EvictionState"], padding: Sequence[int], capacity: int) -> "EvictionState":
+        """The rows of several, with ``padding[i]`` more tokens in front of those of ``states[i]``."""
+        fields = zip(*(state.tensors for state in states), strict=True)
+        ratio, pads, turns, protected, boundary, scores = (list(each) for each in fields)
+        pads = [each + more for each, more in zip(pads, padding, strict=True)]
+        later = [(each.long() + more).clamp(max=NEVER).int() for each, more in zip(boundary, padding, strict=True)]
+        scores = [fitted(each, capacity) for each in scores]
+        return EvictionState(*(torch.cat(each) for each in (ratio, pads, turns, protected, later, scores)))
+
+
+class EvictionRule(ABC):
+    """Which slot each new entry takes.
+
+    Attributes:
+        kind: the rule's name in a recipe.
+        croppable: whether new entries can be taken back, because they never replace older ones.
+        tracks_attention: whether the rule goes by the attention that entries receive while the answer is generated.
+    """
+
+    kind: ClassVar[str]
+    croppable: ClassVar[bool] = False
+    tracks_attention: ClassVar[bool] = False
+
+    @abstractmethod
+    def protected(self, held: Tensor) -> Tensor:
+        """How many of ``held`` entries, int64 ``[N]``, may not be dropped."""
+
+    @abstractmethod
+    def order(self, rows: Rows, state: EvictionState) -> Tensor:
+        """The order in which entries go, ``[N, C]``: the lowest first, the largest value where one may not go."""
+
+    def protect(self, rows: Rows, state: EvictionState, seen: int) -> None:
+        """Let what is protected follow from the entries held after the prompt or a new turn, ``seen`` tokens so far."""
+        state.protected = self.protected(rows.held)
+        state.boundary = position_at(state.protected, rows, seen)
+
+    def slots(self, rows: Rows, state: EvictionState, newest: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """The slot that the entry of each row's newest token takes.
+
+        Rows that may hold more entries, or have none that may go, take a vacant slot; the others overwrite the first in
+        :meth:`order`.
+
+        Args:
+            rows: with at least one vacant slot in every row that may grow.
+            state: of these rows.
+            newest: int32 ``[N]``, the position of the new token.
+            steps: int64 ``[N]``, 1; 0 for rows whose sequence has left, which always take their first slot.
+
+        Returns:
+            The slots, and how many entries each row holds more than before, int64 ``[N]`` both.
+        """
+        grows = (rows.held + 1 <= state.allowance(newest + 1)) | (rows.held <= self.protected_now(rows, state))
+        slots = torch.where(grows, first_vacant(rows.positions), self.order(rows, state).argmin(-1))
+        return slots * steps, grows * steps
+
+    def excess(self, rows: Rows, state: EvictionState, seen: int) -> Tensor:
+        """Slots to vacate so that the token at position ``seen`` replaces one entry of a row at most, bool ``[N, C]``.
+
+        The number of entries kept of a prompt is rounded, so one more than the allowance can be left.
+        """
+        drops = (rows.held + 1 - state.allowance(seen + 1)).ceil()
+        drops = torch.minimum(drops, (rows.held - self.protected_now(rows, state)).double()) - 1
+        rank = self.order(rows, state).argsort(dim=-1, stable=True).argsort(dim=-1)
+        return rank < drops[:, None]
+
+    def protected_now(self, rows: Rows, state: EvictionState) -> Tensor:
+        """How many entries are protected at this token."""
+        return state.protected
+
+    def growth(self, rows: Rows, state: EvictionState, seen: int, tokens: int) -> int:
+        """Slots that the rows may come to need for ``tokens`` more tokens, after ``seen``."""
+        return tokens
+
+
+class Ring(EvictionRule):
+    """From a fixed place on, each new entry overwrites the oldest one."""
+
+    def order(self, rows: Rows, state: EvictionState) -> Tensor:
+        """By age, from the fixed place on."""
+        return torch.where(rows.positions >= state.boundary[:, None], rows.positions, NEVER)
+
+    def growth(self, rows: Rows, state: EvictionState, seen: int, tokens: int) -> int:
+        """Up to the allowance, and one entry more than may not go."""
+        most = torch.maximum(state.allowance(seen + tokens).ceil(), state.protected + 1.0)
+        return min(max(int((most - rows.held).max()), 0), tokens) + 1
+
 
 @dataclass(frozen=True)
-class Grow:
-    """Every new entry is appended."""
+class Grow(EvictionRule):
+    """Nothing is dropped: every entry is protected and each new one is appended."""
 
     kind: ClassVar[str] = "grow"
+    croppable: ClassVar[bool] = True
+
+    def protected(self, held: Tensor) -> Tensor:
+        """All of them."""
+        return torch.full_like(held, NEVER)
+
+    def order(self, rows: Rows, state: EvictionState) -> Tensor:
+        """No entry goes."""
+        return torch.full_like(rows.positions, NEVER)
+
+    def excess(self, rows: Rows, state: EvictionState, seen: int) -> Tensor:
+        """None."""
+        return torch.zeros_like(rows.positions, dtype=torch.bool)
+
+    def slots(self, rows: Rows, state: EvictionState, newest: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """The slot after the last one used, without looking at positions."""
+        return rows.used, steps
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(Ring):
     """Drop the entry at a fixed place (Elastic Cache, arXiv 2407.18121, section 3.3).
 
-    The fixed place is ``distance`` before the end of the entries kept
-    after prefill: the oldest part and the most recent part both stay.
+    The fixed place is ``distance`` before the end of the entries kept after prefill: the oldest and the most recent
+    part both stay.
 
     Args:
         distance: entries between the fixed place and the end of what was kept after prefill.
@@ -44,14 +208,14 @@ class FixedPoint:
         checks.count("distance", self.distance)
         checks.count("protect_first", self.protect_first)
 
-    def fixed_index(self, held: int) -> int:
-        """Index, in order of position, of the oldest of ``held`` entries that may be dropped from now on."""
-        return max(held - self.distance, self.protect_first)
+    def protected(self, held: Tensor) -> Tensor:
+        """Those before the fixed place."""
+        return (held - self.distance).clamp(min=self.protect_first)
 
 
 @dataclass(frozen=True)
-class Sliding:
-    """Drop the oldest entry but the first ones (StreamingLLM, arXiv 2309.17453).
+class Sliding(Ring):
+    """Drop the oldest entry except the first ones (StreamingLLM, arXiv 2309.17453).
 
     Args:
         sinks: entries at the beginning of the cache that are never dropped.
@@ -63,81 +227,68 @@ class Sliding:
     def __post_init__(self) -> None:
         checks.count("sinks", self.sinks)
 
-    def fixed_index(self, held: int) -> int:
-        """Index, in order of position, of the oldest of ``held`` entries that may be dropped from now on."""
-        return self.sinks
+    def protected(self, held: Tensor) -> Tensor:
+        """The sinks."""
+        return torch.full_like(held, self.sinks)
 
 
 @dataclass(frozen=True)
-class HeavyHitter:
-    """Drop the entry that has been attended to least, but the most recent ones (H2O, arXiv 2306.14048, section 4).
+class HeavyHitter(EvictionRule):
+    """Drop the entry that received the least attention, except the most recent ones (H2O, arXiv 2306.14048, section 4).
 
-    What an entry got during prefill counts, by the recipe's score, and what it gets from every token of the answer.
+    What an entry received during prefill counts, by the recipe's score, and what it receives from every token of the
+    answer.
 
     Args:
         recent: fraction of the entries held that are the most recent ones and stay.
     """
 
     kind: ClassVar[str] = "heavy-hitter"
+    tracks_attention: ClassVar[bool] = True
     recent: float = 0.5
 
     def __post_init__(self) -> None:
         checks.fraction("recent", self.recent, zero=True)
 
-    def fixed_index(self, held: int) -> int:
-        """How many of ``held`` entries stay whatever they were attended to, at least the last."""
-        return max(1, round(self.recent * held))
+    def protected(self, held: Tensor) -> Tensor:
+        """The most recent ones, at least the last."""
+        return (self.recent * held.double()).round().clamp(min=1).long()
+
+    def protected_now(self, rows: Rows, state: EvictionState) -> Tensor:
+        """As many as the entries held now ask for."""
+        return self.protected(rows.held)
+
+    def order(self, rows: Rows, state: EvictionState) -> Tensor:
+        """By score, before the recent entries."""
+        # In ascending order of position vacant slots come first.
+        begin = (rows.positions.shape[1] - self.protected_now(rows, state)).clamp(min=0)
+        recent_from = rows.positions.sort(-1).values.gather(-1, begin[:, None])
+        may_go = (rows.positions >= 0) & (rows.positions < recent_from)
+        return torch.where(may_go, state.scores, torch.inf)
 
 
 DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter
 
 
-def drops(held: int, allowance: float, protected: int) -> int:
-    """How many of ``held`` entries, of which ``protected`` stay, a new one must replace under ``allowance``."""
-    return max(0, min(math.ceil(held + 1 - allowance), held - protected))
-
-
-def slot_to_write(positions: Tensor, fixed_positions: Tensor, grow: Tensor) -> Tensor:
-    """Slot that a new entry takes under a rule that drops.
-
-    Sequences that may grow take their first vacant slot, the others overwrite their oldest entry from the fixed
-    position on.
-
-    Args:
-        positions: ``[B, H_kv, capacity]``, the position of each slot's entry, -1 where it is vacant.
-        fixed_positions: ``[B, H_kv]``, the position of the entry at the fixed place.
-        grow: bool ``[B]``.
-
-    Returns:
-        int64 ``[B, H_kv]``.
-    """
-    never = torch.iinfo(positions.dtype).max
-    oldest = torch.where(positions >= fixed_positions[..., None], positions, never)
-    return torch.where(grow[:, None], first_vacant(positions), oldest.argmin(-1))
-
-
-def slot_of_lowest(positions: Tensor, scores: Tensor, recent: Tensor, grow: Tensor) -> Tensor:
-    """Slot that a new entry takes under :class:`HeavyHitter`.
-
-    Sequences that may grow take their first vacant slot, the others overwrite the entry with the lowest score of those
-    before the recent ones.
-
-    Args:
-        positions: ``[B, H_kv, capacity]``, the position of each slot's entry, -1 where it is vacant.
-        scores: ``[B, H_kv, capacity]``, the attention that each slot's entry got.
-        recent: int64 ``[B]``, how many entries are recent, at least one.
-        grow: bool ``[B]``.
-
-    Returns:
-        int64 ``[B, H_kv]``.
-    """
-    # In order of position vacant slots come first.
-    begin = (positions.shape[-1] - recent)[:, None, None].expand(*positions.shape[:2], 1)
-    may_go = (positions >= 0) & (positions < positions.sort(-1).values.gather(-1, begin))
-    return torch.where(grow[:, None], first_vacant(positions), torch.where(may_go, scores, torch.inf).argmin(-1))
-
-
 def first_vacant(positions: Tensor) -> Tensor:
-    """The first vacant slot, int64 ``[B, H_kv]``, of positions ``[B, H_kv, capacity]``."""
+    """The first vacant slot, int64 ``[N]``, of positions ``[N, C]``."""
     slots = torch.arange(positions.shape[-1], device=positions.device)
     return torch.where(positions < 0, slots, positions.shape[-1]).argmin(-1)
+
+
+def position_at(index: Tensor, rows: Rows, seen: int) -> Tensor:
+    """Position of the entry with index ``index`` ``[N]`` in order of position, int32 ``[N]``.
+
+    Past the end it is the position that this entry will have if all coming tokens, from ``seen`` on, are appended.
+    """
+    capacity = rows.positions.shape[1]
+    # In ascending order of position vacant slots come first.
+    place = (capacity - rows.held + index).clamp(max=capacity - 1)
+    found = rows.positions.sort(-1).values.gather(-1, place[:, None])[:, 0]
+    coming = (seen + index - rows.held).clamp(max=NEVER)
+    return torch.where(index < rows.held, found, coming).int()
+
+
+def fitted(scores: Tensor, capacity: int) -> Tensor:
+    """Scores ``[N, C]`` for rows of ``capacity`` slots; scores of a rule that does not track attention stay empty."""
+    return functional.pad(scores, (0, capacity - scores.shape[1])) if scores.shape[1] else scores

@@ -22,6 +22,7 @@ class Evict:
     """
 
     kind: ClassVar[str] = "evict"
+    merges: ClassVar[bool] = False
     recent: float = 0.1
     first: int = 0
     last: int = 1
@@ -58,6 +59,7 @@ class MergeNearest:
     """
 
     kind: ClassVar[str] = "merge-nearest"
+    merges: ClassVar[bool] = True
     protect_first: int = 1
     per_head: bool = False
 
@@ -92,6 +94,7 @@ class MergeSimilar:
     """
 
     kind: ClassVar[str] = "merge-similar"
+    merges: ClassVar[bool] = True
     recent: float = 0.5
     per_head: bool = True
 

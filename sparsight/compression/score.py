@@ -1,10 +1,11 @@
 """Scores: how important each prompt position is.
 
-A score names query rows, whose attention :mod:`sparsight.compression.statistics` sums for every KV head, and turns the
-sums into the importance that selection goes by. Pooling is a property of a score: a position is as important as the
-most important one near it.
+A score names queries, accumulates what they say about the keys while the prompt is prefilled, and turns the sums into
+the importance that selection goes by. Pooling is a property of a score: a position is as important as the most
+important one near it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsight.compression.statistics import attention_sums
 from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
@@ -23,8 +25,74 @@ Grids = Sequence[Tensor]
 """Positions of the vision tokens of images, ``[rows, columns]`` each."""
 
 
+class AttentionSums:
+    """The attention that each position of a sequence received from a score's queries.
+
+    Attributes:
+        total: float32 ``[H_kv, T]``.
+    """
+
+    def __init__(self, heads: int, length: int, device: torch.device) -> None:
+        self.total = torch.zeros(heads, length, device=device)
+
+    def add(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        threshold: float | None,
+        visible: Tensor | None,
+        places: Tensor | None,
+    ) -> Tensor | None:
+        """Add :func:`~sparsight.compression.statistics.attention_sums` of some queries.
+
+        ``places`` ``[H_kv, n]`` says where the keys are in the sequence, if they are not its first.
+
+        Returns:
+            With a threshold, how many of their weights it zeroes.
+        """
+        sums, zeroed = attention_sums(query, key, scaling, threshold, visible)
+        if places is None:
+            self.add_sums(sums)
+        else:
+            self.total.scatter_add_(1, places, sums)
+        return zeroed
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Add sums ``[H_kv, n]`` of the first positions."""
+        self.total[:, : sums.shape[1]] += sums
+
+    def sums(self, key: Tensor, vision: Tensor) -> Tensor:
+        """Float32 ``[H_kv, T]``, once the prompt, keys ``[H_kv, T, D]`` and vision mask ``[T]``, is complete."""
+        return self.total
+
+
+class BaseScore(ABC):
+    """What the prefill asks of every score.
+
+    Attributes:
+        kind: the score's name in a recipe.
+        needs_full_prompt: whether nothing can be said before the last token of the prompt.
+    """
+
+    kind: ClassVar[str]
+    needs_full_prompt: ClassVar[bool] = False
+
+    @abstractmethod
+    def queries(self, span: Span) -> range:
+        """Query positions whose attention counts."""
+
+    def accumulator(self, heads: int, length: int, device: torch.device) -> AttentionSums:
+        """What collects the queries' attention for a sequence of ``length`` tokens."""
+        return AttentionSums(heads, length, device)
+
+    @abstractmethod
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
+        """Score ``[H_kv, T]`` from attention sums ``[H_kv, T]``, the vision mask ``[T]`` and the images' grids."""
+
+
 @dataclass(frozen=True)
-class PostVision:
+class PostVision(BaseScore):
     """Attention summed over the post-vision queries (VL-Cache, arXiv 2410.23317, section 4.2).
 
     Args:
@@ -37,7 +105,7 @@ class PostVision:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pool", as_window(self.pool))
 
-    def rows(self, span: Span) -> range:
+    def queries(self, span: Span) -> range:
         """Query positions whose attention is summed."""
         return range(span.post_vision, span.stop)
 
@@ -47,7 +115,7 @@ class PostVision:
 
 
 @dataclass(frozen=True)
-class Accumulated:
+class Accumulated(BaseScore):
     """Attention summed over every query of the prompt (H2O, arXiv 2306.14048; Elastic Cache, arXiv 2407.18121).
 
     Args:
@@ -62,7 +130,7 @@ class Accumulated:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pool", as_window(self.pool))
 
-    def rows(self, span: Span) -> range:
+    def queries(self, span: Span) -> range:
         """Query positions whose attention is summed."""
         return range(span.start, span.stop)
 
@@ -73,7 +141,7 @@ class Accumulated:
 
 
 @dataclass(frozen=True)
-class LastWindow:
+class LastWindow(BaseScore):
     """Attention summed over the last queries, pooled over what comes before them (SnapKV, arXiv 2404.14469).
 
     Args:
@@ -90,7 +158,7 @@ class LastWindow:
         checks.count("window", self.window, least=1)
         object.__setattr__(self, "pool", as_window(self.pool))
 
-    def rows(self, span: Span) -> range:
+    def queries(self, span: Span) -> range:
         """Query positions whose attention is summed."""
         return range(max(span.start, span.stop - self.window), span.stop)
 
@@ -103,12 +171,12 @@ class LastWindow:
 
 
 @dataclass(frozen=True)
-class Recency:
+class Recency(BaseScore):
     """The later, the more important (StreamingLLM, arXiv 2309.17453)."""
 
     kind: ClassVar[str] = "recency"
 
-    def rows(self, span: Span) -> range:
+    def queries(self, span: Span) -> range:
         """No query is looked at."""
         return range(span.stop, span.stop)
 
@@ -118,7 +186,7 @@ class Recency:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(BaseScore):
     """Chance, as a control; the same for every prompt of a length.
 
     Args:
@@ -131,7 +199,7 @@ class Random:
     def __post_init__(self) -> None:
         checks.count("seed", self.seed)
 
-    def rows(self, span: Span) -> range:
+    def queries(self, span: Span) -> range:
         """No query is looked at."""
         return range(span.stop, span.stop)
 

@@ -132,5 +132,5 @@ def next_logits(model: Any, cache: CompressedCache, inputs: Mapping[str, Any]) -
 def _of(recipe: Recipe, prefill: Prefill) -> Prefill:
     """A prefill of the same prompt for another recipe that observes the same; finishing it leaves the first alone."""
     own = copy.copy(prefill)
-    own.recipe, own.scores = recipe, list(prefill.scores)
+    own.recipe = recipe
     return own

@@ -13,7 +13,6 @@ from sparsight.cache.bounded_prefill import BoundedPrefill, allowance
 from sparsight.cache.layer import CompressedLayer
 from sparsight.compression import EliteWindow, Evict, Pyramid
 from sparsight.models.prompt import Prompt, Span
-from tests.methods.test_against_reference import entries_of
 from tests.support import models, reference
 from tests.support.families import text_config
 from tests.support.memory import PeakMemory
@@ -34,7 +33,7 @@ def cuts(monkeypatch):
 
     def counted(prefill, *arguments):
         def held():
-            return [prefill.held(row)[0].shape[1] for row in range(len(prefill.allowances))]
+            return [prefill.entries(row)[0].shape[1] for row in range(len(prefill.allowances))]
 
         before = held()
         cut(prefill, *arguments)
@@ -54,13 +53,11 @@ def both(model, inputs, chosen, bound, tokens=32, **options):
 
 def check_same_entries(whole, bounded):
     assert whole.report().kept == bounded.report().kept
-    for one, other in zip(whole.compressed, bounded.compressed, strict=True):
+    for index, layer in enumerate(whole.report().layers):
         for b in range(len(whole.prompt.spans)):
-            for h in range(one.entries.heads):
-                positions, keys, values = entries_of(one.entries, b, h)
-                same_positions, same_keys, same_values = entries_of(other.entries, b, h)
-                assert positions == same_positions
-                assert torch.equal(keys, same_keys) and torch.equal(values, same_values)
+            for h in range(len(whole.report().held[index][b])):
+                same = zip(whole.entries(layer, b, h), bounded.entries(layer, b, h), strict=True)
+                assert all(torch.equal(one, other) for one, other in same)
 
 
 @pytest.mark.parametrize("heads", ["1:1", "1:2", "1:8"])
@@ -129,7 +126,7 @@ def brute_force(chosen, bound, spans, query, keys, values, chunk, scaling):
     group = query.shape[1] // keys.shape[1]
     output, held, scores = torch.zeros_like(query), [], []
     for b, span in enumerate(spans):
-        length, rows = span.length, chosen.score.rows(span)
+        length, rows = span.length, chosen.score.queries(span)
         most = allowance(bound, chosen.budget, length)
         own = torch.zeros(keys.shape[1], length)
         heads = [[] for _ in own]
@@ -184,7 +181,7 @@ def test_chunks_see_what_the_brute_force_leaves_of_those_before_them(chosen, chu
     prefill, outputs = None, []
     for first in range(0, length, chunk):
         part = [states[:, :, first : first + chunk] for states in (query, keys, values)]
-        if prefill is not None and prefill.rows is not None:
+        if prefill is not None and prefill.remaining is not None:
             outputs.append((first, prefill.attend_cut(*part, 0.3)))
             continue
         if prefill is None:
@@ -193,14 +190,14 @@ def test_chunks_see_what_the_brute_force_leaves_of_those_before_them(chosen, chu
             prefill.extend(*part[1:])
         prefill.observe(part[0], 0.3)
         prefill.cut(part[0], 0.3)
-        for states in (states for row in prefill.rows or [] for states in row[:2]):
+        for states in (states for row in prefill.remaining or [] for states in row[:2]):
             # Not even a sequence that is short as yet keeps the batch alive.
             assert states.untyped_storage().nbytes() == states.nbytes
     assert outputs and not prefill.exact
     for first, output in outputs:
         assert_close(output, expected[:, :, first : first + chunk].transpose(1, 2), rtol=1e-4, atol=1e-4)
     for row, heads in enumerate(held):
-        own_keys, own_values, positions = prefill.held(row)
+        own_keys, own_values, positions = prefill.entries(row)
         assert positions.tolist() == heads
         assert_close(prefill.scores[row], scores[row], rtol=1e-4, atol=1e-4)
         for states, given in ((own_keys, keys), (own_values, values)):
@@ -304,7 +301,10 @@ def test_methods_that_merge_are_refused(name):
 
 @pytest.mark.parametrize(
     ("family", "name", "why"),
-    [("llava", "aircache", "'elite-window' looks back"), ("paligemma", "vl-cache", "lets tokens see later ones")],
+    [
+        ("llava", "aircache", "'elite-window' needs all of it"),
+        ("paligemma", "vl-cache", "lets tokens attend to later ones"),
+    ],
 )
 def test_chunks_of_which_nothing_may_be_cut_are_refused(family, name, why):
     model, inputs = models.model(family), models.inputs(family, ONE_IMAGE)

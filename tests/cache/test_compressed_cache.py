@@ -195,7 +195,7 @@ def test_a_new_turn_is_added_as_it_is(recipe):
     added = [new[0] - old[0] for new, old in zip(cache.report().held[0], held[0], strict=True)]
     # The last answer token of the first turn comes with the new turn.
     assert added == [3, 5, 4]
-    positions = cache.layers[0].entries.positions.view(3, 2, -1)
+    positions = cache.layers[0].store.positions.view(3, 2, -1)
     newest = cache.get_seq_length() - 5
     assert [sorted(p for p in row[0].tolist() if p > newest) for row in positions] == [
         [newest + 3, newest + 4],

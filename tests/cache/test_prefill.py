@@ -5,17 +5,21 @@ from torch.testing import assert_close
 
 from sparsight import VLCache
 from sparsight.cache.prefill import Prefill
+from sparsight.compression.score import BaseScore
 from sparsight.models.prompt import Prompt, Span
 
 
 @dataclass(frozen=True)
-class Middle:
-    """Attention of queries in the middle of a prompt, of which later keys are seen."""
+class Middle(BaseScore):
+    """Attention of queries in the middle of a prompt that attend to later keys too."""
 
     kind = "middle"
 
-    def rows(self, span):
+    def queries(self, span):
         return range(span.start + 2, span.start + 5)
+
+    def importance(self, sums, vision, grids):
+        return sums
 
 
 def test_queries_in_the_middle_see_later_keys_where_the_mask_says_so():
@@ -28,6 +32,7 @@ def test_queries_in_the_middle_see_later_keys_where_the_mask_says_so():
     visible[:6, :6] = True
     prefill = Prefill(replace(VLCache(), score=Middle()), prompt, keys, values)
     prefill.observe(query, 0.5, visible[None, None])
+    prefill.finish()
     for row, span in enumerate(spans):
         valid = slice(span.start, span.stop)
         seen = visible[valid, valid]

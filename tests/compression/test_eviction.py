@@ -1,71 +1,148 @@
+"""Every eviction rule, as slots that are overwritten, against a list from which entries are dropped."""
+
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight.cache.dense_store import DenseStore
-from sparsight.compression import FixedPoint, Sliding
-from sparsight.compression.eviction import drops, slot_to_write
+from sparsight.cache.step_metadata import StepMetadata
+from sparsight.compression import FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.compression.eviction import EvictionState, position_at
+
+STEPS = 60
 
 
-def ring(kept, steps, allowance, fixed):
-    """Positions held after each step, by dropping from a list: the definition."""
+def dropped_from_a_list(kept, allowance, place, seen=None):
+    """Positions held after each step, by dropping from a list: the definition. ``place`` says which entry may go."""
     held = list(range(kept))
-    for position in range(kept, kept + steps):
-        while len(held) + 1 > allowance(position + 1) and len(held) > fixed:
-            del held[fixed]
+    for position in range(seen or kept, (seen or kept) + STEPS):
+        while len(held) + 1 > allowance(position + 1) and place(held) is not None:
+            del held[place(held)]
         held.append(position)
         yield list(held)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    kept=st.integers(1, 20), share=st.floats(0.01, 1.0), distance=st.integers(0, 25), protect_first=st.integers(0, 5)
-)
-def test_overwriting_one_slot_is_dropping_at_the_fixed_point_and_appending(kept, share, distance, protect_first):
-    rule = FixedPoint(distance=distance, protect_first=protect_first)
-    fixed = max(kept - distance, protect_first)
-    check_slots(rule, kept, share, ring(kept, 60, lambda tokens: share * tokens, fixed))
+def overwritten_in_slots(rule, kept, ratios, scores=None, seen=None):
+    """Positions held by each row after each step, and whether every key lies in the slot of its position."""
+    count = len(kept)
+    states = torch.zeros(1, count, 1, 1)
+    store = DenseStore.allocate(kept, states, states)
+    for row, held in enumerate(kept):
+        store.fill(row, torch.arange(held)[None, :, None], torch.zeros(1, held, 1), torch.arange(held)[None])
+    # Rows that kept less than the longest are those of shorter prompts.
+    padding = torch.tensor([float(max(kept) - held) for held in kept])
+    seen = seen or max(kept)
+    store.flat_positions.copy_(
+        torch.where(store.positions >= 0, store.positions + padding.int()[:, None], -1).flatten()
+    )
+    ratio = torch.tensor(ratios, dtype=torch.float64)
+    zeros = torch.zeros(count)
+    table = torch.zeros(count, max(store.capacities)) if scores is None else scores(store.positions)
+    state = EvictionState(ratio, padding.double(), zeros.double(), zeros.long(), zeros.int(), table)
+    rule.protect(store, state, seen)
+    store.vacate(rule.excess(store, state, seen))
+    step = StepMetadata(1, count, seen, None, torch.device("cpu"))
+    for position in range(seen, seen + STEPS):
+        store.reserve(1)
+        if rule.tracks_attention:
+            state.scores = scores(store.positions)
+        step.advance()
+        slots, added = rule.slots(store, state, step.row_positions, step.row_steps)
+        key = (position - padding).view(1, count, 1, 1)
+        store.write(key, key, slots, added, step)
+        rows = [store.entries(row) for row in range(count)]
+        assert store.held.tolist() == [len(positions) for positions, _, _ in rows]
+        for (positions, keys, _), missing in zip(rows, padding.tolist(), strict=True):
+            assert torch.equal(keys[:, 0], positions.float() - missing)
+        yield [(positions - int(missing)).tolist() for (positions, _, _), missing in zip(rows, padding, strict=True)]
+
+
+def check(rule, kept, ratios, place, scores=None, seen=None):
+    """Every row holds what a list of its own would hold."""
+    expected = [
+        list(dropped_from_a_list(count, lambda tokens, ratio=ratio: ratio * tokens, place(count), seen))
+        for count, ratio in zip(kept, ratios, strict=True)
+    ]
+    for step, rows in enumerate(overwritten_in_slots(rule, kept, ratios, scores, seen)):
+        assert rows == [each[step] for each in expected]
+
+
+ROWS = st.lists(st.tuples(st.integers(1, 20), st.floats(0.01, 1.0)), min_size=1, max_size=3)
+
+
+def from_place(protected):
+    """The entry at a fixed place of the list goes, if there is one."""
+    return lambda kept: lambda held: protected(kept) if len(held) > protected(kept) else None
 
 
 @settings(max_examples=50, deadline=None)
-@given(kept=st.integers(1, 20), share=st.floats(0.01, 1.0), sinks=st.integers(0, 6))
-def test_a_sliding_window_keeps_the_sinks_and_the_most_recent_entries(kept, share, sinks):
-    steps = list(ring(kept, 60, lambda tokens: share * tokens, sinks))
-    check_slots(Sliding(sinks=sinks), kept, share, steps)
-    assert len(steps[-1]) <= max(share * (kept + 60), sinks + 1)
-    recent = len(steps[-1]) - min(sinks, len(steps[-1]))
-    assert steps[-1][-recent:] == list(range(kept + 60 - recent, kept + 60))
+@given(rows=ROWS, distance=st.integers(0, 25), first=st.integers(0, 5))
+def test_a_fixed_point_drops_there_and_appends(rows, distance, first):
+    kept, ratios = zip(*rows, strict=True)
+    rule = FixedPoint(distance=distance, protect_first=first)
+    check(rule, kept, ratios, from_place(lambda count: max(count - distance, first)))
 
 
-def check_slots(rule, kept, share, expected_steps):
-    states = torch.zeros(1, 1, kept, 1)
-    entries = DenseStore.allocate([kept], states, states)
-    entries.fill(0, states[0], states[0], torch.arange(kept)[None])
-    fixed = rule.fixed_index(kept)
-    fixed_positions = entries.positions_at([fixed], next_position=kept)
-    for step, expected in enumerate(expected_steps):
-        position = kept + step
-        entries.reserve(1)
-        gone = drops(entries.held[0], share * (position + 1), fixed)
-        for _ in range(gone - 1):
-            entries.vacate(slot_to_write(entries.positions, fixed_positions, torch.tensor([False])), [True])
-        slots = slot_to_write(entries.positions, fixed_positions, torch.tensor([gone == 0]))
-        key = torch.full((1, 1, 1, 1), float(position))
-        entries.overwrite(key, key, position, slots, [gone == 0])
-        positions = entries.positions[0, 0]
-        assert sorted(positions[positions >= 0].tolist()) == expected
-        assert entries.held == [len(expected)]
-        # Every new key lies in its position's slot.
-        new = positions >= kept
-        assert torch.equal(entries.keys[0, 0, new, 0], positions[new].float())
+@settings(max_examples=50, deadline=None)
+@given(rows=ROWS, sinks=st.integers(0, 6))
+def test_a_sliding_window_keeps_the_sinks_and_the_most_recent_entries(rows, sinks):
+    kept, ratios = zip(*rows, strict=True)
+    check(Sliding(sinks=sinks), kept, ratios, from_place(lambda count: sinks))
 
 
-def test_sequences_grow_and_overwrite_independently_of_each_other():
-    positions = torch.tensor([[[0, 5, 6, 7, -1]], [[-1, -1, 3, 8, 9]]], dtype=torch.int32)
-    fixed = torch.tensor([[5], [8]], dtype=torch.int32)
-    assert slot_to_write(positions, fixed, torch.tensor([False, True])).tolist() == [[1], [0]]
-    assert slot_to_write(positions, fixed, torch.tensor([True, False])).tolist() == [[4], [3]]
+@settings(max_examples=25, deadline=None)
+@given(rows=ROWS)
+def test_growing_drops_nothing(rows):
+    kept, ratios = zip(*rows, strict=True)
+    check(Grow(), kept, ratios, lambda count: lambda held: None)
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, 20), ratio=st.floats(0.05, 1.0), recent=st.floats(0, 1), seed=st.integers(0, 99))
+def test_the_least_attended_entry_before_the_recent_ones_goes(count, ratio, recent, seed):
+    # A share of the tokens seen, so that one entry goes at a time.
+    seen = math.ceil(count / ratio)
+    by_position = torch.rand(seen + STEPS, generator=torch.Generator().manual_seed(seed))
+
+    def place(kept):
+        def lowest(held):
+            old = held[: len(held) - max(1, round(recent * len(held)))]
+            return min(range(len(old)), key=lambda index: by_position[old[index]]) if old else None
+
+        return lowest
+
+    check(HeavyHitter(recent=recent), [count], [ratio], place, lambda positions: by_position[positions.long()], seen)
+
+
+def test_a_row_whose_sequence_has_left_takes_its_first_slot():
+    states = torch.zeros(2, 1, 1, 1)
+    store = DenseStore.allocate([3, 3], states, states)
+    store.fill(0, torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), torch.arange(3).expand(2, -1))
+    store.clear(1)
+    state = EvictionState(
+        *(torch.zeros(2).double() for _ in range(3)), torch.zeros(2).long(), torch.zeros(2).int(), None
+    )
+    steps = torch.tensor([1, 0])
+    for rule in (Grow(), Sliding(sinks=1)):
+        slots, added = rule.slots(store, state, torch.tensor([3, 0]), steps)
+        assert (slots[1], added[1]) == (0, 0)
+
+
+@pytest.mark.parametrize(("index", "position"), [(0, 0), (3, 6), (4, 50), (6, 52)])
+def test_the_position_at_an_index_counts_coming_entries(index, position):
+    states = torch.zeros(1, 2, 1, 1)
+    store = DenseStore.allocate([4, 2], states, states)
+    store.fill(0, torch.zeros(1, 4, 1), torch.zeros(1, 4, 1), 2 * torch.arange(4)[None])
+    assert position_at(torch.tensor([index, 0]), store, 50)[0] == position
+
+
+def test_an_allowance_grows_with_tokens_and_by_whole_turns():
+    numbers = [torch.tensor([each], dtype=torch.float64) for each in (0.25, 3, 5)]
+    state = EvictionState(*numbers, torch.zeros(1).long(), torch.zeros(1).int(), torch.zeros(1, 0))
+    assert math.isclose(state.allowance(28), 0.25 * 20 + 5)
 
 
 @pytest.mark.parametrize("numbers", [{"distance": -1}, {"protect_first": "one"}])

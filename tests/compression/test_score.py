@@ -13,12 +13,12 @@ SPAN = Span(start=10, post_vision=40, stop=60)
 NO_VISION = torch.zeros(50, dtype=torch.bool)
 
 
-def test_each_score_names_its_rows():
-    assert PostVision().rows(SPAN) == range(40, 60)
-    assert Accumulated().rows(SPAN) == range(10, 60)
-    assert LastWindow(window=7).rows(SPAN) == range(53, 60)
-    assert LastWindow(window=70).rows(SPAN) == range(10, 60)
-    assert len(Recency().rows(SPAN)) == len(Random().rows(SPAN)) == 0
+def test_each_score_names_its_queries():
+    assert PostVision().queries(SPAN) == range(40, 60)
+    assert Accumulated().queries(SPAN) == range(10, 60)
+    assert LastWindow(window=7).queries(SPAN) == range(53, 60)
+    assert LastWindow(window=70).queries(SPAN) == range(10, 60)
+    assert len(Recency().queries(SPAN)) == len(Random().queries(SPAN)) == 0
 
 
 @settings(deadline=None)

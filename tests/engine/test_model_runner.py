@@ -81,14 +81,18 @@ def test_layers_that_are_bounded_already_are_not_recorded(family, recorded):
 
 
 @on_the_cpu
-def test_what_the_host_computes_for_each_token_is_noticed(recorded):
-    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    cache, step = CompressedCache(tiny, VLCache(0.3), given), ModelRunner(tiny)
-    tiny(**given, past_key_values=cache)
-    tokens = given["input_ids"][:, :1]
-    step(input_ids=tokens, position_ids=tokens, past_key_values=cache)
-    with pytest.raises(AssertionError, match="copied from the host"):
-        step(input_ids=tokens, position_ids=tokens, past_key_values=cache)
+def test_what_the_host_reads_or_computes_for_each_token_is_noticed(recorded):
+    def counting(input_ids, attention_mask):
+        return input_ids * int(input_ids.sum())
+
+    def adding(input_ids, attention_mask):
+        return input_ids + torch.tensor([[1]])
+
+    for host, reason in ((counting, "read on the host"), (adding, "copied from the host")):
+        step = ModelRunner(host)
+        step(input_ids=torch.tensor([[3]]))
+        with pytest.raises(AssertionError, match=reason):
+            step(input_ids=torch.tensor([[3]]))
 
 
 def test_generate_answers_as_the_model_does_with_a_cache():

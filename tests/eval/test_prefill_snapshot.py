@@ -32,9 +32,9 @@ def test_a_cache_from_a_record_is_the_cache_of_an_own_prefill(family, method, mo
     cache, own = recorded.cache(chosen), prefilled(model, chosen, inputs)
     assert cache.report() == own.report()
     for one, twin in zip(cache.compressed, own.compressed, strict=True):
-        assert torch.equal(one.entries.positions, twin.entries.positions)
-        assert torch.equal(one.entries.keys, twin.entries.keys)
-        assert torch.equal(one.entries.values, twin.entries.values)
+        assert torch.equal(one.store.positions, twin.store.positions)
+        assert torch.equal(one.store.keys, twin.store.keys)
+        assert torch.equal(one.store.values, twin.store.values)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

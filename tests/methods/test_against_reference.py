@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 from sparsight import CompressedCache, ElasticCache, VLCache, recipe
 from sparsight.cache import layer as layers
-from sparsight.cache.ragged_store import RaggedStore
 from sparsight.models.prompt import locate
 from tests.support import families, models, reference
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES
@@ -133,33 +132,17 @@ def compare(model, inputs, chosen, twin, expected, dtype, tokens):
 
 def check_entries(cache, twin, rows, dtype):
     """Sparsity, budgets, kept positions, and the keys and values of every entry."""
-    for index, layer in enumerate(cache.layers):
+    for index in range(len(cache.layers)):
         if cache.report().sparsity is not None:
             assert_close(cache.report().sparsity[index], twin.sparsity[index], rtol=0, atol=1e-6)
-        if layer.ring is not None:
-            heads = {len(row.heads) if layer.recipe.allocate.head_wise else 1 for row in rows[index]}
-            assert layer.ring.shares == [share for shares in twin.shares[index] for share in shares[: max(heads)]]
-        held = layer.entries.by_head(layer.entries.held)
+        held = cache.report().held[index]
         for b, row in enumerate(rows[index]):
             for h, head in enumerate(row.heads):
-                positions, keys, values = entries_of(layer.entries, b, h)
-                assert positions == [entry.position for entry in head]
+                positions, keys, values = cache.entries(index, b, h)
+                assert positions.tolist() == [entry.position for entry in head]
                 assert held[b][h] == len(head)
                 assert_close(keys, torch.stack([entry.key for entry in head]), **TOLERANCE[dtype])
                 assert_close(values, torch.stack([entry.value for entry in head]), **TOLERANCE[dtype])
-
-
-def entries_of(entries, b, h):
-    """Positions, keys and values that a KV head of a sequence holds, in order of position."""
-    if isinstance(entries, RaggedStore):
-        row = b * entries.heads + h
-        slots = slice(entries.starts[row], entries.starts[row] + entries.used[row])
-        held, keys, values = entries.flat_positions[slots], entries.keys[slots], entries.values[slots]
-    else:
-        held = entries.positions[b, h, : entries.used]
-        keys, values = entries.keys[b, h], entries.values[b, h]
-    slots = [slot for slot in held.argsort().tolist() if held[slot] >= 0]
-    return held[slots].tolist(), keys[slots], values[slots]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -38,7 +38,8 @@ def attend(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    rows: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
     longest: int,
     scaling: float | None,
 ) -> Tensor:
@@ -46,7 +47,26 @@ def attend(
     from sparsight.attention.kernels import decode
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return decode.attend(query, keys, values, positions, rows, longest, scaling)
+    return decode.attend(query, keys, values, positions, starts, lengths, longest, scaling)[0]
+
+
+def attend_and_score(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    longest: int,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend`, and the attention that each slot of each row received, float32 ``[N, longest]``."""
+    from sparsight.attention.kernels import decode
+
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    states = query, keys, positions, starts, lengths
+    output, normalisers = decode.attend(query, keys, values, positions, starts, lengths, longest, scaling)
+    return output, decode.received(*states, normalisers, longest, scaling)
 
 
 @cache

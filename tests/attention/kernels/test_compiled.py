@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sparsight.attention.kernels import decode, sums
 
-POINTERS = {name: "*fp32" for name in ("maxima", "normalisers", "least", "sums", "outputs")}
+POINTERS = {name: "*fp32" for name in ("maxima", "normalisers", "least", "sums", "outputs", "totals", "weights")}
 POINTERS |= {"visible": "*u8", "survivors": "*i32", "positions": "*i32", "starts": "*i64", "lengths": "*i64"}
 
 # Triton takes arguments that are 1 for constants.
@@ -35,7 +35,7 @@ def sizes(size, block):
     blocks = dict.fromkeys(("ROWS", "KEYS", "SLOTS"), block)
     return {"SIZE": size, "VALUE_SIZE": size, "GROUP": 16, "SPLITS": 512, "BLOCK": 16, **blocks}
 
-for kernel in (sums._normalise, sums._sum_columns, decode._attend_split, decode._combine):
+for kernel in (sums._normalise, sums._sum_columns, decode._attend_split, decode._combine, decode._received):
     compile(kernel, "bf16", {**sizes(128, 64), "MASKED": False}, 90)
     compile(kernel, "fp16", {**sizes(16, 64), "MASKED": False, **ONES}, 80)
     compile(kernel, "fp32", {**sizes(256, 32), "MASKED": True}, 86)

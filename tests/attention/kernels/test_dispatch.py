@@ -43,7 +43,9 @@ def interpreted(monkeypatch):
     """Lets every layer use the kernels, and counts how often they are called."""
     if torch.cuda.is_available():
         pytest.skip("with a GPU the kernels are compiled for it, and this test's tensors are on the CPU")
-    counts = {name: Mock(side_effect=getattr(kernels, name)) for name in ("attention_sums", "attend")}
+    counts = {
+        name: Mock(side_effect=getattr(kernels, name)) for name in ("attention_sums", "attend", "attend_and_score")
+    }
     monkeypatch.setattr(kernels, "usable", lambda *states: True)
     # Nor do layers on a GPU take the one pass that a CPU takes.
     monkeypatch.setattr(layer, "is_plain", lambda *_, **__: False)
@@ -55,7 +57,7 @@ def interpreted(monkeypatch):
 TOKENS = 3
 
 
-@pytest.mark.parametrize("method", ["vl-cache", "elastic", "adakv"])
+@pytest.mark.parametrize("method", ["vl-cache", "elastic", "adakv", "h2o"])
 def test_answers_are_the_same_with_the_kernels(method, request):
     language, batch = model("llava", "1:2"), inputs("llava", ONE_IMAGE, THREE_IMAGES)
     plain, fused = (CompressedCache(language, recipe(method, budget=0.3), batch) for _ in range(2))
@@ -63,7 +65,8 @@ def test_answers_are_the_same_with_the_kernels(method, request):
     counts = request.getfixturevalue("interpreted")
     found = logits(language, batch, TOKENS, past_key_values=fused)
     layers = len(fused.compressed)
-    assert counts["attend"].call_count == layers * (TOKENS - 1)
+    used = "attend_and_score" if method == "h2o" else "attend"
+    assert counts[used].call_count == layers * (TOKENS - 1)
     # Once for each sequence: VL-Cache takes scores and sparsity from the same rows, the others need scores alone.
     assert counts["attention_sums"].call_count == layers * 2
     for ours, theirs in zip(found, expected, strict=True):

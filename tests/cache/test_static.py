@@ -1,4 +1,4 @@
-"""Entries whose addresses stay: the same tokens, whatever records the step, and sequences that come and go."""
+"""Static storage: the same tokens as with storage that grows, captured or compiled, and sequences that come and go."""
 
 from dataclasses import replace
 
@@ -34,28 +34,30 @@ def made(tiny, name, budget=0.3):
 
 
 def both(tiny, chosen, given, tokens=TOKENS, **options):
-    """Logits of every token without room and with it, and the two caches."""
+    """Logits of every token with growing and with static storage, and the two caches."""
     caches = CompressedCache(tiny, chosen, given), CompressedCache(tiny, chosen, given, max_new_tokens=tokens)
-    plain, fixed = (torch.stack(logits(tiny, given, tokens, past_key_values=cache, **options)) for cache in caches)
-    return (plain, fixed), caches
+    plain, static = (torch.stack(logits(tiny, given, tokens, past_key_values=cache, **options)) for cache in caches)
+    return (plain, static), caches
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("budget", [0.05, 0.3])
-def test_tokens_and_entries_are_the_same_with_room(name, budget):
+def test_tokens_and_entries_are_those_of_growing_storage(name, budget):
     tiny = model("llava")
     given = inputs("llava", THREE_IMAGES, ONE_IMAGE, NO_TEXT_AFTER)
-    (plain, fixed), caches = both(tiny, made(tiny, name, budget), given, 64)
-    assert_close(fixed, plain, rtol=1e-4, atol=1e-4)
-    assert plain.argmax(-1).equal(fixed.argmax(-1))
+    (plain, static), caches = both(tiny, made(tiny, name, budget), given, 64)
+    assert_close(static, plain, rtol=1e-4, atol=1e-4)
+    assert plain.argmax(-1).equal(static.argmax(-1))
     reports = [cache.report() for cache in caches]
     assert reports[0].held == reports[1].held
     assert reports[0].tokens_seen == reports[1].tokens_seen
-    for one, other in zip(caches[0].compressed, caches[1].compressed, strict=True):
-        # Slots differ, what is in them does not.
-        positions = [layer.entries.positions.flatten(0, -2).sort(-1, descending=True).values for layer in (one, other)]
-        width = min(each.shape[-1] for each in positions)
-        assert positions[0][:, :width].equal(positions[1][:, :width])
+    # Slots differ, what is in them does not.
+    for layer, sequences in enumerate(reports[0].held):
+        for sequence, heads in enumerate(sequences):
+            for head in range(len(heads)):
+                one, other = (cache.entries(layer, sequence, head) for cache in caches)
+                assert one[0].equal(other[0])
+                assert_close(one[1:], other[1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -63,11 +65,11 @@ def test_tokens_and_entries_are_the_same_with_room(name, budget):
 def test_other_dtypes_are_as_close_as_they_can_be(name, dtype):
     tiny = model("llava", dtype=dtype)
     given = inputs("llava", ONE_IMAGE, dtype=dtype)
-    (plain, fixed), _ = both(tiny, made(tiny, name), given)
-    differ = (plain.argmax(-1) != fixed.argmax(-1)).flatten()
+    (plain, static), _ = both(tiny, made(tiny, name), given)
+    differ = (plain.argmax(-1) != static.argmax(-1)).flatten()
     same = int(differ.nonzero()[0]) if differ.any() else len(differ)
     # Where the first token flips, it is a near-tie.
-    assert_close(fixed[: same + 1], plain[: same + 1], rtol=0.05, atol=0.3)
+    assert_close(static[: same + 1], plain[: same + 1], rtol=0.05, atol=0.3)
 
 
 @pytest.mark.parametrize(
@@ -83,23 +85,22 @@ def test_rows_that_grow_more_than_their_share_find_room(chosen):
     tiny, given = model("llava"), inputs("llava", THREE_IMAGES)
     bound = 1 if chosen.allocate.kind == "pyramid" else None
     caches = [CompressedCache(tiny, chosen, given, room, bound) for room in (None, 64)]
-    plain, fixed = (torch.stack(logits(tiny, given, 64, past_key_values=cache)) for cache in caches)
-    assert_close(fixed, plain, rtol=1e-4, atol=1e-4)
-    held = [(layer.entries.positions >= 0).sum(-1).flatten().tolist() for layer in caches[1].compressed]
-    assert [layer[0] for layer in caches[1].report().held] == held
+    plain, static = (torch.stack(logits(tiny, given, 64, past_key_values=cache)) for cache in caches)
+    assert_close(static, plain, rtol=1e-4, atol=1e-4)
+    report = caches[1].report()
+    assert report.held == caches[0].report().held
+    held = [[len(caches[1].entries(layer, 0, head)[0]) for head in range(2)] for layer in range(len(report.held))]
+    assert [layer[0] for layer in report.held] == held
 
 
-def test_addresses_stay():
+def test_tensors_keep_their_addresses():
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
     cache = CompressedCache(tiny, recipe("h2o", budget=0.3), given, max_new_tokens=TOKENS)
     tiny(**given, past_key_values=cache)
 
     def addresses():
-        fixed = [layer.fixed for layer in cache.compressed]
-        tensors = [
-            (*each.entries.tensors, each.held, each.rows, *each.clock.tensors, each.ring.scores) for each in fixed
-        ]
-        return [tensor.data_ptr() for layer in tensors for tensor in layer]
+        layers = [(*layer.store.tensors, *layer.eviction.tensors, *layer.step.tensors) for layer in cache.compressed]
+        return [tensor.data_ptr() for layer in layers for tensor in layer]
 
     before = addresses()
     for _ in range(TOKENS - 1):
@@ -107,19 +108,18 @@ def test_addresses_stay():
     assert addresses() == before
 
 
-def test_a_token_of_a_growing_layer_is_taken_in_by_few_operations():
+def test_a_token_is_written_by_few_operations_where_nothing_is_dropped():
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE, NO_IMAGE)
     cache = CompressedCache(tiny, VLCache(0.3), given, max_new_tokens=TOKENS)
     tiny(**given, past_key_values=cache)
     keys = torch.zeros(2, 2, 1, 16)
-    first, second = (layer.fixed for layer in cache.compressed[:2])
     counts = []
-    for layer in (first, second):
+    for layer in cache.compressed[:2]:
         with recorder.Recorder() as recorded:
-            layer.take_in(keys, keys)
+            layer._write(keys, keys)
         # What makes no new tensor and changes none costs a GPU nothing.
         counts.append(sum(not function.is_view for function, *_ in recorded.calls))
-    # Slots in use and where they are, keys, values and positions, both counters.
+    # The places, keys, values and positions, both lengths and what the first of them is made of.
     assert counts[1] == 7
     assert counts[0] - counts[1] <= 6
 
@@ -164,11 +164,11 @@ def test_a_second_turn_is_the_same(name):
 def test_beams_and_candidates_are_the_same():
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
     for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 2}):
-        plain, fixed = (
+        plain, static = (
             generate(tiny, given, 9, past_key_values=CompressedCache(tiny, VLCache(0.4), given, room), **options)
             for room in (None, 16)
         )
-        assert plain.equal(fixed)
+        assert plain.equal(static)
 
 
 def test_joined_prompts_have_room_too():
@@ -235,13 +235,13 @@ def test_a_row_is_emptied_and_filled_without_touching_its_neighbours(name, row, 
     for _ in range(before):
         step(range(4))
     for layer in batch.compressed:
-        layer.fixed.clear(row)
+        layer.clear(row)
     for _ in range(empty):
         step(others)
     references[row] = alone(newcomer)
     seen[row] = references[row].prompt.length
     for layer, other in zip(batch.compressed, alone(newcomer).compressed, strict=True):
-        layer.fixed.fill(row, other.fixed)
+        layer.put(row, other)
     for _ in range(6):
         step(range(4))
 
@@ -254,9 +254,9 @@ def test_a_sequence_that_does_not_fit_is_refused(name):
         prompt = inputs("llama", Prompt(0, length, 9))
         caches.append(CompressedCache(tiny, recipe(name, budget=0.5), prompt, max_new_tokens=4))
         tiny(**prompt, past_key_values=caches[-1])
-    short, long = (cache.compressed[0].fixed for cache in caches)
+    short, long = (cache.compressed[0] for cache in caches)
     with pytest.raises(ValueError, match="does not fit in the place of one with"):
-        short.fill(0, long)
+        short.put(0, long)
 
 
 # What records the step
@@ -284,8 +284,8 @@ def test_generate_compiles_one_graph_for_all_tokens(name, family, compiles, monk
     tiny = model(family)
     monkeypatch.delattr(tiny, "_compiled_call", raising=False)
     given = inputs(family, ONE_IMAGE, NO_IMAGE)
-    (plain, fixed), _ = both(tiny, made(tiny, name), given, compile_config=compiled())
-    assert_close(fixed, plain, rtol=1e-4, atol=1e-4)
+    (plain, static), _ = both(tiny, made(tiny, name), given, compile_config=compiled())
+    assert_close(static, plain, rtol=1e-4, atol=1e-4)
     assert compiles() == 1
 
 
@@ -299,6 +299,6 @@ def test_the_kernel_compiles_as_one_operation(compiles, monkeypatch):
         # Interpreted, with tensors on the CPU.
         monkeypatch.setattr(kernels, "usable", lambda *states: len(states) == 3)
     cache = CompressedCache(tiny, VLCache(0.3), given, max_new_tokens=5)
-    fixed = logits(tiny, given, 5, past_key_values=cache, compile_config=compiled())
-    assert_close(torch.stack(fixed), torch.stack(plain), rtol=1e-4, atol=1e-4)
+    static = logits(tiny, given, 5, past_key_values=cache, compile_config=compiled())
+    assert_close(torch.stack(static), torch.stack(plain), rtol=1e-4, atol=1e-4)
     assert compiles() == 1
