@@ -137,7 +137,6 @@ class KVStore(ABC):
         torch.maximum(self.used, slots + step.row_steps, out=self.used)
         self.held.add_(added)
 
-    @writable
     def append(self, keys: Tensor, values: Tensor, position: int, valid: Tensor | None = None) -> None:
         """Append entries ``[B, H_kv, q, D]`` at consecutive positions; bool ``valid`` ``[B, q]`` excludes padding."""
         count = keys.shape[2]
@@ -151,27 +150,29 @@ class KVStore(ABC):
         added = keys.flatten(0, 2), values.flatten(0, 2), positions.flatten().int()
         for states, more in zip(self._flat(), added, strict=True):
             states.index_copy_(0, places, more)
-        self.used = end + count
-        self.held = (self.positions != VACANT).sum(-1)
+        with torch.inference_mode(False):
+            self.used = end + count
+            self.held = (self.positions != VACANT).sum(-1)
 
     def _end(self) -> Tensor:
         """Where :meth:`append` begins, int64 ``[N]``."""
         return self.used
 
+    @writable
     def vacate(self, dropped: Tensor) -> None:
         """Drop the entries in the slots where ``dropped``, bool ``[N, C]``."""
         self._overwrite(self.positions.masked_fill(dropped, VACANT))
 
+    @writable
     def crop(self, seen: int) -> None:
         """Forget the entries of all tokens after the first ``seen``."""
         positions = self.positions
         self._overwrite(positions.masked_fill(positions >= seen, VACANT))
 
-    @writable
     def _overwrite(self, positions: Tensor) -> None:
         """Replace the positions of all slots, ``[N, C]``; what became vacant at the end of a row is free again."""
         occupied = positions != VACANT
-        self.flat_positions.copy_(self.flattened(positions))
+        self.flat_positions = self.flattened(positions)
         self.held = occupied.sum(-1)
         self.used = (occupied * torch.arange(1, positions.shape[1] + 1, device=positions.device)).amax(-1)
         self._free = 0

@@ -185,7 +185,7 @@ def test_other_groupings_and_dtypes(family, dtype, heads):
         compressed = CompressedCache(model, recipe("vl-cache", budget=budget), inputs)
         logits = models.logits(model, inputs, 2, past_key_values=compressed)
         assert torch.stack(logits).isfinite().all()
-        assert compressed.entries(0, 0, 0)[1].dtype == dtype
+        assert compressed.entries(compressed.report().layers[0], 0, 0)[1].dtype == dtype
         assert_close(logits[0], expected[0])
         if budget == 1.0:
             assert_close(logits[1], expected[1], rtol=0.1, atol=0.25)
