@@ -30,7 +30,8 @@ def test_a_row_holds_paper_year_parts_and_a_line():
 
 def test_what_stands_between_the_markers_is_rewritten_and_nothing_else():
     old = "before\n<!-- methods: written by make tables -->\nold\n<!-- end -->\nafter"
-    assert tables.written(old, {"methods": lambda: "new"}) == "before\n<!-- methods: written by make tables -->\nnew\n<!-- end -->\nafter"
+    new = tables.written(old, {"methods": lambda: "new"})
+    assert new == "before\n<!-- methods: written by make tables -->\nnew\n<!-- end -->\nafter"
 
 
 def test_a_missing_marker_is_an_error():
