@@ -81,6 +81,18 @@ def test_the_programs_of_a_page_print_what_their_comments_say(
 
 
 @pytest.mark.usefixtures("checkout")
+def test_at_a_small_budget_the_conversation_loses_its_second_answer_as_the_page_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare, one_prompt, *others = blocks(DOCS / "cache.md", "python")
+    (conversation,) = [block for block in others if "How much is CY?" in block]
+    namespace: dict[str, object] = {}
+    for block in (prepare, one_prompt, conversation.replace("budget=0.4", "budget=0.1")):
+        exec(block, namespace)
+    assert capsys.readouterr().out.endswith("['461']\n")
+
+
+@pytest.mark.usefixtures("checkout")
 def test_the_batch_of_the_page_has_the_results_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     rows, shown = blocks(DOCS / "batch.md", "json")
     Path("asked.jsonl").write_text(rows)
@@ -101,6 +113,25 @@ def test_every_command_is_one_that_the_command_line_takes(page: Path) -> None:
         command = COMMANDS.get_command(group, name)
         assert command is not None, name
         command.make_context(name, arguments, parent=group)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_make_target_and_script_exists(page: Path) -> None:
+    text = page.read_text()
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+
+
+def test_the_map_of_the_repository_has_every_folder() -> None:
+    (listing, *_) = [
+        token.content for token in tokens(ROOT / "CONTRIBUTING.md") if token.type == "fence" and not token.info
+    ]
+    for folder, indent in ((ROOT, ""), (ROOT / "sparsight", "  ")):
+        listed = re.findall(rf"^{indent}(\w+)/", listing, re.MULTILINE)
+        there = {path.parent.name for path in folder.glob("*/*") if path.suffix in (".py", ".png")}
+        assert set(listed) == there
 
 
 @pytest.mark.usefixtures("checkout")
@@ -134,3 +165,18 @@ def test_the_accuracies_of_the_readme_are_those_of_the_page() -> None:
         line = re.search(rf"^\| `{method}` \| (.*) \|$", measured, re.MULTILINE)
         assert line is not None
         assert re.findall(r"(?:^|\| )\**([\d.]+)", line[1]) == cells.split(" | ")
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_page() -> None:
+    page = (DOCS / "performance.md").read_text()
+    measured = page[page.index("benchmarks/results/small-cpu-2-threads`") :]
+    first, token, held = [], [], []
+    for name in ("transformers", "vl-cache 10 %"):
+        times, costs = re.findall(rf"^\| 2900 \| 1 \| {name} \| (.*) \|$", measured, re.MULTILINE)[:2]
+        first.append(times.split(" | ")[0].split(" ")[0])
+        token.append(times.split(" | ")[2].split(" ")[0])
+        held.append(costs.split(" | ")[3])
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"a token takes {float(token[1]):.1f} ms instead of {token[0]} ms" in text
+    assert f"the first token takes {first[1]} ms instead of {first[0]} ms" in text
+    assert f"holds {float(held[1]):.1%} of the full cache's bytes".replace("%", " %") in text
