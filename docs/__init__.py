@@ -1,1 +1,1 @@
-"""Pictures of the documentation, and the tables that it takes from the registries."""
+"""Scripts that write the generated parts of the documentation."""

@@ -1,7 +1,8 @@
-"""README's tables of methods and model families, from the registries: ``python -m docs.tables`` rewrites them."""
+"""The tables of methods.md and models.md, from the registries: ``python -m docs.tables`` rewrites them."""
 
 import inspect
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sparsight.cli import methods, models
@@ -10,7 +11,7 @@ from sparsight.methods import RECIPES
 from sparsight.models.families import FAMILIES
 from sparsight.models.layouts import Layout
 
-README = Path(__file__).parents[1] / "README.md"
+DOCS = Path(__file__).parent
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -38,42 +39,46 @@ def methods_table() -> str:
 
 
 def families_table() -> str:
-    """Every family: its class, where its vision tokens are and which places they stand for, and what is left alone."""
+    """Every family: its class, inputs, vision tokens, layout and uncompressed layers."""
     rows = []
     for family in map(models.describe, FAMILIES.values()):
         tokens = ", ".join(f"`{field}`" for field in family["vision_tokens"])
-        takes = "images, videos" if family["video"] else "images"
+        inputs = "images, videos" if family["video"] else "images"
         rows.append(
             [
                 f"`{family['model_type']}`",
                 f"`{family['class']}`",
-                takes,
+                inputs,
                 tokens,
                 f"`{family['layout']}`",
                 family["left_alone"],
             ]
         )
-    return table(["model type", "class", "takes", "vision tokens", "seen as", "layers left alone"], rows)
+    return table(["model type", "class", "inputs", "vision tokens", "layout", "uncompressed layers"], rows)
 
 
 def layouts() -> str:
-    """What the layouts are."""
+    """The layouts that families use, each with the first sentence of its docstring."""
     used: dict[Layout, None] = dict.fromkeys(family.layout for family in FAMILIES.values())
     return "\n".join(f"- `{layout.__name__}`: {_line(_summary(layout))}" for layout in used)
 
 
-PARTS = {"methods": methods_table, "families": families_table, "layouts": layouts}
+PAGES = {
+    DOCS / "methods.md": {"methods": methods_table},
+    DOCS / "models.md": {"families": families_table, "layouts": layouts},
+}
+"""The parts of each page."""
 
 
-def written(readme: str) -> str:
-    """README with the parts between its markers as the registries say.
+def written(text: str, parts: Mapping[str, Callable[[], str]]) -> str:
+    """A page's text with its parts between their markers as the registries say.
 
     Raises:
         ValueError: a part has no markers.
     """
-    for name, write in PARTS.items():
-        readme = put(readme, name, "make tables", write())
-    return readme
+    for name, write in parts.items():
+        text = put(text, name, "make tables", write())
+    return text
 
 
 def put(page: str, name: str, command: str, text: str) -> str:
@@ -110,4 +115,5 @@ def _summary(layout: Layout) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for page, parts in PAGES.items():
+        page.write_text(written(page.read_text(), parts))
