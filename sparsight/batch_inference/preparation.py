@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from sparsight.batch_inference.rows import Row
-from sparsight.models.images import PictureError, open_image, read_image
-from sparsight.models.loading import Checkpoint, prepare
+from sparsight.models.images import ImageError, open_image, read_image
+from sparsight.models.inputs import prepare
+from sparsight.models.loading import Checkpoint
 
 MOST_WORKERS = 8
 ROWS_AHEAD = 4
@@ -63,7 +64,7 @@ class Preparation:
         try:
             pictures = [self._picture(row, image) for image in row.images]
             inputs = prepare(self.checkpoint, pictures, row.prompt)
-        except PictureError as error:
+        except ImageError as error:
             raise RowError(error.kind, str(error)) from error
         except ValueError as error:
             raise RowError("refused prompt", str(error)) from error

@@ -13,8 +13,9 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight.cache.compressed_cache import compressible
 from sparsight.models.families import FAMILIES
+from sparsight.models.inputs import prepare
 from sparsight.models.layouts import Tile, find_tiles
-from sparsight.models.loading import Checkpoint, prepare
+from sparsight.models.loading import Checkpoint
 from sparsight.reader.transcript import Place, Transcript
 from sparsight.utils.suggest import unknown
 

@@ -5,9 +5,9 @@ from sparsight.compression.recipe import Recipe
 
 
 def Full(budget: float = 1.0) -> Recipe:
-    """No compression: every entry stays, on the same path as the methods.
+    """The full cache: no compression, on the same code path as the methods.
 
-    For comparisons within Sparsight; a lower budget keeps the most recent entries.
+    The reference of comparisons within Sparsight.
 
     Args:
         budget: fraction of the prompt's KV entries that stay.

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 from sparsight.compression import VisualHeads
 from sparsight.eval.calibration import PROMPT, head_hits, head_scores, read_scores, vision_tokens
+from sparsight.models.inputs import prepare
 from sparsight.models.layouts import Tile
-from sparsight.models.loading import load_checkpoint, load_model, prepare
+from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader import head_scores_path, model_path
 from sparsight.reader.transcript import Transcript, random_transcript
 from tests.support import tiny

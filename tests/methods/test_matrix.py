@@ -53,7 +53,7 @@ def test_what_is_held_is_what_was_planned(family, name):
     report = compressed.report()
     (length,) = report.prompt_tokens
     assert report.tokens_seen == length
-    assert report.layers == list(range(1 if family in FAMILIES and FAMILIES[family].left_alone else 0, LAYERS))
+    assert report.layers == list(range(1 if family in FAMILIES and FAMILIES[family].uncompressed_layers else 0, LAYERS))
     config = model.get_decoder().config
     heads, size = config.num_key_value_heads, 64 // config.num_attention_heads
     kept = [heads_kept for (heads_kept,) in report.kept]

@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from sparsight.models.families import FAMILIES
+from sparsight.models.inputs import prepare
 from sparsight.models.layouts import Tile, find_tiles
-from sparsight.models.loading import load_checkpoint, prepare
+from sparsight.models.loading import load_checkpoint
 from tests.support import tiny
 
 RED = (255, 0, 0)
