@@ -1,3 +1,5 @@
+import os
+import socket
 import struct
 import threading
 import zlib
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from sparsight.models.images import FORMATS, open_image
+from sparsight.models.images import FORMATS, ImageError, open_image
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [128, 128, 128], [255, 255, 255]]], np.uint8)
 
@@ -67,6 +69,75 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         open_image(tmp_path / "nothing.png")
     with pytest.raises(ValueError, match=r"Cannot read .*: Is a directory"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "socket"])
+def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "picture.png"
+    server = socket.socket(socket.AF_UNIX)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        server.bind(str(path))
+    with server, pytest.raises(ImageError, match=rf"^Cannot read {path}: [^.]+\.$") as refused:
+        open_image(path)
+    assert refused.value.kind == "unreadable file"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/cat.png",
+        "http://example.com/cat.png",
+        Path("https://example.com/cat.png"),
+        "file:///etc/hostname",
+        "data:image/png;base64," + "A" * 10_000,
+    ],
+)
+def test_urls_are_refused_with_what_is_taken_instead(url: str | Path) -> None:
+    with pytest.raises(ImageError, match=r"is a URL: images are given as paths of local files\.$") as refused:
+        open_image(url)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_file_with_the_name_of_a_url_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(COLOURS).save(tmp_path / "data:picture", format="PNG")
+    assert (pixels(open_image("data:picture")) == COLOURS).all()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\n"])
+def test_messages_escape_control_characters_of_names(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a\x1b[31m\nb.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError) as refused:
+        open_image(path)
+    assert r"a\x1b[31m\nb.png" in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+def png(path: Path, width: int, height: int) -> Path:
+    """A picture of any size in a few bytes."""
+    Image.new("1", (width, height)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 5000), (60_000, 1), (3, 601)])
+def test_elongated_pictures_are_refused_before_decoding(
+    tmp_path: Path, width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = png(tmp_path / "picture.png", width, height)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=f"picture.png is {width} x {height}: its sides may differ by a factor of 200"):
+        open_image(path)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 200), (400, 2), (800, 40_000)])
+def test_receipts_and_panoramas_are_not_elongated(tmp_path: Path, width: int, height: int) -> None:
+    assert open_image(png(tmp_path / "picture.png", width, height)).size == (width, height)
 
 
 def huge_png(path: Path, side: int) -> Path:
