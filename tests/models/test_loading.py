@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sparsight
 from sparsight.models.loading import Checkpoint, load_checkpoint, load_model
+from sparsight.reader import model_path
 from tests.support import tiny
 
 
@@ -96,3 +98,27 @@ def test_weights_that_are_incomplete_are_refused(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} are incomplete: 3 are missing, .*layers.1.mlp"):
         load_model(load_checkpoint(str(tmp_path)))
+
+
+def test_load_gives_the_shipped_model_and_its_processor() -> None:
+    model, processor = sparsight.load(device="cpu")
+    assert Path(model.name_or_path) == model_path()
+    assert (model.dtype, model.device.type, model.training) == (torch.bfloat16, "cpu", False)
+    assert processor.image_token == "<image>"
+
+
+def test_load_takes_a_folder_a_device_and_a_type(folder: Path) -> None:
+    for name in (folder, str(folder)):
+        model, processor = sparsight.load(name, device="cpu", dtype="float16")
+        assert model.dtype == torch.float16
+        assert processor.tokenizer.eos_token == "</s>"
+    with pytest.raises(ValueError, match=r"There is no model folder \./nothing"):
+        sparsight.load("./nothing")
+
+
+@pytest.mark.parametrize("name", ["x\x1b[31m" + "y" * 10_000, "../x\x1b[31m" + "y" * 10_000])
+def test_long_names_with_control_characters_are_cut_and_escaped(name: str) -> None:
+    with pytest.raises(ValueError, match=r"x\\x1b\[31my") as refused:
+        load_checkpoint(name)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 800
