@@ -14,7 +14,7 @@ from sparsight.methods.prefixkv import PrefixKV
 from sparsight.methods.pyramidkv import PyramidKV
 from sparsight.methods.random import RandomCache
 from sparsight.methods.snapkv import SnapKV
-from sparsight.methods.sparsemm import SparseMM
+from sparsight.methods.sparsemm import SparseMM, with_shipped_scores
 from sparsight.methods.sparsight import Sparsight
 from sparsight.methods.streaming_llm import StreamingLLM
 from sparsight.methods.vl_cache import VLCache
@@ -74,4 +74,5 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "recipe",
+    "with_shipped_scores",
 ]

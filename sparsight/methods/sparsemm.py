@@ -1,15 +1,19 @@
 """SparseMM."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from sparsight.compression import Evict, Grow, LastWindow, VisualHeads
 from sparsight.compression.recipe import Recipe
+from sparsight.reader import head_scores_path, model_path
+from sparsight.utils.head_scores import read_scores
 
 
 def SparseMM(
     budget: float = 0.1,
     *,
-    heads: Sequence[Sequence[float]] = (),
+    heads: str | Path | Sequence[Sequence[float]] = (),
     window: int = 32,
     pool: int = 5,
     equal: float = 0.1,
@@ -24,17 +28,37 @@ def SparseMM(
 
     Args:
         budget: fraction of the prompt's KV entries to keep, averaged over all KV heads, in (0, 1].
-        heads: score of each layer's KV heads, as ``sparsight calibrate`` measures them
-            (:func:`sparsight.eval.calibration.head_scores`).
+        heads: score of each layer's KV heads, or the path of a file that ``sparsight calibrate`` wrote. If left out,
+            :func:`with_shipped_scores` can add those of the shipped model.
         window: number of last queries whose attention is summed and whose own entries are always kept.
         pool: width of the max pooling along the sequence, an odd number.
         equal: fraction of the budget beyond the window that is shared equally (the paper's ``rho``).
+
+    Raises:
+        ValueError: a number is out of range, or the file cannot be read or does not hold head scores.
     """
+    scores = read_scores(heads) if isinstance(heads, str | Path) else tuple(map(tuple, heads))
     return Recipe(
         name="sparsemm",
         budget=budget,
         score=LastWindow(window=window, pool=pool),
-        allocate=VisualHeads(scores=tuple(map(tuple, heads)), window=window, equal=equal),
+        allocate=VisualHeads(scores=scores, window=window, equal=equal),
         reduce=Evict(recent=0, last=window),
         decode=Grow(),
     )
+
+
+def with_shipped_scores(recipe: Recipe, model: str | Path) -> Recipe:
+    """Add the shipped model's head scores to a recipe that needs head scores and has none.
+
+    Args:
+        recipe: any recipe.
+        model: the folder or hub id of the model that it is for, such as ``model.name_or_path``.
+
+    Returns:
+        The recipe with the scores if the model is the one that ships, otherwise the recipe unchanged.
+    """
+    allocate = recipe.allocate
+    if not isinstance(allocate, VisualHeads) or allocate.scores or Path(model) != model_path():
+        return recipe
+    return replace(recipe, allocate=replace(allocate, scores=read_scores(head_scores_path())))
