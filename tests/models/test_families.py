@@ -1,4 +1,4 @@
-"""The table of families: what it says, what it refuses, and how a row is added."""
+"""The table of model families: its contents, what it refuses, and adding an entry."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.support.models import NO_IMAGE, ONE_IMAGE, ONE_VIDEO, THREE_IMAGES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_is_what_transformers_says(name):
+def test_an_entry_agrees_with_transformers(name):
     family, model = FAMILIES[name], models.model(name)
     assert family.model_type == name == model.config.model_type
     assert family.model_class == type(model).__name__ == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name]
@@ -86,7 +86,7 @@ def test_a_config_without_a_video_token():
     assert FAMILIES["minicpmv4_6"].token_ids(config) == [7]
 
 
-def test_a_model_of_text_alone_has_no_family():
+def test_a_text_only_model_has_no_family():
     assert family_of(LlamaConfig()) is None
 
 

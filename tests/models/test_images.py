@@ -30,13 +30,13 @@ def test_every_format_opens_as_rgb(tmp_path: Path, name: str) -> None:
     assert np.abs(pixels(image)[8::16, 8::16].astype(int) - COLOURS).max() <= 4
 
 
-def test_the_content_decides_about_the_format_and_not_the_name(tmp_path: Path) -> None:
+def test_the_format_is_read_from_the_content_and_not_the_name(tmp_path: Path) -> None:
     path = tmp_path / "picture.txt"
     Image.fromarray(COLOURS).save(path, format="PNG")
     assert (pixels(open_image(path)) == COLOURS).all()
 
 
-def test_postscript_is_refused_whatever_its_name(tmp_path: Path) -> None:
+def test_postscript_is_refused_under_any_name(tmp_path: Path) -> None:
     for name in ("picture.eps", "picture.png"):
         path = tmp_path / name
         Image.fromarray(COLOURS).save(path, format="EPS")
@@ -45,7 +45,7 @@ def test_postscript_is_refused_whatever_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 1000, b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"picture\.png (is not a picture|is damaged)"):
@@ -54,7 +54,9 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["refused elsewhere", "accepted elsewhere"])
-def test_a_cut_picture_is_refused(tmp_path: Path, name: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_image_is_refused(
+    tmp_path: Path, name: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "picture"
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, format=name)
@@ -96,7 +98,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
         "data:image/png;base64," + "A" * 10_000,
     ],
 )
-def test_urls_are_refused_with_what_is_taken_instead(url: str | Path) -> None:
+def test_urls_are_refused_with_what_is_accepted_instead(url: str | Path) -> None:
     with pytest.raises(ImageError, match=r"is a URL: images are given as paths of local files\.$") as refused:
         open_image(url)
     assert len(str(refused.value)) < 300
@@ -120,13 +122,13 @@ def test_messages_escape_control_characters_of_names(tmp_path: Path, content: by
 
 
 def png(path: Path, width: int, height: int) -> Path:
-    """A picture of any size in a few bytes."""
+    """An image of any size in a few bytes."""
     Image.new("1", (width, height)).save(path)
     return path
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 5000), (60_000, 1), (3, 601)])
-def test_elongated_pictures_are_refused_before_decoding(
+def test_elongated_images_are_refused_before_decoding(
     tmp_path: Path, width: int, height: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = png(tmp_path / "picture.png", width, height)
@@ -141,7 +143,7 @@ def test_receipts_and_panoramas_are_not_elongated(tmp_path: Path, width: int, he
 
 
 def huge_png(path: Path, side: int) -> Path:
-    """A few bytes that claim to be a picture of ``side x side``: decoding would need all of it."""
+    """A few bytes with the header of an image of ``side x side`` pixels, which decoding would allocate."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -169,7 +171,7 @@ def test_the_limit_counts_pixels(tmp_path: Path) -> None:
         open_image(path, max_pixels=5)
 
 
-def test_a_higher_limit_lets_larger_pictures_through_and_leaves_pillows_alone(
+def test_a_higher_limit_admits_larger_images_and_restores_pillows_own_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     path = tmp_path / "picture.png"

@@ -31,19 +31,19 @@ def text_of(checkpoint: Checkpoint, inputs: Any) -> str:
 PICTURE = "<image>" * tiny.GRID**2
 
 
-def test_the_chat_template_places_pictures_before_the_prompt(checkpoint: Checkpoint) -> None:
+def test_the_chat_template_places_images_before_the_prompt(checkpoint: Checkpoint) -> None:
     inputs = prepare(checkpoint, [IMAGE, IMAGE], "What is it?")
     assert text_of(checkpoint, inputs) == f"<s><|user|>{PICTURE}\n{PICTURE}\nWhat is it?<|assistant|>"
     assert inputs["pixel_values"].shape == (2, 3, tiny.SIDE, tiny.SIDE)
 
 
-def test_a_prompt_needs_no_picture(checkpoint: Checkpoint) -> None:
+def test_a_prompt_needs_no_image(checkpoint: Checkpoint) -> None:
     inputs = prepare(checkpoint, [], "What is it?")
     assert text_of(checkpoint, inputs) == "<s><|user|>What is it?<|assistant|>"
     assert "pixel_values" not in inputs
 
 
-def test_without_a_chat_template_the_prompt_follows_the_pictures(tmp_path: Path) -> None:
+def test_without_a_chat_template_the_prompt_follows_the_images(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(str(tiny.llava(tmp_path, chat_template=None)))
     assert text_of(checkpoint, prepare(checkpoint, [IMAGE], "What is it?")) == f"{PICTURE}\nWhat is it?"
     assert text_of(checkpoint, prepare(checkpoint, [], "What is it?")) == "What is it?"
@@ -67,7 +67,7 @@ def test_the_shipped_model_refuses_its_special_tokens(token: str) -> None:
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_tokens_that_mark_turns_are_refused_if_no_list_names_them(tmp_path: Path, special: bool) -> None:
+def test_turn_markers_are_refused_even_if_the_tokenizer_does_not_list_them(tmp_path: Path, special: bool) -> None:
     checkpoint = load_checkpoint(str(tiny.llava(tmp_path)))
     checkpoint.processor.tokenizer.add_tokens([AddedToken("<turn>", special=special), AddedToken("\n\n")])
     checkpoint.processor.chat_template = "<turn>\n\n" + tiny.CHAT_TEMPLATE
@@ -97,7 +97,7 @@ def test_no_special_token_comes_from_an_accepted_prompt(checkpoint: Checkpoint, 
 
 
 @pytest.mark.parametrize("name", ["tiny", "shipped"])
-def test_an_image_that_never_was_a_file_is_checked_too(checkpoint: Checkpoint, name: str) -> None:
+def test_images_that_were_not_opened_from_a_file_are_checked_too(checkpoint: Checkpoint, name: str) -> None:
     chosen = checkpoint if name == "tiny" else load_checkpoint(str(model_path()))
     with pytest.raises(ImageError, match="A picture is 1 x 5000: its sides may differ by a factor of 200 at most"):
         prepare(chosen, [IMAGE, Image.new("RGB", (1, 5000))], "What is it?")
@@ -134,13 +134,13 @@ def test_the_context_length_holds_prompt_and_answer(checkpoint: Checkpoint) -> N
 
 @pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, None])
 @pytest.mark.parametrize("images", [0, 1])
-def test_a_prompt_that_spells_the_placeholder_is_refused(tmp_path: Path, template: str | None, images: int) -> None:
+def test_a_prompt_with_the_image_placeholder_is_refused(tmp_path: Path, template: str | None, images: int) -> None:
     checkpoint = load_checkpoint(str(tiny.llava(tmp_path, chat_template=template)))
     with pytest.raises(ValueError, match="must not spell '<image>'"):
         prepare(checkpoint, [IMAGE] * images, "What is an <image> tag?")
 
 
-def test_a_prompt_that_spells_the_video_placeholder_is_refused(checkpoint: Checkpoint) -> None:
+def test_a_prompt_with_the_video_placeholder_is_refused(checkpoint: Checkpoint) -> None:
     config = Qwen2_5_VLConfig(
         image_token_id=checkpoint.processor.tokenizer.convert_tokens_to_ids("<image>"),
         video_token_id=checkpoint.processor.tokenizer.convert_tokens_to_ids("<video>"),
@@ -150,15 +150,13 @@ def test_a_prompt_that_spells_the_video_placeholder_is_refused(checkpoint: Check
         prepare(qwen, [], "What is a <video>?")
 
 
-def test_a_chat_template_that_fails_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_chat_template_is_reported(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ raise_exception('No system prompt') }}")
     with pytest.raises(ValueError, match=r"The processor of .* refuses the question: No system prompt\."):
         prepare(checkpoint, [], "What is it?")
 
 
-def test_a_chat_template_that_leaves_pictures_out_is_named(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_template_that_drops_images_is_reported(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")
     with pytest.raises(
         ValueError, match=r"^The processor of .* refuses the question: [^.\n]*number of images[^.\n]*\.$"

@@ -23,7 +23,7 @@ def checkpoint(folder: Path) -> Checkpoint:
     return load_checkpoint(str(folder))
 
 
-def test_weights_are_loaded_in_the_type_that_was_asked_for(checkpoint: Checkpoint) -> None:
+def test_weights_are_loaded_in_the_requested_type(checkpoint: Checkpoint) -> None:
     assert load_model(checkpoint).dtype == torch.float32
     model = load_model(checkpoint, device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
@@ -38,7 +38,7 @@ def test_unknown_types_and_devices_are_refused(checkpoint: Checkpoint) -> None:
         load_model(checkpoint, device="banana")
 
 
-def test_a_path_that_is_no_folder_is_named_without_asking_the_hub(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused_without_a_request_to_the_hub(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
     for name in (str(tmp_path / "nothing"), str(file), "./nothing", "~/nothing", "a/b/c"):
@@ -46,14 +46,14 @@ def test_a_path_that_is_no_folder_is_named_without_asking_the_hub(tmp_path: Path
             load_checkpoint(name)
 
 
-def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_cannot_be_reached_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^nobody/nothing is not a model that can be loaded: [^\n]+\.$"):
         load_checkpoint("nobody/nothing")
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}", '{"model_type": "unheard-of"}'])
-def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, config: str | None) -> None:
+def test_a_folder_without_a_model_is_reported(tmp_path: Path, config: str | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=rf"^{tmp_path} is not a model that can be loaded: [^\n]+\.$"):
@@ -61,27 +61,27 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, config: str | Non
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "llama", "bert"])
-def test_a_model_without_pictures_or_without_language_is_refused(tmp_path: Path, model_type: str) -> None:
+def test_a_text_only_or_vision_only_model_is_refused(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=f"is a '{model_type}' model, not a vision-language model"):
         load_checkpoint(str(tmp_path))
 
 
-def test_a_model_without_its_processor_is_named(tmp_path: Path) -> None:
+def test_a_model_without_a_processor_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     with pytest.raises(ValueError, match=rf"^The processor of {tmp_path} cannot be loaded: [^\n]+$"):
         load_checkpoint(str(tmp_path))
 
 
-def test_a_processor_without_pictures_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where a repository holds no more than a tokenizer, AutoProcessor returns that.
+def test_a_processor_without_images_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # AutoProcessor returns the tokenizer if a repository has nothing else.
     only_words = SimpleNamespace(from_pretrained=lambda name, **settings: tiny.tokenizer())
     monkeypatch.setattr("sparsight.models.loading.AutoProcessor", only_words)
     with pytest.raises(ValueError, match=f"{folder} has no processor for images"):
         load_checkpoint(str(folder))
 
 
-def test_a_model_without_weights_is_named(tmp_path: Path) -> None:
+def test_a_model_without_weights_is_reported(tmp_path: Path) -> None:
     tiny.llava(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} cannot be loaded: [^\n]+$"):
