@@ -38,8 +38,8 @@ def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> Bat
 def check_text(checkpoint: Checkpoint, text: str) -> None:
     """Raise ValueError if a user's text contains a special token.
 
-    Chat templates insert the text among their own special tokens and the tokenizer does not tell them apart, so that a
-    text with ``</s>`` or ``<|user|>`` could end its turn or forge another one.
+    Chat templates insert the text between special tokens of their own, and the tokenizer cannot distinguish them: text
+    with ``</s>`` or ``<|user|>`` could end its turn or forge another one.
     """
     for token in sorted(_special_tokens(checkpoint)):
         if token in text:

@@ -113,8 +113,8 @@ def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Pr
 def _grids(config: Any, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], ...]:
     """The patch grids of each sequence's images, empty for an unknown family."""
     family = FAMILIES.get(config.model_type)
-    found = find_grids(family.layout, config, inputs) if family else [[] for _ in inputs["input_ids"]]
-    return tuple(tuple(grids) for grids in found)
+    grids = find_grids(family.layout, config, inputs) if family else [[] for _ in inputs["input_ids"]]
+    return tuple(map(tuple, grids))
 
 
 def _vision_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -60,8 +60,8 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
     r = float(thing.radius)
 
     def ring(count: int, start: float) -> list[tuple[float, float]]:
-        turns = [start + i / count for i in range(count)]
-        return [(r * math.cos(math.tau * t), r * math.sin(math.tau * t)) for t in turns]
+        fractions = [start + i / count for i in range(count)]
+        return [(r * math.cos(math.tau * t), r * math.sin(math.tau * t)) for t in fractions]
 
     match thing.shape:
         case "circle":
