@@ -19,7 +19,8 @@ from rich.table import Table
 from sparsight import CompressedCache, recipe
 from sparsight.bench import machine
 from sparsight.eval.tasks import task
-from sparsight.models.loading import load_checkpoint, load_model, prepare
+from sparsight.models.inputs import prepare
+from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader import model_path
 
 METHODS = ("sparsight", "snapkv", "h2o")

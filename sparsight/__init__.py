@@ -6,6 +6,7 @@ from sparsight.cache.report import Report
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.model_runner import generate
 from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
+from sparsight.models.loading import load
 
 __all__ = [
     "RECIPES",
@@ -17,5 +18,6 @@ __all__ = [
     "VLCache",
     "batch",
     "generate",
+    "load",
     "recipe",
 ]

@@ -1,4 +1,4 @@
-"""Stage: the decoder gets used to what the eyes really see, on pictures, every skill."""
+"""Stage `adapt`: train the decoder on the vision tower's actual outputs, on rendered images of every skill."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ SKILLS = ("look-up", "reading", "scenes", "two images")
 WEIGHTS = (0.2, 0.34, 0.16, 0.3)
 RELOAD_EVERY = 100
 LOW_SHARE = 0.5
-"""Share of the examples whose pictures have few rows."""
+"""Share of the examples with low images, of few rows of patches."""
 
 LOW_LEVEL = 3
-"""They come from this level of the language stage's curriculum."""
+"""Level of the curriculum of stage `read` that low images are drawn from."""
 
 
 def full_examples(rng: np.random.Generator, skill: str, tokens: int) -> list[Example]:
-    """Examples of one skill on pictures of full height, about `tokens` tokens in all."""
+    """Examples of one skill on images of full height, about `tokens` tokens in total."""
 
     def fill(length: int) -> range:
         return range(max(1, tokens // length))
@@ -42,14 +42,14 @@ def full_examples(rng: np.random.Generator, skill: str, tokens: int) -> list[Exa
 
 
 def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Take over tower and projector as the stage `align` last saved them."""
+    """Load the vision tower and projector from the last checkpoint of stage `align`."""
     saved = torch.load(path, map_location="cpu", weights_only=True)["model"]
     torch.nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector]).load_state_dict(saved)
 
 
 @torch.no_grad()
-def seen_vectors(model: LlavaForConditionalGeneration, examples: list[Example]) -> torch.Tensor:
-    """What the eyes say of the examples' images, `[N, WIDTH]`."""
+def vision_features(model: LlavaForConditionalGeneration, examples: list[Example]) -> torch.Tensor:
+    """The projected patch features of the examples' images, `[N, WIDTH]`."""
     pictures = [picture for example in examples for picture in example.pictures()]
     return see(model, pixels(pictures).to(device())).flatten(0, 1)
 
@@ -64,9 +64,9 @@ def adapt(
     seed: int,
     eyes: Path,
 ) -> None:
-    """Train the decoder for `total` steps on what the eyes see whose stage saves itself in the file `eyes`.
+    """Train the decoder for `total` steps on the features of the vision tower saved in the file `eyes`.
 
-    They are read again from time to time: the two stages may run at the same time.
+    The file is reloaded every `RELOAD_EVERY` steps, so that stage `align` may still be running.
     """
     run = Run(path, model, optimizers(model.model.language_model))
     for step in run.steps(total, peak):
@@ -80,7 +80,7 @@ def adapt(
             examples = full_examples(rng, skill, tokens)
         batch = batch_of(tokenizer, examples)
         with torch.autocast(device().type, torch.bfloat16):
-            vectors = seen_vectors(model, examples)
+            vectors = vision_features(model, examples)
             embedded = embed(model, batch.ids.to(device()), vectors, model.config.image_token_id)
             loss, right = answer_loss(model, embedded, batch.labels.to(device()))
         update(run.optimizers, loss)

@@ -1,4 +1,4 @@
-"""Stage: eyes. Vision tower and projector alone learn to say what each patch shows."""
+"""Stage `align`: train the vision tower and the projector, without the decoder, to describe each patch."""
 
 from pathlib import Path
 
@@ -17,23 +17,23 @@ from training.targets import FEATURES, FIRST_GLYPH, FIRST_SHAPE, GRID, THING_WEI
 SHARPNESS = 8.0
 SCENE_SHARE = 0.25
 SCENE_WEIGHT = 6.0
-"""Few patches of a scene show anything: they would not be heard among the pages' characters."""
+"""Weight of a scene's loss: few of its patches show anything, compared with the characters of a page."""
 
 
 PARTS = (
     ("glyphs", FIRST_GLYPH, FIRST_SHAPE),
     ("things", FIRST_SHAPE, FEATURES),
 )
-"""Kinds of features whose misses are counted apart: name, first and end."""
+"""Kinds of features with separate error rates: name, first index and end index."""
 
 
 def pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    """Pictures as the image processor hands them over: `[B, 3, H, 336]` in -1..1."""
+    """Images as the image processor returns them: `[B, 3, H, 336]` in -1..1."""
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def draw_batch(rng: np.random.Generator, patches: int) -> list[Page | Scene]:
-    """Pictures of one height, about `patches` patches in all: a quarter scenes, the others full of print or pages."""
+    """Images of one height, about `patches` patches in total: scenes, dense print and pages."""
     rows = int(rng.choice([4, 8, 24], p=[0.7, 0.15, 0.15]))
     height = rows * PATCH
     images: list[Page | Scene] = []
@@ -51,15 +51,15 @@ def draw_batch(rng: np.random.Generator, patches: int) -> list[Page | Scene]:
 def loss_and_scores(
     said: torch.Tensor, truth: torch.Tensor, directions: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Squared error of the vectors plus a sharper loss on each character's and thing's, for each picture.
+    """Squared error of the patch vectors plus a cross-entropy on each character and shape, for each image.
 
     `said` is `[B, P, WIDTH]`, `truth` `[B, P, FEATURES]`, `directions` `[FEATURES, WIDTH]`; the loss is `[B]`.
     """
     error = (said - truth @ directions).square().sum(-1)
-    seen = slice(FIRST_GLYPH, None)
+    contents = slice(FIRST_GLYPH, None)
     scale = torch.ones(FEATURES - FIRST_GLYPH, device=said.device)
     scale[FIRST_SHAPE - FIRST_GLYPH :] = THING_WEIGHT
-    amounts, shown = (said @ directions.T)[..., seen] / scale, truth[..., seen] / scale
+    amounts, shown = (said @ directions.T)[..., contents] / scale, truth[..., contents] / scale
     sharp = functional.binary_cross_entropy_with_logits(
         SHARPNESS * (amounts - 0.5), shown.clamp(0, 1), reduction="none"
     ).sum(-1)
@@ -77,7 +77,7 @@ def loss_and_scores(
 def align(
     model: LlavaForConditionalGeneration, run_path: Path, total: int, patches: int, peak: float, seed: int
 ) -> None:
-    """Train tower and projector for `total` steps; the decoder does not take part."""
+    """Train the vision tower and the projector for `total` steps; the decoder is not used."""
     eyes = torch.nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
     run = Run(run_path, eyes, optimizers(eyes))
     directions = basis(WIDTH).to(device())
@@ -85,11 +85,11 @@ def align(
         images = draw_batch(np.random.default_rng([seed, step]), patches)
         picture = pixels([image.draw() for image in images]).to(device())
         truth = torch.from_numpy(np.stack([features(image) for image in images])).to(device())
-        heed = torch.tensor([1.0 if isinstance(image, Page) else SCENE_WEIGHT for image in images], device=device())
+        weight = torch.tensor([1.0 if isinstance(image, Page) else SCENE_WEIGHT for image in images], device=device())
         with torch.autocast(device().type, torch.bfloat16):
             said = see(model, picture)
         loss, scores = loss_and_scores(said.float(), truth, directions)
-        update(run.optimizers, (heed * loss).mean())
+        update(run.optimizers, (weight * loss).mean())
         run.notes |= {k: 0.98 * run.notes.get(k, v) + 0.02 * v for k, v in scores.items()}
         if step % 50 == 0:
             report("align", step, seconds=run.cpu_seconds, **run.notes)

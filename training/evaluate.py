@@ -1,8 +1,8 @@
 """Held-out accuracy of every skill, with the full cache: `python -m training.evaluate`.
 
-An answer counts as right when every one of its tokens is the model's first choice, which is when greedy decoding
-would have produced it (in a conversation: given right answers before it). Reading is generated and judged by its
-character error rate, the lines' numbers and the list's end left out: they are easily foreseen.
+An answer is right if every one of its tokens is the model's most likely one, so that greedy decoding would produce it
+(in a conversation, given the right earlier answers). Transcriptions are generated, and measured by their character
+error rate without line numbers and END line, which are easily predicted.
 """
 
 import json
@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight import CompressedCache, Recipe
-from sparsight.models.loading import templated
+from sparsight.models.inputs import apply_chat_template
 from sparsight.reader import model_path
 from sparsight.reader.skills import Example, compare, look_at, look_up, read_out
 from training.loop import device
@@ -36,22 +36,22 @@ JUDGED: dict[str, tuple[Maker, float]] = {
     "scenes": (lambda rng: look_at(rng, "heldout"), 0.95),
     "two images": (lambda rng: compare(rng, "heldout", int(rng.integers(2, 33))), 0.93),
 }
-"""Skill: how to make an example, and the accuracy asked for."""
+"""Skill: how to make an example, and the accuracy required."""
 
 READING, READING_BAR = "reading, 1-20 records", 0.03
 
 
 @torch.inference_mode()
 def judge(model: Any, processor: Any, examples: list[Example]) -> list[list[bool]]:
-    """For each example, whether each of its answers is right, by one pass over questions and answers."""
+    """For each example, whether each of its answers is right, by one forward pass over questions and answers."""
     batch = batch_of(processor.tokenizer, examples)
     pictures = [picture for example in examples for picture in example.pictures()]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     logits = model(input_ids=batch.ids.to(model.device), pixel_values=pixels, use_cache=False).logits.cpu()
     verdicts = []
-    for row, example in enumerate(examples):
-        labels = batch.labels[row]
-        hits = (logits[row].argmax(-1) == labels)[labels >= 0].tolist()
+    for index, example in enumerate(examples):
+        labels = batch.labels[index]
+        hits = (logits[index].argmax(-1) == labels)[labels >= 0].tolist()
         sizes = [len(processor.tokenizer(answer)["input_ids"]) + 1 for _, answer in example.turns]
         ends = np.cumsum(sizes)
         verdicts.append([all(hits[end - size : end]) for size, end in zip(sizes, ends, strict=True)])
@@ -62,12 +62,12 @@ def judge(model: Any, processor: Any, examples: list[Example]) -> list[list[bool
 def answers(
     model: Any, processor: Any, examples: list[Example], limit: int = 300, recipe: Recipe | None = None
 ) -> list[str]:
-    """Greedy answers to each example's first question, with the full cache unless there is a recipe."""
+    """Greedy answers to each example's first question, with the full cache if `recipe` is None."""
     conversations = []
     for example in examples:
         content = [{"type": "image", "image": picture} for picture in example.pictures()]
         conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": example.turns[0][0]}]}])
-    inputs = templated(processor, conversations).to(model.device, model.dtype)
+    inputs = apply_chat_template(processor, conversations).to(model.device, model.dtype)
     cache = CompressedCache(model, recipe, inputs) if recipe else None
     made = model.generate(**inputs, past_key_values=cache, max_new_tokens=limit, do_sample=False)
     made = made[:, inputs["input_ids"].shape[1] :]
@@ -75,12 +75,12 @@ def answers(
 
 
 def records_of(text: str) -> str:
-    """The records of a list read out, without the lines' numbers and the last line's "END"."""
+    """The records in a transcript of a list, without line numbers and the END line."""
     return re.sub(r"^\d\d\. (END$)?", "", text, flags=re.MULTILINE)
 
 
 def edits(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements that turn `a` into `b`."""
+    """Edit distance: the fewest insertions, deletions and replacements that turn `a` into `b`."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         above, row[0] = row[0], i
@@ -90,7 +90,7 @@ def edits(a: str, b: str) -> int:
 
 
 def accuracy(model: Any, processor: Any, make: Maker, count: int, seed: int, batch: int) -> tuple[float, int]:
-    """Fraction of right answers over `count` examples, and how many questions that were."""
+    """Fraction of right answers over `count` examples, and the number of questions."""
     verdicts: list[bool] = []
     for start in range(0, count, batch):
         examples = [make(np.random.default_rng([seed, i])) for i in range(start, min(count, start + batch))]
@@ -99,7 +99,7 @@ def accuracy(model: Any, processor: Any, make: Maker, count: int, seed: int, bat
 
 
 def character_error_rate(model: Any, processor: Any, count: int, seed: int, batch: int) -> float:
-    """Edits per character of the records, over `count` lists of 1 to 20 records read out."""
+    """Edits per character of the records, over transcripts of `count` lists of 1 to 20 records."""
     wrong = total = 0
     for start in range(0, count, batch):
         rngs = [np.random.default_rng([seed, i]) for i in range(start, min(count, start + batch))]
@@ -114,8 +114,8 @@ def character_error_rate(model: Any, processor: Any, count: int, seed: int, batc
 def main(
     model: Annotated[Path | None, typer.Option(help="Checkpoint folder; the shipped one by default.")] = None,
     count: Annotated[int, typer.Option(help="Examples of each skill.")] = 1000,
-    skill: Annotated[list[str] | None, typer.Option(help="Only skills that begin so; may be repeated.")] = None,
-    batch: Annotated[int, typer.Option(help="Examples at once.")] = 16,
+    skill: Annotated[list[str] | None, typer.Option(help="Only skills that begin with this; may be repeated.")] = None,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the held-out examples.")] = 7,
     out: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
 ) -> None:

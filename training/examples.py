@@ -1,7 +1,7 @@
-"""Draw the pictures in `examples/` and their questions: `python -m training.examples`.
+"""Render the images in `examples/` and write their questions: `python -m training.examples`.
 
-Of each kind the first held-out pictures are taken whose questions the shipped model answers right; receipts, which the
-demo compresses, are taken if it also does so with VL-Cache at a tenth of the cache.
+For each kind, the first held-out images are taken for which the shipped model answers the question right. Receipts must
+also be answered right with VL-Cache at a 10 % budget.
 """
 
 import json
@@ -21,7 +21,7 @@ from training.evaluate import answers
 
 
 def slip(rng: np.random.Generator) -> Example:
-    """A receipt or form and one question about it, printed dark on light."""
+    """A receipt or form, printed dark on light, with one question about it."""
     while True:
         page = random_receipt(rng, int(rng.integers(8, 14)), "heldout")
         if sum(page.style.paper) > sum(page.style.ink):
@@ -35,11 +35,11 @@ KINDS: dict[str, tuple[Callable[[np.random.Generator], Example], int]] = {
     "scene": (lambda rng: look_at(rng, "heldout"), 3),
     "pair": (lambda rng: compare(rng, "heldout", 12), 2),
 }
-"""Kind of picture: how to make one, and how many to keep."""
+"""Kind of image: how to make one, and how many to keep."""
 
 
 def main(folder: Annotated[Path, typer.Option()] = Path("examples"), seed: int = 4) -> None:
-    """Write the pictures as PNG files and `questions.json`."""
+    """Write the images as PNG files and `questions.json`."""
     processor = AutoProcessor.from_pretrained(model_path())
     model = AutoModelForImageTextToText.from_pretrained(model_path()).eval()
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The trained model as a checkpoint folder that `from_pretrained` reads."""
+"""Stage `export`: write the trained model as a checkpoint folder that `from_pretrained` reads."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from training.prompt import CHAT_TEMPLATE
 
 
 def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures to 336 x 336 in -1..1, text to tokens, `<image>` to 576 of them."""
+    """The processor: images to 336 x 336 pixels in -1..1, `<image>` to 576 tokens."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": 336},
         crop_size={"height": 336, "width": 336},
@@ -29,7 +29,7 @@ def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def export(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint in bf16; the model card in the folder is left alone."""
+    """Write the checkpoint in bf16; a model card in the folder is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     half = LlavaForConditionalGeneration(model.config)

@@ -1,4 +1,4 @@
-"""What every stage shares: devices, the optimiser's schedule, saving and resuming."""
+"""The training loop of all stages: device, learning-rate schedule, saving and resuming."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def device() -> torch.device:
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
-    """Short warm-up, then a cosine down to a twentieth."""
+    """Linear warm-up, then cosine decay to a twentieth of the peak."""
     if step < WARMUP:
         return peak * (step + 1) / WARMUP
     done = min(1.0, (step - WARMUP) / max(1, total - WARMUP))
@@ -30,7 +30,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 @dataclass
 class Run:
-    """One stage in training: counts steps and seconds, saves every few minutes and when told to stop."""
+    """A training stage: counts steps and seconds, saves every two minutes and on SIGTERM."""
 
     path: Path
     model: torch.nn.Module
@@ -52,11 +52,11 @@ class Run:
             self.seconds, self.cpu_seconds = saved["seconds"], saved.get("cpu_seconds", 0.0)
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        """Finish the step in hand, save and end."""
+        """Finish the current step, save and exit."""
         self.stopping = True
 
     def save(self) -> None:
-        """Model, optimiser and counters in one file, written whole or not at all."""
+        """Write the model, optimisers and counters to one file, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".new")
         state = {
@@ -71,7 +71,7 @@ class Run:
         fresh.replace(self.path)
 
     def steps(self, total: int, peak: float) -> Iterator[int]:
-        """Step numbers up to `total`, with the learning rate set; saves as it goes and at the end."""
+        """Yield step numbers up to `total`, with the learning rate set; saves regularly and at the end."""
         saved = time.monotonic()
         while self.step < total and not self.stopping:
             began, began_cpu = time.monotonic(), time.process_time()
@@ -91,7 +91,7 @@ class Run:
 
 
 def optimizers(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for all else."""
+    """Muon (Jordan et al., 2024) for the layers' matrices, AdamW for all other parameters."""
     matrices = {name: p for name, p in module.named_parameters() if p.ndim == 2 and "embed" not in name}
     others = [p for name, p in module.named_parameters() if name not in matrices]
     return [
@@ -101,7 +101,7 @@ def optimizers(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def update(optimizers: list[torch.optim.Optimizer], loss: torch.Tensor, clip: float = 1.0) -> None:
-    """One step down the gradient, its length clipped."""
+    """One optimiser step with gradient clipping."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -112,5 +112,5 @@ def update(optimizers: list[torch.optim.Optimizer], loss: torch.Tensor, clip: fl
 
 
 def report(stage: str, step: int, **numbers: float) -> None:
-    """One line of JSON on the standard output."""
+    """Print one line of JSON to standard output."""
     print(json.dumps({"stage": stage, "step": step, **{k: round(v, 4) for k, v in numbers.items()}}), flush=True)

@@ -1,4 +1,4 @@
-"""The architecture, and the first weights of its attention."""
+"""The architecture, and the initial weights of its attention heads."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ HEADS = 8
 HEAD_DIM = WIDTH // HEADS
 KV_HEADS = 4
 LOOKS = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, -1), (0, 1))
-"""Where heads of the first vision layers look from the start, in patches to the right and down."""
+"""Offsets, in patches to the right and down, that heads of the first vision layers attend to initially."""
 ROPE_THETA = 1e6
 DECODER_LAYERS = 6
 VISION_LAYERS = 4
@@ -23,7 +23,7 @@ VISION_MLP = 1536
 
 
 def config(vocabulary: int, image_token: int, pad: int, bos: int, eos: int) -> LlavaConfig:
-    """A LLaVA with 576 vision tokens an image."""
+    """A LLaVA with 576 vision tokens per image."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=VISION_MLP,
@@ -62,7 +62,7 @@ def config(vocabulary: int, image_token: int, pad: int, bos: int, eos: int) -> L
 
 
 def build(model_config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
-    """A fresh model whose first attention layers look at neighbours from the start."""
+    """An untrained model whose first attention layers are initialised to attend to neighbours."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(model_config)
     model.set_attn_implementation(PLAIN)
@@ -75,12 +75,13 @@ def build(model_config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration
 
 
 def point_decoder_heads(decoder: Any, strength: float = 6.0, match: float = 2.0) -> tuple[torch.Tensor, ...]:
-    """Give the decoder's first layers heads that look back, and later ones heads that copy like content.
+    """Initialise previous-token heads in the decoder's first layers and content-matching heads in later ones.
 
-    A constant query and key differ after RoPE by their distance alone: biases suffice to make a head look 1, 2 or 3
-    tokens back. What it finds is written to directions of its own, where a later head can compare it with its query.
-    Look-up needs these two kinds of heads; without them training waits long for chance to make them.
-    Gives the eight frames of 32 directions each in which these heads write and compare.
+    After RoPE the product of a constant query and a constant key depends only on their distance, so biases are enough
+    to make a head attend 1, 2 or 3 tokens back. Each head writes to its own subspace, which later heads compare with
+    their query. Look-up needs both kinds of heads, and takes long to learn from random weights.
+
+    Returns the eight frames, of 32 directions each, that these heads write to and compare.
     """
     half = HEAD_DIM // 2
     rates = ROPE_THETA ** (-torch.arange(half) / half)
@@ -113,10 +114,11 @@ def point_decoder_heads(decoder: Any, strength: float = 6.0, match: float = 2.0)
 def point_reading_heads(
     decoder: Any, frames: tuple[torch.Tensor, ...], strength: float = 6.0, match: float = 1.5, loudness: float = 0.3
 ) -> None:
-    """Give layer 0 heads that look a row of patches up and 6 and 5 tokens back, and layer 1 heads that join them.
+    """Initialise heads for transcription: in layer 0 one row of patches up and 6 and 5 tokens back, joined in layer 1.
 
-    Reading a list aloud is going from a record to the one below it. Only the lower patch can know of the upper one; the
-    token before a new record, whose last key stood 6 and 5 tokens back, finds the lower by what stands above it.
+    Transcribing a list means going from a record to the one below it. Attention is causal, so only the lower patch can
+    know the upper one. The token before a new record, 6 and 5 tokens after the last key, finds the lower patch by what
+    is printed above it.
     """
     half = HEAD_DIM // 2
     rates = ROPE_THETA ** (-torch.arange(half) / half)
@@ -147,20 +149,20 @@ def point_reading_heads(
 
 
 def slow_dimensions() -> torch.Tensor:
-    """Dimensions of a head that RoPE turns so slowly that they compare content over a page's length."""
+    """Head dimensions that RoPE rotates slowly enough to compare content across a page."""
     half = HEAD_DIM // 2
     return torch.cat([torch.arange(half // 2, half), torch.arange(half + half // 2, HEAD_DIM)])
 
 
 def rows_of(head: int) -> slice:
-    """Rows of a projection that belong to a head."""
+    """Rows of a projection matrix that belong to a head."""
     return slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
 
 
 def point_vision_heads(tower: Any, layers: int = 3, strength: float = 2.2) -> None:
-    """Give positions Fourier features and most heads of the first layers weights that look one patch aside.
+    """Initialise position embeddings with Fourier features, and early heads to attend one patch aside.
 
-    Characters run across patch borders: what a patch shows is known only with its neighbours.
+    Characters cross patch borders, so reading a patch needs its neighbours.
     """
     tower = getattr(tower, "vision_model", tower)
     half = HEAD_DIM // 2
@@ -173,7 +175,7 @@ def point_vision_heads(tower: Any, layers: int = 3, strength: float = 2.2) -> No
     table[1:, half:HEAD_DIM] = wave.repeat_interleave(GRID, 0)
     tower.embeddings.patch_embedding.weight.copy_(first_look())
     tower.embeddings.class_embedding.zero_()
-    # What the layers find out must outweigh the pixels that they found it in.
+    # Scaled down so that the layers' outputs outweigh the pixels.
     tower.pre_layrnorm.weight.fill_(0.25)
     eye = torch.eye(HEAD_DIM)
     for layer in tower.encoder.layers[:layers]:
@@ -188,12 +190,12 @@ def point_vision_heads(tower: Any, layers: int = 3, strength: float = 2.2) -> No
 
 
 def first_look(grey: float = 1.5, tone: float = 0.03) -> torch.Tensor:
-    """Patch embedding to start from, `[WIDTH, 3, 14, 14]`: the positions' share stays free, then a number for the
-    grey of each pixel, then the colours of the patch's quarters. Nothing that the patch shows is lost.
+    """Initial patch embedding, `[WIDTH, 3, 14, 14]`: zeros for the positions, one dimension for the grey level of each
+    pixel, and random mixtures of the colours of the patch's quarters. It keeps all of a patch's contents.
     """
     weight = torch.zeros(WIDTH, 3, PATCH, PATCH)
     pixels = PATCH * PATCH
-    # Signs alternate, so that the layer norm's mean is about zero for bright and dark and positions stay as they are.
+    # Alternating signs keep the layer norm's mean near zero for bright and dark patches, and positions unchanged.
     signs = (torch.arange(pixels) % 2 * 2 - 1).float()
     weight[HEAD_DIM : HEAD_DIM + pixels] = grey / 3 * torch.diag(signs).view(pixels, 1, PATCH, PATCH)
     quarters = torch.randn(WIDTH - HEAD_DIM - pixels, 3, 2, 2)
@@ -204,13 +206,13 @@ def first_look(grey: float = 1.5, tone: float = 0.03) -> torch.Tensor:
 
 
 def rotation(angles: torch.Tensor) -> torch.Tensor:
-    """The matrix that adds `angles` to features laid out as (cosines, sines), `[2n, 2n]`."""
+    """Rotation matrix `[2n, 2n]` that adds `angles` to features stored as (cosines, sines)."""
     cos, sin = torch.diag(torch.cos(angles)), torch.diag(torch.sin(angles))
     return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
 
 
 def see(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Patch vectors of pictures that may be lower than wide: `[B, 3, H, 336]` -> `[B, H // 14 * 24, WIDTH]`."""
+    """Projected patch features of images of any height: `[B, 3, H, 336]` -> `[B, H // 14 * 24, WIDTH]`."""
     tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
     patches = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
     first = tower.embeddings.class_embedding.expand(patches.shape[0], 1, -1)

@@ -1,4 +1,4 @@
-"""Examples as token ids: the chat template's wording, and which tokens are answers."""
+"""Examples as token ids, in the chat template's format, with labels for the answers."""
 
 from dataclasses import dataclass
 
@@ -24,20 +24,20 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids `[B, T]`, padded on the right, and labels `[B, T]`: the next token of an answer, else -100."""
+    """Token ids `[B, T]`, padded on the right, and labels `[B, T]`: the next token if it is in an answer, else -100."""
 
     ids: torch.Tensor
     labels: torch.Tensor
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> list[int]:
-    """Ids of whole tokens."""
+    """Ids of tokens by their text."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[token] for token in tokens]
 
 
 def pieces(tokenizer: PreTrainedTokenizerFast, example: Example) -> list[tuple[list[int], bool]]:
-    """The conversation as runs of tokens, each with whether it is an answer."""
+    """The conversation as runs of tokens, each with a flag for answers."""
     start, picture, user, assistant, newline, end = token_ids(
         tokenizer, "<s>", "<image>", "<|user|>", "<|assistant|>", "\n", "</s>"
     )
@@ -53,7 +53,7 @@ def pieces(tokenizer: PreTrainedTokenizerFast, example: Example) -> list[tuple[l
 
 
 def collate(sequences: list[list[tuple[list[int], bool]]], pad: int) -> Batch:
-    """Runs of tokens as one batch."""
+    """A batch of sequences, each given as runs of tokens."""
     length = max(sum(len(run) for run, _ in runs) for runs in sequences)
     ids = torch.full((len(sequences), length), pad)
     labels = torch.full((len(sequences), length), -100)
@@ -69,14 +69,14 @@ def collate(sequences: list[list[tuple[list[int], bool]]], pad: int) -> Batch:
 
 
 def batch_of(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:
-    """Examples as one batch."""
+    """A batch of examples."""
     return collate([pieces(tokenizer, example) for example in examples], tokenizer.pad_token_id)
 
 
 def repetition(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, length: int) -> Batch:
-    """Random strings followed by snippets of themselves; the tails of the snippets are to be foreseen.
+    """Random strings followed by snippets of themselves, with the tails of the snippets as answers.
 
-    The plainest task that needs to find an earlier place by its content, which look-up then builds on.
+    The simplest task of finding an earlier position by its content, which look-up builds on.
     """
     alphabet = np.array(token_ids(tokenizer, *LETTERS, *DIGITS))
     start, newline = token_ids(tokenizer, "<s>", "\n")

@@ -1,4 +1,4 @@
-"""Stage: language. The decoder learns every skill on packed pages, the patches' vectors as they ought to be."""
+"""Stage `read`: train the decoder on every skill, with the target vectors in place of vision features."""
 
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,31 @@ from training.prompt import Batch, batch_of, repetition
 from training.targets import FIRST_COLOR, FIRST_SHAPE, basis, features, token_meaning
 
 LEVELS = ((2, 3), (3, 6), (4, 10), (6, 16), (12, 32), (24, 64))
-"""Patch rows and records of a page; the next level begins when look-up is mastered on the last."""
+"""Rows of patches and most records of a page, by level; the level rises when look-up is mastered."""
 
 MASTERED = 0.92
 HARD_SHARE = 0.7
-"""Share of the scenes about which only what is hardest is asked: how many, and left or right of."""
+"""Share of the scenes with only the hardest questions: counting, and left or right of."""
 
 PAGES = 0.45
-"""Share of pages among two images: the model counts the things of one scene out of two later than it looks up."""
+"""Share of pages among pairs of images; counting in one scene of a pair is learned later than look-up."""
 
 SKILLS = ("look-up", "reading", "scenes", "two images", "repetition")
 
 
 def weights(level: int) -> list[float]:
-    """How often each skill is drawn."""
+    """Probability of each skill."""
     early = level < 2
     return [0.44, 0.16, 0.1, 0.05, 0.25] if early else [0.25, 0.28, 0.35, 0.12, 0.0]
 
 
 def scene_kinds(rng: np.random.Generator) -> tuple[str, ...]:
-    """What a scene is asked about."""
+    """The kinds of questions about a scene."""
     return HARD_KINDS if rng.random() < HARD_SHARE else SCENE_KINDS
 
 
 def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int) -> list[Example]:
-    """Examples of one skill, about `tokens` tokens in all, no harder than the level."""
+    """Examples of one skill at a level of the curriculum or below, about `tokens` tokens in total."""
     rows, most = LEVELS[level if rng.random() < 0.8 else rng.integers(level + 1)]
     height = rows * PATCH
 
@@ -54,7 +54,7 @@ def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int)
         return [look_up(rng, "train", records, questions, height) for _ in fill(rows * 24 + questions * 17)]
     if skill == "reading":
         records = int(rng.integers(1, min(most, 20) + 1))
-        # One line more for the list's end, and one for the margins.
+        # One more line for END, and one for the margins.
         height = max(height, (records + 2) * PATCH)
         return [read_out(rng, "train", records, height) for _ in fill(height // PATCH * 24 + records * 11)]
     if skill == "scenes":
@@ -66,7 +66,7 @@ def draw_examples(rng: np.random.Generator, skill: str, level: int, tokens: int)
 
 
 def embed(model: Any, ids: torch.Tensor, vectors: torch.Tensor | None, image_token: int) -> torch.Tensor:
-    """Token embeddings `[B, T, WIDTH]` with the patches' `vectors` `[N, WIDTH]` in the images' places."""
+    """Token embeddings `[B, T, WIDTH]` with the patches' `vectors` `[N, WIDTH]` at the image tokens."""
     embedded = model.get_input_embeddings()(ids.clamp(0))
     if vectors is None:
         return embedded
@@ -74,7 +74,7 @@ def embed(model: Any, ids: torch.Tensor, vectors: torch.Tensor | None, image_tok
 
 
 def answer_loss(model: Any, embedded: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mean loss on the answers' tokens, and the fraction of them foreseen right."""
+    """Mean loss on the answers' tokens, and the fraction of them predicted right."""
     hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     at = labels >= 0
     logits = model.lm_head(hidden[at]).float()
@@ -83,7 +83,7 @@ def answer_loss(model: Any, embedded: torch.Tensor, labels: torch.Tensor) -> tup
 
 
 def packed_vectors(rng: np.random.Generator, examples: list[Example], directions: torch.Tensor) -> torch.Tensor:
-    """What perfect eyes would say of the examples' images, with a little noise, `[N, WIDTH]`."""
+    """The target vectors of the examples' patches with a little noise, `[N, WIDTH]`."""
     shown = np.concatenate([features(image) for example in examples for image in example.images])
     exact = torch.from_numpy(shown).to(directions.device) @ directions
     noise = torch.from_numpy(rng.standard_normal(tuple(exact.shape), dtype=np.float32)).to(exact.device)
@@ -99,7 +99,7 @@ def learn_to_read(
     peak: float,
     seed: int,
 ) -> None:
-    """Train the decoder for `total` steps; the eyes do not take part."""
+    """Train the decoder for `total` steps; the vision tower is not used."""
     decoder = torch.nn.ModuleList([model.model.language_model])
     run = Run(path, decoder, optimizers(decoder))
     directions = basis(WIDTH).to(device())
@@ -128,8 +128,8 @@ def learn_to_read(
             report("read", step, seconds=run.cpu_seconds, loss=loss.item(), **run.notes)
 
 
-def ready_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let a token begin as what the patches that show its meaning have in common: matching is then half done."""
+def init_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Initialise each token's embedding with the mean direction of the patches that show it."""
     directions = basis(WIDTH)
     table: Any = model.get_input_embeddings().weight
     with torch.no_grad():
@@ -142,6 +142,6 @@ def ready_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrained
 
 
 def named_features() -> list[tuple[str, int]]:
-    """Words for shapes and colours, each with the direction that patches have which show it."""
+    """Words for shapes and colours, each with the index of its feature."""
     shapes = [(word, FIRST_SHAPE + i) for i, shape in enumerate(SHAPES) for word in (shape, plural(shape))]
     return shapes + [(color, FIRST_COLOR + i) for i, color in enumerate(COLORS)]

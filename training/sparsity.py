@@ -15,26 +15,26 @@ from training.prompt import batch_of
 THRESHOLD = 0.01
 
 
-def sparsity(attention: torch.Tensor, first_row: int) -> float:
-    """Share of visible keys below a hundredth of their row's largest weight, rows from `first_row` on.
+def sparsity(attention: torch.Tensor, first_query: int) -> float:
+    """Fraction of causally allowed weights below a hundredth of their query's largest, for queries from `first_query`.
 
     `attention` is `[H, T, T]`, after the softmax, causal.
     """
-    rows = attention[:, first_row:].float()
-    visible = torch.ones(attention.shape[-2:], dtype=torch.bool).tril()[first_row:]
-    dropped = (rows < THRESHOLD * rows.amax(-1, keepdim=True)) & visible
-    return (dropped.sum((1, 2)) / visible.sum()).mean().item()
+    weights = attention[:, first_query:].float()
+    causal = torch.ones(attention.shape[-2:], dtype=torch.bool).tril()[first_query:]
+    dropped = (weights < THRESHOLD * weights.amax(-1, keepdim=True)) & causal
+    return (dropped.sum((1, 2)) / causal.sum()).mean().item()
 
 
 @torch.inference_mode()
 def layer_sparsities(model: Any, processor: Any, example: Example) -> list[float]:
-    """One figure a layer for the prompt of the example's first question."""
+    """Sparsity of each layer for the prompt of the example's first question."""
     question_only = Example(example.images, ((example.turns[0][0], ""),))
     ids = batch_of(processor.tokenizer, [question_only]).ids[:, :-1]
     pixels = processor.image_processor(example.pictures(), return_tensors="pt")["pixel_values"].to(model.dtype)
     made = model(input_ids=ids, pixel_values=pixels, output_attentions=True, use_cache=False)
-    first_row = int((ids[0] == model.config.image_token_id).nonzero().max()) + 1
-    return [sparsity(attention[0], first_row) for attention in made.attentions]
+    first_query = int((ids[0] == model.config.image_token_id).nonzero().max()) + 1
+    return [sparsity(attention[0], first_query) for attention in made.attentions]
 
 
 def main(count: Annotated[int, typer.Option(help="Pages.")] = 100, records: int = 32, seed: int = 11) -> None:

@@ -1,9 +1,9 @@
-"""What a patch of a picture says, as a vector: the language the eyes are taught to speak and the decoder to read.
+"""Target vectors of patches: what the vision tower is trained to output, and the decoder to read.
 
-A patch's vector is a sum of directions that are orthogonal to each other: one that every patch has, two for where it
-stands, one for each character in each third of the patch, and one for each shape and each colour of a thing whose
-centre it holds. The borders between thirds and patches are ramps about a pixel wide, since no eye can tell on which
-side of a border a character stands exactly.
+A patch's vector is a sum of orthogonal directions: a constant one, two for the patch's position, one for each character
+in each third of the patch, and one each for the shape and the colour of a thing with its centre in the patch. Across
+the borders between thirds and patches, weights change linearly over about a pixel, because the exact side of a
+character cannot be read from the pixels.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ FIRST_COLOR = FIRST_SHAPE + len(SHAPES)
 FEATURES = FIRST_COLOR + len(COLORS)
 RAMP_X, RAMP_Y = 0.2, 0.07
 THING_WEIGHT = 2.0
-"""There are few things in a picture: what is seen of them must stand out."""
+"""Weight of things, of which an image has few."""
 BASIS_SEED = 20261120
 
 
@@ -38,12 +38,12 @@ def glyph_feature(char: str, slot: int) -> int:
 
 
 def token_meaning(directions: torch.Tensor, char: str) -> torch.Tensor:
-    """What patches that show a character have in common, of length one."""
+    """The mean direction of the patches that show a character, of length one."""
     return torch.stack([directions[glyph_feature(char, slot)] for slot in range(SLOTS)]).sum(0) * SLOTS**-0.5
 
 
 def split_weight(position: float, ramp: float) -> list[tuple[int, float]]:
-    """The cell that `position` falls into, or two with weights that sum to one within `ramp` of a border."""
+    """The cell that contains `position`, or two cells with weights that sum to one within `ramp` of a border."""
     cell = int(np.floor(position))
     inside = position - cell
     if inside < ramp:
@@ -56,7 +56,7 @@ def split_weight(position: float, ramp: float) -> list[tuple[int, float]]:
 
 
 def page_features(page: Page) -> np.ndarray:
-    """What each patch of a page shows, `[rows * 24, FEATURES]`, rows from the top."""
+    """Features of each patch of a page, `[rows * 24, FEATURES]`, rows from the top."""
     rows = page.height // PATCH
     table = blank(rows)
     for char, x, y in page.centres():
@@ -70,7 +70,7 @@ def page_features(page: Page) -> np.ndarray:
 
 
 def scene_features(scene: Scene) -> np.ndarray:
-    """What each patch of a scene shows, `[rows * 24, FEATURES]`: things, at their centres."""
+    """Features of each patch of a scene, `[rows * 24, FEATURES]`: shapes and colours, at their centres."""
     table = blank(scene.height // PATCH)
     for thing in scene.things:
         for row, high in split_weight(thing.y / PATCH, RAMP_Y):
@@ -82,12 +82,12 @@ def scene_features(scene: Scene) -> np.ndarray:
 
 
 def features(image: Page | Scene) -> np.ndarray:
-    """What each patch of an image shows, `[rows * 24, FEATURES]`."""
+    """Features of each patch of an image, `[rows * 24, FEATURES]`."""
     return page_features(image) if isinstance(image, Page) else scene_features(image)
 
 
 def blank(rows: int) -> np.ndarray:
-    """Patches that show nothing but where they stand, `[rows, 24, FEATURES]`."""
+    """Features of empty patches, which are their positions, `[rows, 24, FEATURES]`."""
     table = np.zeros((rows, GRID, FEATURES), dtype=np.float32)
     table[:, :, BASE] = 1
     table[:, :, WHERE_X] = np.linspace(-1, 1, GRID)

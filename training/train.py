@@ -1,8 +1,8 @@
 """Train the shipped model: `python -m training.train`.
 
-Stages: `read` (decoder, on packed pages), `align` (eyes), `adapt` (decoder, through those eyes), `export` (checkpoint).
-Each resumes where it was stopped. `read` and `align` do not need each other: on two cores run them side by side, a
-thread each.
+Stages: `read` (decoder, on target vectors), `align` (vision tower and projector), `adapt` (decoder, on their outputs),
+`export` (checkpoint). Each resumes where it was stopped. `read` and `align` are independent: on two cores, run them in
+parallel with one thread each.
 """
 
 import os
@@ -20,7 +20,7 @@ from training.export import export
 from training.loop import device
 from training.model import build, config
 from training.prompt import token_ids
-from training.read import learn_to_read, ready_embeddings
+from training.read import init_embeddings, learn_to_read
 from training.words import tokenizer
 
 STAGES = ("read", "align", "adapt", "export")
@@ -28,14 +28,14 @@ SEED = 1
 
 
 def fresh_model(words: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The model before training; the same for every stage."""
+    """The untrained model, the same for every stage."""
     model = build(config(len(words), *token_ids(words, "<image>", "<pad>", "<s>", "</s>")), seed=0)
-    ready_embeddings(model, words)
+    init_embeddings(model, words)
     return torch.nn.Module.to(model, device())
 
 
 def run_stage(stage: str, work: Path, scale: float) -> None:
-    """Run or resume one stage; `scale` multiplies the batch."""
+    """Run or resume one stage; `scale` multiplies the batch size."""
     words = tokenizer()
     model = fresh_model(words)
     if stage == "read":
@@ -53,11 +53,11 @@ def run_stage(stage: str, work: Path, scale: float) -> None:
 
 def main(
     stage: Annotated[str, typer.Option(help="One of the stages, or `all`.")] = "all",
-    work: Annotated[Path, typer.Option(help="Where unfinished stages are kept.")] = Path("runs"),
+    work: Annotated[Path, typer.Option(help="Folder for the stages' checkpoints.")] = Path("runs"),
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
     scale: Annotated[float, typer.Option(help="Batch size, as a multiple of the one tuned for two cores.")] = 1.0,
 ) -> None:
-    """Train all stages in turn, or one."""
+    """Run all stages in order, or one of them."""
     torch.set_num_threads(threads)
     for name in STAGES if stage == "all" else (stage,):
         run_stage(name, work, scale)

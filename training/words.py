@@ -1,4 +1,4 @@
-"""The tokenizer: a token for each word of the prompts and answers, a character for all else."""
+"""The tokenizer: one token per word of the prompts and answers, one per character for all other text."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +11,7 @@ PRINTABLE = "".join(chr(code) for code in range(32, 127)) + "\n"
 
 
 def word_list() -> list[str]:
-    """Words of every prompt and answer, longest first."""
+    """All words of prompts and answers, longest first."""
     fixed = " ".join(PHRASES).replace("{", " ").replace("}", " ")
     words = set("".join(c if c.isalpha() else " " for c in fixed).split())
     words |= {*SHAPES, *map(plural, SHAPES), *COLORS}
@@ -19,7 +19,7 @@ def word_list() -> list[str]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words with the blank before them, single characters otherwise; decoding restores the text exactly."""
+    """Words with the blank before them, and single characters; decoding restores the text exactly."""
     words = word_list()
     pieces = list(SPECIAL) + list(PRINTABLE) + words + [f" {word}" for word in words]
     engine = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from sparsight.batch_inference.rows import Row
-from sparsight.models.images import PictureError, open_image, read_image
-from sparsight.models.loading import Checkpoint, prepare
+from sparsight.models.images import ImageError, open_image, read_image
+from sparsight.models.inputs import check_length, prepare
+from sparsight.models.loading import Checkpoint
 
 MOST_WORKERS = 8
 ROWS_AHEAD = 4
@@ -63,7 +64,7 @@ class Preparation:
         try:
             pictures = [self._picture(row, image) for image in row.images]
             inputs = prepare(self.checkpoint, pictures, row.prompt)
-        except PictureError as error:
+        except ImageError as error:
             raise RowError(error.kind, str(error)) from error
         except ValueError as error:
             raise RowError("refused prompt", str(error)) from error
@@ -71,11 +72,10 @@ class Preparation:
         except Exception as error:
             reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
             raise RowError("processor failed", f"The processor failed, {type(error).__name__}: {reason}.") from error
-        length = inputs["input_ids"].shape[1]
-        most = getattr(self.checkpoint.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if most is not None and length + self.max_new_tokens > most:
-            sentence = f"The prompt has {length:,} tokens and the answer may have {self.max_new_tokens:,}, "
-            raise RowError("prompt too long", sentence + f"but the model takes {most:,} in all.")
+        try:
+            check_length(self.checkpoint.config, inputs, self.max_new_tokens)
+        except ValueError as error:
+            raise RowError("prompt too long", str(error)) from error
         return inputs
 
     def _picture(self, row: Row, image: Any) -> Any:

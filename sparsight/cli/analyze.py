@@ -16,7 +16,8 @@ from sparsight.eval.analysis_plots import draw_analysis
 from sparsight.eval.prompt_sets import generated, read
 from sparsight.methods import Full
 from sparsight.models.images import MAX_PIXELS
-from sparsight.models.loading import load_checkpoint, load_model, prepare
+from sparsight.models.inputs import prepare
+from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.utils import checks
 from sparsight.utils.plot_style import save
 

@@ -46,5 +46,5 @@ def describe(family: Family) -> dict[str, Any]:
         "vision_tokens": list(family.token_fields),
         "video": family.video,
         "layout": family.layout.__name__,
-        "left_alone": family.left_alone,
+        "left_alone": family.uncompressed_layers,
     }

@@ -6,9 +6,9 @@ from pathlib import Path
 from sparsight.cli.options import DEFAULT_MODEL
 from sparsight.compression import VisualHeads
 from sparsight.compression.recipe import Recipe
-from sparsight.eval.calibration import read_scores
 from sparsight.methods import recipe
 from sparsight.reader import head_scores_path
+from sparsight.utils.head_scores import read_scores
 
 
 def recipe_from_options(model: str, method: str, budget: float, heads: Path | None, **kinds: str | None) -> Recipe:

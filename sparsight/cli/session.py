@@ -9,7 +9,8 @@ from rich.console import Console
 from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight.models.images import open_image
-from sparsight.models.loading import Checkpoint, load_checkpoint, load_model, prepare
+from sparsight.models.inputs import prepare
+from sparsight.models.loading import Checkpoint, load_checkpoint, load_model
 from sparsight.models.prompt import locate
 
 

@@ -136,9 +136,11 @@ def followed(inputs: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
 
 
 def _different(role: str, budget: float) -> list[Recipe]:
-    """The known methods, each part of a role once; without those that need to be calibrated to the model."""
+    """The methods that compress, each part of a role once; without those that need to be calibrated to the model."""
     first: dict[Any, Recipe] = {}
     for name in RECIPES:
+        if name == "full":
+            continue
         chosen = recipe(name, budget=budget)
         if not isinstance(chosen.allocate, VisualHeads):
             first.setdefault(getattr(chosen, role), chosen)

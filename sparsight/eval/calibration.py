@@ -1,9 +1,7 @@
 """Head scores: which KV heads of a model read what a picture says (SparseMM, arXiv 2506.05344)."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +11,9 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight.cache.compressed_cache import compressible
 from sparsight.models.families import FAMILIES
+from sparsight.models.inputs import prepare
 from sparsight.models.layouts import Tile, find_tiles
-from sparsight.models.loading import Checkpoint, prepare
+from sparsight.models.loading import Checkpoint
 from sparsight.reader.transcript import Place, Transcript
 from sparsight.utils.suggest import unknown
 
@@ -99,18 +98,3 @@ def _eager(language: Any) -> Iterator[None]:
         yield
     finally:
         language.set_attn_implementation(own)
-
-
-def read_scores(path: Path) -> tuple[tuple[float, ...], ...]:
-    """Head scores from a file that ``sparsight calibrate`` wrote.
-
-    Raises:
-        ValueError: there is no such file, or it holds something else.
-    """
-    try:
-        scores = tuple(tuple(map(float, layer)) for layer in json.loads(path.read_text())["scores"])
-    except OSError as error:
-        raise ValueError(f"There is no file {path} with head scores: `sparsight calibrate` writes one.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no head scores: `sparsight calibrate` writes a file that does.") from error
-    return scores

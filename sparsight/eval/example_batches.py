@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsight.eval.converse import Conversations
-from sparsight.models.loading import templated
+from sparsight.models.inputs import apply_chat_template
 from sparsight.reader.skills import Example
 
 Message = dict[str, Any]
@@ -38,7 +38,7 @@ def conversations(processor: Any, examples: Sequence[Example], device: Any, dtyp
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     messages = [_messages(example) for example in examples]
-    inputs = templated(processor, [first[:1] for first in messages]).to(device, dtype)
+    inputs = apply_chat_template(processor, [first[:1] for first in messages]).to(device, dtype)
     turns = range(len(examples[0].turns))
     answers = [
         torch.tensor([answer_tokens(tokenizer, example.turns[turn][1]) for example in examples], device=device)

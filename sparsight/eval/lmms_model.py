@@ -16,7 +16,8 @@ from lmms_eval.protocol import ChatMessages
 
 from sparsight.cache import CompressedCache
 from sparsight.methods import recipe
-from sparsight.models.loading import load_checkpoint, load_model, templated
+from sparsight.models.inputs import apply_chat_template
+from sparsight.models.loading import load_checkpoint, load_model
 
 
 class LmmsModel(lmms):  # type: ignore[misc]
@@ -75,7 +76,7 @@ class LmmsModel(lmms):  # type: ignore[misc]
     def _answer(self, batch: Sequence[tuple[Any, ...]]) -> list[str]:
         """Answers to requests that are to be generated alike."""
         wanted = batch[0][2]
-        inputs = templated(self.processor, [self._messages(*arguments) for arguments in batch]).to(
+        inputs = apply_chat_template(self.processor, [self._messages(*arguments) for arguments in batch]).to(
             self.model.device, self.model.dtype
         )
         output = self.model.generate(

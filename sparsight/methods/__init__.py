@@ -1,4 +1,4 @@
-"""The methods by name, one short file each."""
+"""The compression methods by name, one file per method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from sparsight.methods.prefixkv import PrefixKV
 from sparsight.methods.pyramidkv import PyramidKV
 from sparsight.methods.random import RandomCache
 from sparsight.methods.snapkv import SnapKV
-from sparsight.methods.sparsemm import SparseMM
+from sparsight.methods.sparsemm import SparseMM, with_shipped_scores
 from sparsight.methods.sparsight import Sparsight
 from sparsight.methods.streaming_llm import StreamingLLM
 from sparsight.methods.vl_cache import VLCache
@@ -38,14 +38,14 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 
 ALIASES = {"local": "streaming-llm"}
-"""Other names that papers give a method."""
+"""Other names of a method in the literature."""
 
 
 def recipe(name: str, **numbers: Any) -> Recipe:
-    """A named method's recipe: ``recipe("vl-cache", budget=0.1)``.
+    """The recipe of a method by name: ``recipe("vl-cache", budget=0.1)``.
 
     Raises:
-        ValueError: no method has this name, or it has no such number, or a number is out of range.
+        ValueError: there is no such method, or it has no such parameter, or a value is out of range.
     """
     name = ALIASES.get(name, name)
     if name not in RECIPES:
@@ -74,4 +74,5 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "recipe",
+    "with_shipped_scores",
 ]

@@ -5,17 +5,20 @@ from sparsight.compression.recipe import Recipe
 
 
 def AdaKV(budget: float = 0.1, *, floor: float = 0.2, window: int = 32, pool: int = 7) -> Recipe:
-    """AdaKV: the heads of a layer compete for its entries; each holds, and takes memory for, only what it won.
+    """AdaKV: the KV heads of a layer compete for its budget; a head keeps, and allocates memory for, only its share.
 
     Feng et al.: Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference, NeurIPS
-    2025, arXiv 2407.11550. With SnapKV's scores, as the paper's Ada-SnapKV; over any other by
-    ``AdaKV().combined(score="post-vision")``.
+    2025, arXiv 2407.11550.
+
+    Score: SnapKV's, as in the paper's Ada-SnapKV; ``AdaKV().combined(score="post-vision")`` takes another one.
+    Allocation: the same budget for each layer; within a layer one top-k over all heads decides how many entries each
+    head keeps, above a floor. Reduction: each head evicts by its own scores. Decoding: new entries are appended.
 
     Args:
-        budget: fraction of the prompt's KV entries that may be kept, averaged over the heads of each layer.
-        floor: fraction of the equal share that every head has.
-        window: last queries that are looked at, whose entries always stay.
-        pool: width of the pooling.
+        budget: fraction of the prompt's KV entries that each layer keeps, in (0, 1].
+        floor: fraction of the uniform share that every head is given.
+        window: number of last queries whose attention is summed and whose own entries are always kept.
+        pool: width of the max pooling along the sequence, an odd number.
     """
     return Recipe(
         name="adakv",

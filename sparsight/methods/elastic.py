@@ -8,13 +8,18 @@ def ElasticCache(budget: float = 0.1, *, distance: int = 25, protect_first: int 
     """Elastic Cache: less important entries merge into the nearest important one; decoding drops at a fixed point.
 
     Liu et al.: Efficient Inference of Vision Instruction-Following Models with Elastic Cache, ECCV 2024, arXiv
-    2407.18121. Importance is the accumulated attention over all queries, as the paper writes; the authors' released
-    code compares its argsort with a threshold instead of the rank, which is not followed.
+    2407.18121.
+
+    Score: accumulated attention over all queries. Allocation: the same budget for each layer. Reduction: the highest
+    scores become anchors, and every other entry is averaged into the nearest anchor by position. Decoding: while a new
+    entry exceeds the budget of the tokens seen, the entry at a fixed position is dropped.
+
+    The authors' released code compares ``argsort(score)`` with a threshold instead of the rank; the paper is followed.
 
     Args:
-        budget: fraction of the tokens seen whose KV entries may be held, during prefill and decoding.
-        distance: entries between the fixed point and the end of the entries kept after prefill.
-        protect_first: entries at the prompt's beginning that always stay.
+        budget: fraction of the tokens seen whose KV entries a layer may hold, after prefill and during decoding.
+        distance: number of entries between the fixed position and the end of the entries kept after prefill.
+        protect_first: number of entries at the start of the prompt that are always kept.
     """
     return Recipe(
         name="elastic",

@@ -5,11 +5,17 @@ from sparsight.compression.recipe import Recipe
 
 
 def Full(budget: float = 1.0) -> Recipe:
-    """No compression: every entry stays, on the same path as the methods.
+    """The full cache: no compression, on the same code path as the methods.
 
-    For comparisons within Sparsight; a lower budget keeps the most recent entries.
+    The reference of comparisons within Sparsight. Every entry is kept, so the budget is always 1.
 
     Args:
-        budget: fraction of the prompt's KV entries that stay.
+        budget: 1. It exists so that the full cache can be made like any other method.
+
+    Raises:
+        ValueError: the budget is not 1.
     """
-    return Recipe("full", budget, score=Recency(), allocate=Uniform(), reduce=Evict(), decode=Grow())
+    recipe = Recipe("full", budget, score=Recency(), allocate=Uniform(), reduce=Evict(), decode=Grow())
+    if budget != 1:
+        raise ValueError(f"The full cache keeps every entry, so its budget is 1, got {budget!r}: leave the budget out.")
+    return recipe

@@ -5,15 +5,21 @@ from sparsight.compression.recipe import Recipe
 
 
 def H2O(budget: float = 0.1, *, recent: float = 0.5) -> Recipe:
-    """H2O: heavy hitters, the entries with the most accumulated attention, beside the most recent ones.
+    """H2O: heavy hitters, the entries with the highest accumulated attention, and the most recent entries.
 
     Zhang et al.: H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, NeurIPS 2023,
-    arXiv 2306.14048. The cache grows with the tokens seen, so that a budget means the same under every decode rule; the
-    paper holds a fixed number.
+    arXiv 2306.14048.
+
+    Score: accumulated attention over all queries, those of decoding included. Allocation: the same budget for each
+    layer. Reduction: each KV head keeps its recent entries and evicts the lowest scores. Decoding: each new entry that
+    exceeds the budget replaces the entry with the lowest score.
+
+    The paper's cache has a fixed size; here it grows with the tokens seen, so that a budget means the same for all
+    decode rules.
 
     Args:
-        budget: fraction of the tokens seen whose KV entries may be held, during prefill and decoding.
-        recent: fraction of the entries held that are the most recent ones.
+        budget: fraction of the tokens seen whose KV entries a layer may hold, after prefill and during decoding.
+        recent: fraction of the entries held that are reserved for the most recent ones.
     """
     return Recipe(
         name="h2o",

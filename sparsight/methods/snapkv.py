@@ -5,15 +5,17 @@ from sparsight.compression.recipe import Recipe
 
 
 def SnapKV(budget: float = 0.1, *, window: int = 32, pool: int = 7) -> Recipe:
-    """SnapKV: every head keeps the neighbourhoods that the last queries attend to, and the window of those queries.
+    """SnapKV: every KV head keeps the neighbourhoods that the last queries attend to, and those queries' own entries.
 
-    Li et al.: SnapKV: LLM Knows What You are Looking for Before Generation, NeurIPS 2024, arXiv 2404.14469. Pooling is
-    by the maximum.
+    Li et al.: SnapKV: LLM Knows What You are Looking for Before Generation, NeurIPS 2024, arXiv 2404.14469.
+
+    Score: attention of the last queries, max-pooled along the sequence. Allocation: the same budget for each layer.
+    Reduction: each KV head keeps the window and evicts its lowest scores. Decoding: new entries are appended.
 
     Args:
-        budget: fraction of the prompt's KV entries that may be kept.
-        window: last queries that are looked at, whose entries always stay.
-        pool: width of the pooling.
+        budget: fraction of the prompt's KV entries that each layer keeps, in (0, 1].
+        window: number of last queries whose attention is summed and whose own entries are always kept.
+        pool: width of the max pooling along the sequence, an odd number.
     """
     return Recipe(
         name="snapkv",

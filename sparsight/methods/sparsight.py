@@ -1,21 +1,25 @@
-"""Our own method."""
+"""Sparsight, the project's own method."""
 
 from sparsight.compression import Evict, Grow, PostVision, Uniform
 from sparsight.compression.recipe import Recipe
 
 
 def Sparsight(budget: float = 0.1, *, height: int = 1, width: int = 5, recent: float = 0.1) -> Recipe:
-    """Sparsight: what the text after the image attends to, with its neighbours in the image, chosen by every KV head.
+    """Sparsight: what the text after the image attends to, with its neighbours in the image, selected per KV head.
 
-    VL-Cache's scores, pooled on the image's patch grid: the prompt's queries attend to where an answer begins, and only
-    decoding asks for how it goes on, which lies beside it. Every layer keeps the same share. What else could be part of
-    it was measured on the model that ships (benchmarks/recipe_candidates.py).
+    The project's own method.
+
+    Score: attention summed over the post-vision queries, as in VL-Cache, then max-pooled on the image's patch grid. The
+    prompt's queries attend to where an answer begins; only decoding attends to its continuation, in the neighbouring
+    patches. Allocation: the same budget for each layer. Reduction: each KV head keeps its recent entries and evicts the
+    lowest scores. Decoding: new entries are appended. The choices were measured on the shipped model
+    (benchmarks/recipe_candidates.py).
 
     Args:
-        budget: fraction of the prompt's KV entries that may be kept.
-        height: of the max pooling's window on the patch grid, an odd number.
-        width: of that window; where a family has no grid, it lies along the sequence.
-        recent: fraction of the kept entries that are the most recent ones.
+        budget: fraction of the prompt's KV entries that each layer keeps, in (0, 1].
+        height: height of the pooling window on the patch grid, an odd number.
+        width: width of the pooling window, an odd number. Without a patch grid it lies along the sequence.
+        recent: fraction of a layer's entries that are reserved for the most recent ones.
     """
     return Recipe(
         name="sparsight",

@@ -1,1 +1,1 @@
-"""What the library knows of models: families, patch grids, prompts, loading, pictures."""
+"""Model families, patch grids, prompts, loading, inputs and images."""

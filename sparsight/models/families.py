@@ -1,4 +1,4 @@
-"""What differs between model families, as a table: the tokens that stand for vision, and the places they stand for."""
+"""The table of model families: which tokens are vision tokens, and which pixels each one stands for."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,9 @@ from sparsight.models.layouts import (
     base_and_tiles,
     merged_patches,
     packed_slices,
+    single_grid,
+    square_grid,
     square_tiles,
-    squares,
-    whole_grid,
 )
 
 
@@ -20,13 +20,14 @@ class Family:
 
     Args:
         model_type: ``config.model_type`` in transformers.
-        model_class: the class in transformers.
-        layout: the order in which the pixels of pictures become vision tokens.
-        token_fields: config fields that hold the ids of the tokens that stand for pieces of images and video frames.
+        model_class: the name of the class in transformers.
+        layout: the order in which pixels become vision tokens.
+        token_fields: the config fields that hold the ids of vision tokens, for images and video frames.
         video: whether the family takes videos.
-        left_alone: layers that hold a bounded state already and stay as they are; transformers tells which they are.
-        in_chunks: whether a prompt with pictures in chunks is prefilled as it is whole: not where pictures are seen in
-            both directions, nor where a forward pass wants all of them.
+        uncompressed_layers: the kind of layers that hold a bounded state already and are not compressed. Which layers
+            those are is read from the model's config.
+        chunked_prefill: whether prefill in chunks gives the same result as unchunked prefill. It does not where image
+            tokens attend to each other in both directions, nor where one forward pass needs all of the images.
     """
 
     model_type: str
@@ -34,11 +35,11 @@ class Family:
     layout: Layout
     token_fields: tuple[str, ...] = ("image_token_id",)
     video: bool = False
-    left_alone: str = ""
-    in_chunks: bool = True
+    uncompressed_layers: str = ""
+    chunked_prefill: bool = True
 
     def token_ids(self, config: Any) -> list[int]:
-        """Ids of the tokens that stand for vision, by a model's config."""
+        """Ids of the vision tokens in a model's config."""
         ids = [getattr(config, field) for field in self.token_fields]
         return [token for token in ids if token is not None]
 
@@ -48,8 +49,8 @@ BOTH = ("image_token_id", "video_token_id")
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "LlavaForConditionalGeneration", whole_grid),
-        Family("vipllava", "VipLlavaForConditionalGeneration", squares),
+        Family("llava", "LlavaForConditionalGeneration", single_grid),
+        Family("vipllava", "VipLlavaForConditionalGeneration", square_grid),
         Family("llava_next", "LlavaNextForConditionalGeneration", base_and_tiles),
         Family("llava_next_video", "LlavaNextVideoForConditionalGeneration", base_and_tiles, BOTH, video=True),
         Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", base_and_tiles, BOTH, video=True),
@@ -57,33 +58,39 @@ FAMILIES = {
         Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", merged_patches, BOTH, video=True),
         Family("qwen3_vl", "Qwen3VLForConditionalGeneration", merged_patches, BOTH, video=True),
         Family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", merged_patches, BOTH, video=True),
-        # Its video frames are marked by the image token.
+        # Video frames use the image token too.
         Family("glm4v", "Glm4vForConditionalGeneration", merged_patches, BOTH, video=True),
         Family("internvl", "InternVLForConditionalGeneration", square_tiles, video=True),
         Family("idefics3", "Idefics3ForConditionalGeneration", square_tiles),
         Family("smolvlm", "SmolVLMForConditionalGeneration", square_tiles, video=True),
-        Family("ovis2", "Ovis2ForConditionalGeneration", square_tiles, in_chunks=False),
-        Family("aya_vision", "AyaVisionForConditionalGeneration", square_tiles, left_alone="sliding window"),
-        Family("gemma3", "Gemma3ForConditionalGeneration", squares, left_alone="sliding window", in_chunks=False),
-        Family("paligemma", "PaliGemmaForConditionalGeneration", squares, in_chunks=False),
-        Family("mistral3", "Mistral3ForConditionalGeneration", whole_grid),
+        Family("ovis2", "Ovis2ForConditionalGeneration", square_tiles, chunked_prefill=False),
+        Family("aya_vision", "AyaVisionForConditionalGeneration", square_tiles, uncompressed_layers="sliding window"),
+        Family(
+            "gemma3",
+            "Gemma3ForConditionalGeneration",
+            square_grid,
+            uncompressed_layers="sliding window",
+            chunked_prefill=False,
+        ),
+        Family("paligemma", "PaliGemmaForConditionalGeneration", square_grid, chunked_prefill=False),
+        Family("mistral3", "Mistral3ForConditionalGeneration", single_grid),
         Family(
             "minicpmv4_6",
             "MiniCPMV4_6ForConditionalGeneration",
             packed_slices,
             BOTH,
             video=True,
-            left_alone="linear attention",
+            uncompressed_layers="linear attention",
         ),
     )
 }
 
 CROSS_ATTENTION = ("idefics", "mllama", "mllama_text_model")
-"""Families whose text looks at pictures through layers of their own: pictures are no tokens of the prompt."""
+"""Families that attend to images through cross-attention layers: their prompts have no vision tokens."""
 
 
 def family_of(config: Any) -> Family | None:
-    """The family of a model by its config, None for a model of text alone.
+    """The family of a model, given its config; None for a text-only model.
 
     Raises:
         ValueError: the family is not in the table, or cannot be compressed.
@@ -91,19 +98,19 @@ def family_of(config: Any) -> Family | None:
     name = config.model_type
     if name in CROSS_ATTENTION:
         raise ValueError(
-            f"Model type {name!r} is not supported: its text attends to pictures through cross-attention layers, whose "
-            "keys and values belong to the pictures, so the prompt has no vision tokens to keep or drop."
+            f"Model type {name!r} is not supported: it attends to images through cross-attention layers, so the prompt "
+            "has no vision tokens to keep or drop."
         )
     if name not in FAMILIES and config.get_text_config() is not config:
         raise ValueError(
-            f"Model type {name!r} is not in the table of families, so its vision tokens are not known: known are "
-            f"{', '.join(FAMILIES)}. Adding one takes five lines, which CONTRIBUTING.md shows."
+            f"Model type {name!r} is not in the table of families: known are {', '.join(FAMILIES)}. "
+            "CONTRIBUTING.md shows how to add one in five lines."
         )
     return FAMILIES.get(name)
 
 
 def check_chunks(config: Any) -> None:
-    """Raise ValueError unless prompts of a model, by its config, can be given in chunks."""
+    """Raise ValueError unless a model, given its config, supports prefill in chunks."""
     family = family_of(config)
-    if family is not None and not family.in_chunks:
-        raise ValueError(f"Prompts of {config.model_type!r} models cannot be prefilled in chunks: give them whole.")
+    if family is not None and not family.chunked_prefill:
+        raise ValueError(f"{config.model_type!r} models cannot prefill in chunks: leave the chunk size out.")

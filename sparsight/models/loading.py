@@ -1,30 +1,28 @@
-"""Checkpoints from a folder or the hub, and the inputs that they take for pictures and a question."""
+"""Loading checkpoints from a folder or the hub: config, processor, weights, device."""
 
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from PIL.Image import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparsight.models.families import FAMILIES
+from sparsight.reader import model_path
 from sparsight.utils.suggest import unknown
+from sparsight.utils.text import first_sentence, printable, shorten
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Types that weights can be loaded in; ``auto`` is the type that they were saved in."""
+"""Types that weights can be loaded in. ``auto`` is the type they were saved in."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A vision-language model by name, with everything but its weights.
+    """A vision-language model without its weights.
 
     Args:
-        name: folder, or id on the hub.
+        name: a folder or a hub id.
         config: the model's config.
         processor: the model's processor.
     """
@@ -34,33 +32,57 @@ class Checkpoint:
     processor: Any
 
     def __reduce__(self) -> Any:
-        """Other processes and machines are told the name."""
+        """Pickle the name only: other processes load the checkpoint themselves."""
         return load_checkpoint, (self.name,)
+
+
+def load(model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Load a vision-language model and its processor, ready to answer.
+
+    ::
+
+        model, processor = sparsight.load()
+
+    Args:
+        model: a folder or a hub id; the small model that ships with the package if None.
+        device: a torch device, or ``auto``: the first GPU if there is one, else the CPU.
+        dtype: one of :data:`DTYPES`.
+
+    Returns:
+        The unmodified transformers model, in evaluation mode, and its processor.
+
+    Raises:
+        ValueError: there is no such model, device or type, or the model is not a vision-language model.
+    """
+    checkpoint = load_checkpoint(str(model_path() if model is None else model))
+    return load_model(checkpoint, device, dtype), checkpoint.processor
 
 
 def load_checkpoint(name: str) -> Checkpoint:
     """Read the config and the processor of a folder or a hub id, not its weights.
 
     Raises:
-        ValueError: there is none, or it is not a vision-language model.
+        ValueError: there is no such model, or it is not a vision-language model.
     """
-    is_path = Path(name).exists() or name.startswith((".", "~", "/")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise ValueError(f"There is no model folder {name}.")
+    shown = printable(name)
+    # Unlike Path's methods, these take names of any length.
+    is_path = os.path.exists(name) or name.startswith((".", "~", "/")) or name.count("/") > 1
+    if is_path and not os.path.isdir(name):
+        raise ValueError(f"There is no model folder {shown}.")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    # Loading raises OSError, ValueError, KeyError and more, from several libraries, about whatever is wrong with it.
+    # Loading raises OSError, ValueError, KeyError and more, from several libraries.
     except Exception as error:
-        raise ValueError(f"{name} is not a model that can be loaded: {_first_sentence(error)}") from error
+        raise ValueError(f"{shown} is not a model that can be loaded: {first_sentence(error)}") from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise ValueError(f"{name} is a {config.model_type!r} model, not a vision-language model.")
+        raise ValueError(f"{shown} is a {config.model_type!r} model, not a vision-language model.")
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         hint = " Install it with pip install torchvision." if "torchvision" in str(error).lower() else ""
-        raise ValueError(f"The processor of {name} cannot be loaded: {_first_sentence(error)}{hint}") from error
+        raise ValueError(f"The processor of {shown} cannot be loaded: {first_sentence(error)}{hint}") from error
     if not hasattr(processor, "image_processor"):
-        raise ValueError(f"{name} has no processor for images.")
+        raise ValueError(f"{shown} has no processor for images.")
     return Checkpoint(name, config, processor)
 
 
@@ -68,8 +90,8 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     """Load the weights.
 
     Args:
-        checkpoint: what to load.
-        device: a torch device, or ``auto``: the first GPU if there is one.
+        checkpoint: the model to load.
+        device: a torch device, or ``auto``: the first GPU if there is one, else the CPU.
         dtype: one of :data:`DTYPES`.
 
     Raises:
@@ -77,24 +99,22 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    device = find_device(device)
+    device, shown = find_device(device), printable(checkpoint.name)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint.name, config=checkpoint.config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:
-        raise ValueError(f"The weights of {checkpoint.name} cannot be loaded: {_first_sentence(error)}") from error
+        raise ValueError(f"The weights of {shown} cannot be loaded: {first_sentence(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"The weights of {checkpoint.name} are incomplete: {len(missing)} are missing, {missing[0]} first."
-        )
+        raise ValueError(f"The weights of {shown} are incomplete: {len(missing)} are missing, {missing[0]} first.")
     return model.to(device).eval()
 
 
 def find_device(name: str) -> str:
-    """A torch device by name; ``auto`` is the first GPU if there is one.
+    """Resolve a device name; ``auto`` is the first GPU if there is one, else the CPU.
 
     Raises:
         ValueError: there is no such device.
@@ -104,72 +124,5 @@ def find_device(name: str) -> str:
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"There is no device {name!r}: {_first_sentence(error)}") from error
+        raise ValueError(f"There is no device {shorten(name)!r}: {first_sentence(error)}") from error
     return name
-
-
-def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> BatchFeature:
-    """The model's inputs for one question about some pictures, ``input_ids`` ``[1, T]`` and what belongs to them.
-
-    The chat template of the processor is applied; without one the prompt follows the images' placeholders.
-
-    Raises:
-        ValueError: the prompt spells a placeholder of the model, or the processor refuses it or a picture.
-    """
-    processor = checkpoint.processor
-    for placeholder in _placeholders(checkpoint):
-        if placeholder in prompt:
-            raise ValueError(
-                f"The prompt must not spell {placeholder!r}, which stands for a picture here: "
-                "pictures are given as files and placed before the prompt."
-            )
-    try:
-        if processor.chat_template:
-            return _with_template(processor, images, prompt)
-        return _without_template(processor, images, prompt)
-    except (ValueError, TypeError, TemplateError) as error:
-        raise ValueError(
-            f"The processor of {checkpoint.name} refuses the question: {_first_sentence(error)}"
-        ) from error
-
-
-def templated(processor: Any, conversations: Sequence[Any]) -> BatchFeature:
-    """The model's inputs for conversations whose next answer is asked for, padded where the tokenizer pads.
-
-    Args:
-        processor: with a chat template.
-        conversations: lists of messages, ``{"role": ..., "content": [...]}``, pictures among the content.
-    """
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
-
-
-def _with_template(processor: Any, images: Sequence[Image], prompt: str) -> BatchFeature:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
-    return templated(processor, [[{"role": "user", "content": content}]])
-
-
-def _without_template(processor: Any, images: Sequence[Image], prompt: str) -> BatchFeature:
-    text = f"{processor.image_token}\n" * len(images) + prompt if images else prompt
-    return processor(images=list(images) or None, text=text, return_tensors="pt")
-
-
-def _placeholders(checkpoint: Checkpoint) -> set[str]:
-    """Texts that the processor or the tokenizer takes for a piece of a picture or a video."""
-    processor, config = checkpoint.processor, checkpoint.config
-    texts = {getattr(processor, name, None) for name in ("image_token", "video_token")}
-    family = FAMILIES.get(config.model_type)
-    texts.update(processor.tokenizer.convert_ids_to_tokens(family.token_ids(config) if family else []))
-    return {text for text in texts if text}
-
-
-def _first_sentence(error: BaseException) -> str:
-    """What an error says first, as one line."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line.split(". ")[0].rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""Where things are in a prompt: its vision tokens, its padding, and the queries that follow the last image."""
+"""Locating the vision tokens, the padding and the post-vision queries of a prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from sparsight.models.families import CROSS_ATTENTION, FAMILIES, family_of
 from sparsight.models.layouts import find_grids
 
 LAST_WINDOW = 32
-"""Queries that stand in for the post-vision ones when no text follows the last image, or there is no image."""
+"""Number of last queries used in place of post-vision queries when no text follows the last image."""
 
 PIXEL_INPUTS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
 class Span:
-    """One sequence of a batch: valid tokens ``[start, stop)``, of them post-vision queries ``[post_vision, stop)``."""
+    """One sequence of a batch: valid tokens ``[start, stop)`` and post-vision queries ``[post_vision, stop)``."""
 
     start: int
     post_vision: int
@@ -27,7 +27,7 @@ class Span:
 
     @property
     def length(self) -> int:
-        """Valid tokens."""
+        """Number of valid tokens."""
         return self.stop - self.start
 
 
@@ -36,11 +36,11 @@ class Prompt:
     """A batch of prompts.
 
     Args:
-        vision_mask: bool ``[B, T]`` on the CPU, the token stands for a piece of an image or a video frame.
-        valid_mask: bool ``[B, T]`` on the CPU, the token is not padding.
-        spans: one :class:`Span` a sequence.
-        grids: for each sequence, where known, the positions of the vision tokens of each of its images' tiles, int64
-            ``[rows, columns]`` on the CPU.
+        vision_mask: bool ``[B, T]`` on the CPU, true for tokens that stand for part of an image or a video frame.
+        valid_mask: bool ``[B, T]`` on the CPU, true for tokens that are not padding.
+        spans: one :class:`Span` per sequence.
+        grids: for each sequence the patch grids of its images: the positions of the vision tokens of each tile, int64
+            ``[rows, columns]`` on the CPU. Empty where the layout is not known.
     """
 
     vision_mask: Tensor
@@ -50,25 +50,26 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence, padding included: ``T``."""
+        """Number of tokens of each sequence, padding included: ``T``."""
         return self.vision_mask.shape[1]
 
-    def select(self, rows: Sequence[int]) -> "Prompt":
-        """The sequences at ``rows``, in that order."""
-        rows = list(rows)
-        spans = tuple(self.spans[row] for row in rows)
-        return Prompt(self.vision_mask[rows], self.valid_mask[rows], spans, tuple(self.grids[row] for row in rows))
+    def select(self, sequences: Sequence[int]) -> "Prompt":
+        """The sequences with these indices, in that order."""
+        chosen = list(sequences)
+        spans = tuple(self.spans[index] for index in chosen)
+        grids = tuple(self.grids[index] for index in chosen)
+        return Prompt(self.vision_mask[chosen], self.valid_mask[chosen], spans, grids)
 
     def padded(self, padding: int) -> "Prompt":
-        """The same prompts with ``padding`` more tokens in front of them."""
+        """The same prompts with ``padding`` more padding tokens on the left."""
         spans = [Span(span.start + padding, span.post_vision + padding, span.stop + padding) for span in self.spans]
-        grids = [tuple(grid + padding for grid in row) for row in self.grids]
+        grids = [tuple(grid + padding for grid in tiles) for tiles in self.grids]
         vision_mask, valid_mask = (functional.pad(mask, (padding, 0)) for mask in (self.vision_mask, self.valid_mask))
         return Prompt(vision_mask, valid_mask, tuple(spans), tuple(grids))
 
     @staticmethod
     def join(prompts: Sequence["Prompt"]) -> "Prompt":
-        """The sequences of several prompts of the same length, one after the other."""
+        """Concatenate batches of the same prompt length ``T``."""
         return Prompt(
             torch.cat([prompt.vision_mask for prompt in prompts]),
             torch.cat([prompt.valid_mask for prompt in prompts]),
@@ -82,9 +83,9 @@ def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Pr
 
     Args:
         config: the model's config.
-        inputs: what the processor returned: ``input_ids`` ``[B, T]``, and where present ``attention_mask`` and
+        inputs: the processor's outputs: ``input_ids`` ``[B, T]``, and optionally ``attention_mask`` and
             ``mm_token_type_ids`` of the same shape.
-        grids: find the images' grids too, for which the inputs must hold the pixels.
+        grids: find the images' patch grids too, for which the inputs must hold the pixels.
 
     Raises:
         ValueError: the inputs lack ``input_ids``, have masks of another shape, pixels but no image token, a sequence
@@ -105,19 +106,19 @@ def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Pr
         raise ValueError("The inputs hold an image, but the prompt has no image token to stand for it.")
     attention_mask = inputs.get("attention_mask")
     valid_mask = torch.ones_like(vision_mask) if attention_mask is None else attention_mask.bool().cpu()
-    spans = tuple(_span(*row) for row in zip(vision_mask, valid_mask, strict=True))
+    spans = tuple(_span(*masks) for masks in zip(vision_mask, valid_mask, strict=True))
     return Prompt(vision_mask, valid_mask, spans, _grids(config, inputs) if grids else ((),) * len(spans))
 
 
 def _grids(config: Any, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], ...]:
-    """The grids of each sequence's images, none where the family is unknown."""
+    """The patch grids of each sequence's images, empty for an unknown family."""
     family = FAMILIES.get(config.model_type)
-    found = find_grids(family.layout, config, inputs) if family else [[] for _ in inputs["input_ids"]]
-    return tuple(tuple(grids) for grids in found)
+    grids = find_grids(family.layout, config, inputs) if family else [[] for _ in inputs["input_ids"]]
+    return tuple(map(tuple, grids))
 
 
 def _vision_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Bool ``[B, T]``, from the processor's token types or else from the family's token ids."""
+    """Bool ``[B, T]``, from the processor's token types if it returns them, else from the family's token ids."""
     token_types = inputs.get("mm_token_type_ids")
     if token_types is not None and config.model_type not in CROSS_ATTENTION:
         return token_types != 0

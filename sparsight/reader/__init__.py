@@ -1,14 +1,14 @@
-"""The small vision-language model that ships with the package, and the pictures that it was trained on."""
+"""The small vision-language model that ships with the package, and generators of the images it was trained on."""
 
 from importlib.resources import files
 from pathlib import Path
 
 
 def model_path() -> Path:
-    """Folder of the shipped checkpoint, for `AutoProcessor.from_pretrained` and its like."""
+    """Folder of the shipped checkpoint, as `from_pretrained` takes it."""
     return Path(str(files("sparsight.reader") / "checkpoint"))
 
 
 def head_scores_path() -> Path:
-    """The shipped model's head scores, as `sparsight calibrate` measured them."""
+    """File with the shipped model's head scores, as written by `sparsight calibrate`."""
     return model_path() / "heads.json"

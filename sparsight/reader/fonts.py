@@ -1,4 +1,4 @@
-"""The typefaces that pages are printed in: those that matplotlib carries, so that every machine has the same ones."""
+"""The fonts that pages are printed in: those that ship with matplotlib, so that every machine has the same ones."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +16,12 @@ FACES = {
 """Each face with two sizes in pixels: a digit is 6 pixels wide in the first and 7 in the second."""
 
 MIN_ADVANCE = 5
-"""Pixels from one character to the next, at least: three narrow ones then still stand apart in a patch."""
+"""Smallest advance of a character in pixels, so that three narrow characters stay apart in a patch."""
 
 
 @lru_cache(maxsize=16)
 def font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    """The face at a size in pixels, fitted to whole pixels as on a screen."""
+    """The font at a size in pixels, hinted to the pixel grid."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
@@ -34,8 +34,8 @@ def advance(face: str, size: int, char: str) -> int:
 
 @lru_cache(maxsize=1024)
 def bitmap(face: str, size: int, char: str) -> tuple[np.ndarray, int, int]:
-    """Coverage of `char` in 0..255, `[height, width]`, and where its left upper corner stands from the left end of the
-    baseline, in pixels to the right and down.
+    """Coverage of `char` in 0..255, `[height, width]`, and the offset (x, y) in pixels of its upper left corner from
+    the left end of the baseline.
     """
     drawn = font(face, size)
     mask, (left, top) = drawn.getmask2(char, "L", anchor="ls")
@@ -45,5 +45,5 @@ def bitmap(face: str, size: int, char: str) -> tuple[np.ndarray, int, int]:
 
 @lru_cache(maxsize=16)
 def cap_height(face: str, size: int) -> int:
-    """Height of a capital in pixels."""
+    """Height of a capital letter in pixels."""
     return bitmap(face, size, "H")[0].shape[0]

@@ -1,4 +1,4 @@
-"""Numbered lists, "07. KQ: 482": one record a line, and a last line that says so."""
+"""Numbered lists of records, "07. KQ: 482", one per line, with a final "END" line."""
 
 import numpy as np
 
@@ -22,14 +22,14 @@ MAX_PITCH = 18
 
 
 def numbered(line: int) -> str:
-    """What stands before a record: the number of its line, from 1."""
+    """The number in front of a record, counted from 1."""
     return f"{line:02d}."
 
 
 def random_list(rng: np.random.Generator, count: int, split: str = "train", height: int = WIDTH) -> Page:
-    """A list of `count` records somewhere on an otherwise empty page, lines close together or not."""
+    """A list of `count` records at a random place of an otherwise empty page, with random line spacing."""
     if count >= capacity(height):
-        raise ValueError(f"a page of {height} pixels has room for {capacity(height) - 1} numbered lines, not {count}")
+        raise ValueError(f"a page of {height} pixels fits {capacity(height) - 1} numbered lines, not {count}")
     style = random_style(rng)
     records = random_records(rng, count, split)
     rows = [*(key + style.separator + value for key, value in records), END]

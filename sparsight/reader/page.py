@@ -1,7 +1,7 @@
-"""Pages of printed records ("KQ: 482"): what stands where, and the picture of it.
+"""Pages of printed records ("KQ: 482"): their contents, their geometry and their rendering.
 
-A page knows the centre of every character, so that training can say what each patch of the picture shows without
-looking at the picture. Text is printed at any whole pixel, not on the patch grid.
+A page knows the centre of every character, so that training targets for each patch come from the page's description
+and not from its pixels. Text may begin at any pixel; it is not aligned with the patch grid.
 """
 
 import math
@@ -31,7 +31,7 @@ Record = tuple[str, str]
 
 @dataclass(frozen=True)
 class Style:
-    """How a page is printed. Colours are RGB; `angle` is in degrees, counter-clockwise; `noise` in grey levels."""
+    """How a page is printed: colours in RGB, `angle` in degrees counter-clockwise, `noise` in grey levels."""
 
     face: str
     size: int
@@ -44,7 +44,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Glyph:
-    """A character with the left end of its baseline and its advance, in pixels, before the page is turned."""
+    """A character with the left end of its baseline and its advance, in pixels, before the page is rotated."""
 
     char: str
     x: int
@@ -54,7 +54,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Page:
-    """Records in reading order, printed in a style; `seed` draws the noise."""
+    """Records in reading order, printed in a style; `seed` is the seed of the noise."""
 
     records: tuple[Record, ...]
     style: Style
@@ -63,7 +63,7 @@ class Page:
     seed: int = 0
 
     def centres(self) -> list[tuple[str, float, float]]:
-        """Every character with the centre of its body on the picture, as (char, x, y) in pixels."""
+        """Every character with its centre in the image, as (char, x, y) in pixels."""
         middle_x, middle_y = WIDTH / 2, self.height / 2
         cos, sin = math.cos(math.radians(self.style.angle)), math.sin(math.radians(self.style.angle))
         rise = cap_height(self.style.face, self.style.size) / 2
@@ -74,7 +74,7 @@ class Page:
         return placed
 
     def draw(self) -> Image.Image:
-        """The picture, RGB, 336 pixels wide."""
+        """Render the image: RGB, 336 pixels wide."""
         mask = np.zeros((self.height, WIDTH), np.uint8)
         for glyph in self.glyphs:
             shape, left, top = bitmap(self.style.face, self.style.size, glyph.char)
@@ -93,7 +93,7 @@ class Page:
 
 
 def random_style(rng: np.random.Generator) -> Style:
-    """A face at a size that puts two to three digits on a patch, dark on light or light on dark."""
+    """A random font at a size with two to three digits per patch, dark on light or light on dark."""
     face = list(FACES)[rng.integers(len(FACES))]
     light, dark = tinted(rng, 215, 256, -25), tinted(rng, 0, 40, 25)
     ink, paper = (dark, light) if rng.random() < 0.7 else (light, dark)
@@ -109,14 +109,14 @@ def random_style(rng: np.random.Generator) -> Style:
 
 
 def tinted(rng: np.random.Generator, low: int, high: int, tint: int) -> tuple[int, int, int]:
-    """A grey between `low` and `high` with up to `tint` added to each of its colours."""
+    """A grey level between `low` and `high` with up to `tint` added to each channel."""
     grey, shares = rng.integers(low, high), rng.random(3)
     red, green, blue = (int(grey + tint * share) for share in shares)
     return red, green, blue
 
 
 def typeset(text: str, x: int, y: int, style: Style) -> list[Glyph]:
-    """The characters of one line from `x` on, blanks left out; `y` is the baseline."""
+    """The characters of one line that begins at `x`, without blanks; `y` is the baseline."""
     line = []
     for char in text:
         step = advance(style.face, style.size, char)
@@ -132,14 +132,14 @@ def width_of(text: str, style: Style) -> int:
 
 
 def is_held_out(content: object) -> bool:
-    """Whether content belongs to the held-out split: one content in eight, by its checksum."""
+    """Whether content belongs to the held-out split, which is one eighth of all contents, by checksum."""
     return zlib.crc32(repr(content).encode()) % 8 == 0
 
 
 def random_records(rng: np.random.Generator, count: int, split: str, avoid: str = "") -> tuple[Record, ...]:
-    """Records with different keys of two letters and values of three digits.
+    """Records with distinct two-letter keys and three-digit values.
 
-    Redrawn until the whole set falls into the split: no page of one split is a page of the other.
+    Redrawn until the set of records falls into the split, so that the splits share no page.
     """
     keys = [a + b for a in LETTERS for b in LETTERS if a + b not in avoid]
     while True:
@@ -156,7 +156,7 @@ def capacity(height: int) -> int:
 
 
 def random_page(rng: np.random.Generator, count: int, split: str = "train", height: int = WIDTH) -> Page:
-    """A page of `count` records, each somewhere in a cell of its own; one column is a list of lines close together."""
+    """A page of `count` records in separate grid cells. A page with one column is a list with close lines."""
     style = random_style(rng)
     lines = capacity(height)
     titled = height == WIDTH and rng.random() < 0.25
@@ -195,7 +195,7 @@ def random_page(rng: np.random.Generator, count: int, split: str = "train", heig
 
 
 def random_print(rng: np.random.Generator, height: int) -> Page:
-    """Lines full of random characters and no records: much to read in little space, for training eyes alone."""
+    """Dense lines of random characters without records, for training the vision tower only."""
     style = random_style(rng)
     used = int(rng.integers(max(1, capacity(height) - 1), capacity(height) + 1))
     pitch = (height - 2 * MARGIN_Y) // used

@@ -1,4 +1,4 @@
-"""Receipts and order forms: pages of records with a heading, rules and a last line, as shops print them."""
+"""Receipts and order forms: pages of records with a heading, rules and a closing line."""
 
 import numpy as np
 
@@ -11,9 +11,9 @@ MOST_RECORDS = 14
 
 
 def random_receipt(rng: np.random.Generator, count: int, split: str = "train") -> Page:
-    """A slip of `count` records, at most 14, one a line, somewhere on an otherwise empty page."""
+    """A receipt with `count` records, at most 14, one per line, at a random place of an otherwise empty page."""
     if count > MOST_RECORDS:
-        raise ValueError(f"a receipt has room for {MOST_RECORDS} records, not {count}")
+        raise ValueError(f"a receipt fits {MOST_RECORDS} records, not {count}")
     style = random_style(rng)
     heading, farewell = HEADINGS[rng.integers(len(HEADINGS))], FAREWELLS[rng.integers(len(FAREWELLS))]
     number = f"NO. {rng.integers(10000):04d}"

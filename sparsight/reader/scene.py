@@ -1,4 +1,4 @@
-"""Scenes: a few coloured shapes on a plain ground, and the picture of them."""
+"""Scenes: a few coloured shapes on a plain background, and their rendering."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ OVERSAMPLE = 3
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape of a colour; centre and radius in pixels."""
+    """A coloured shape, with its centre and radius in pixels."""
 
     shape: str
     color: str
@@ -33,7 +33,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a plain ground; `seed` draws the noise."""
+    """Shapes on a plain background; `seed` is the seed of the noise."""
 
     things: tuple[Thing, ...]
     ground: tuple[int, int, int]
@@ -42,7 +42,7 @@ class Scene:
     seed: int = 0
 
     def draw(self) -> Image.Image:
-        """The picture, RGB, 336 pixels wide."""
+        """Render the image: RGB, 336 pixels wide."""
         large = Image.new("RGB", (WIDTH * OVERSAMPLE, self.height * OVERSAMPLE), self.ground)
         pen = ImageDraw.Draw(large)
         for thing in self.things:
@@ -56,12 +56,12 @@ class Scene:
 
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
-    """Corners of the shape around its centre, in pixels."""
+    """Corners of the shape relative to its centre, in pixels."""
     r = float(thing.radius)
 
     def ring(count: int, start: float) -> list[tuple[float, float]]:
-        turns = [start + i / count for i in range(count)]
-        return [(r * math.cos(math.tau * t), r * math.sin(math.tau * t)) for t in turns]
+        fractions = [start + i / count for i in range(count)]
+        return [(r * math.cos(math.tau * t), r * math.sin(math.tau * t)) for t in fractions]
 
     match thing.shape:
         case "circle":
@@ -77,7 +77,7 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
 
 
 def random_scene(rng: np.random.Generator, split: str = "train", height: int = WIDTH) -> Scene:
-    """One to four things that do not touch."""
+    """A scene of one to four shapes that do not touch."""
     while True:
         count = int(rng.integers(1, 5))
         things: list[Thing] = []

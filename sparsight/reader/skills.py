@@ -1,4 +1,4 @@
-"""The skills, as examples: images and a conversation of questions and answers about them."""
+"""Examples of each skill: images with a conversation of questions and answers about them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,34 +35,34 @@ PHRASES = (*LOOK_UP, *READ, *COLOR_OF, *SHAPE_OF, *HOW_MANY, *WHICH_SIDE, *WHICH
 
 @dataclass(frozen=True)
 class Example:
-    """Images in the order in which the prompt shows them, and the questions asked, each with its answer."""
+    """Images in the order of the prompt, and the questions about them with their answers."""
 
     images: tuple[Page | Scene, ...]
     turns: tuple[Turn, ...]
 
     def pictures(self) -> list[Image.Image]:
-        """The images, drawn."""
+        """The rendered images."""
         return [image.draw() for image in self.images]
 
 
 def pick(rng: np.random.Generator, phrasings: tuple[str, ...], **words: str) -> str:
-    """One of the phrasings, filled in."""
+    """One of the phrasings, with its placeholders filled in."""
     return phrasings[rng.integers(len(phrasings))].format(**words)
 
 
 def ask_page(rng: np.random.Generator, page: Page, count: int) -> list[Turn]:
-    """`count` look-up questions; no record is asked for twice while others are left."""
+    """`count` look-up questions; no record is repeated before all have been used."""
     order = np.concatenate([rng.permutation(len(page.records)) for _ in range(-(-count // len(page.records)))])
     return [(pick(rng, LOOK_UP, key=page.records[i][0]), page.records[i][1]) for i in order[:count]]
 
 
 def plural(word: str) -> str:
-    """The shape's name for several."""
+    """The plural of a shape's name."""
     return word + ("es" if word.endswith("s") else "s")
 
 
 def ask_scene(rng: np.random.Generator, scene: Scene, count: int, kinds: tuple[str, ...] = SCENE_KINDS) -> list[Turn]:
-    """`count` questions of those kinds that have one right answer in this scene, in turn; counting always has one."""
+    """`count` questions that cycle through those of the kinds with one right answer in this scene."""
     shapes = [thing.shape for thing in scene.things]
     colors = [thing.color for thing in scene.things]
     lone_shape = [t for t in scene.things if shapes.count(t.shape) == 1]
@@ -107,7 +107,7 @@ def ask_scene(rng: np.random.Generator, scene: Scene, count: int, kinds: tuple[s
 def look_up(
     rng: np.random.Generator, split: str, records: int = 32, questions: int = 1, height: int = WIDTH
 ) -> Example:
-    """Questions about a page of `records` records; a short one is at times a receipt or a form."""
+    """Questions about a page of `records` records; a short page may be a receipt or a form."""
     if height == WIDTH and records <= MOST_RECORDS and rng.random() < 0.3:
         page = random_receipt(rng, records, split)
     else:
@@ -116,7 +116,7 @@ def look_up(
 
 
 def read_out(rng: np.random.Generator, split: str, records: int = 20, height: int = WIDTH) -> Example:
-    """A numbered list, to be read out from top to bottom as "01. KQ 482", a line for each record, and its end."""
+    """A numbered list to transcribe from top to bottom, one line "01. KQ 482" per record and the END line."""
     page = random_list(rng, records, split, height)
     rows = [*(f"{key} {value}" for key, value in page.records), END]
     text = "\n".join(f"{numbered(i)} {row}" for i, row in enumerate(rows, 1))
@@ -144,7 +144,7 @@ def compare(
     pages: float = 0.65,
     kinds: tuple[str, ...] = SCENE_KINDS,
 ) -> Example:
-    """Two images, each a page with probability `pages`, else a scene, and questions that name the one asked about."""
+    """Two images, each a page with probability `pages`, else a scene, and questions that name one of them."""
     images: list[Page | Scene] = []
     for _ in range(2):
         if rng.random() < pages:

@@ -1,4 +1,4 @@
-"""Pages whose text is known character by character, to find out which heads of a model read."""
+"""Pages with the position of each character of their text, for measuring which heads of a model read."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Transcript:
-    """A picture with what is written in it.
+    """An image with its transcript.
 
     Args:
-        picture: the picture.
-        text: what an answer to "read this" would say.
-        places: where the picture shows each character of the text, as fractions of its width and height; None where it
-            does not.
+        picture: the image.
+        text: the transcript, as the answer to "Read the page."
+        places: position of each character of the text in the image, as fractions of its width and height; None for
+            characters that the image does not show, such as blanks.
     """
 
     picture: Image
@@ -28,7 +28,7 @@ class Transcript:
 
 
 def random_transcript(rng: np.random.Generator, records: int = 12) -> Transcript:
-    """A list of records, one a line, and the text that reads it out."""
+    """A random list of records, one per line, with its transcript."""
     example = read_out(rng, "train", records)
     page = example.images[0]
     assert isinstance(page, Page)
@@ -36,7 +36,7 @@ def random_transcript(rng: np.random.Generator, records: int = 12) -> Transcript
 
 
 def places_of(page: Page, text: str) -> tuple[tuple[float, float] | None, ...]:
-    """Where a list shows each character of the text that reads it out; marks that are not read are passed over."""
+    """Position of each character of a list's transcript; printed marks missing from the transcript are skipped."""
     printed = iter(page.centres())
     places: list[tuple[float, float] | None] = []
     for char in text:

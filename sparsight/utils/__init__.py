@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of models or caches."""
+"""Small helpers that depend on no other package of the library."""

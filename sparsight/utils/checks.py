@@ -1,4 +1,4 @@
-"""Checks of the numbers that parts and recipes are made of."""
+"""Range checks for numeric arguments."""
 
 import math
 

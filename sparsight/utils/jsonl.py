@@ -1,4 +1,4 @@
-"""Files of JSON lines that are only ever appended to, so that what was written outlives the run that wrote it."""
+"""Append-only files of JSON lines, which survive a crash of the process that writes them."""
 
 import json
 import os
@@ -8,27 +8,27 @@ from typing import Any, TextIO
 
 
 def recover(path: Path) -> Iterator[Any]:
-    """What the lines of a file hold, if there is one; a last line that a crash cut short is cut off first.
+    """Yield the values in a file, if it exists, and remove a last line that a crash left incomplete.
 
     Raises:
         OSError: the file cannot be read or written.
-        json.JSONDecodeError: a whole line is no JSON.
+        json.JSONDecodeError: a complete line is not JSON.
     """
     if not path.exists():
         return
     with open(path, "rb+") as file:
-        whole = 0
+        complete = 0
         for line in file:
-            # No other line can be broken, and nothing but a beginning of an object is ours to cut off.
+            # Only the last line can be incomplete, and only the beginning of an object was written by append.
             if line.endswith(b"\n") or not line.startswith(b"{"):
                 yield json.loads(line)
-                whole += len(line)
+                complete += len(line)
             else:
-                file.truncate(whole)
+                file.truncate(complete)
 
 
 def append(file: TextIO, lines: Iterable[Any]) -> None:
-    """Write a line for each, and return when they are on disk."""
+    """Write one line per value, and return when they are on disk."""
     file.write("".join(json.dumps(line) + "\n" for line in lines))
     file.flush()
     os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""The look that all figures share, and how they are written."""
+"""The shared style of all figures, and writing them as PNG."""
 
 from pathlib import Path
 

@@ -16,7 +16,8 @@ from sparsight.batch_inference.output import Result
 from sparsight.batch_inference.preparation import Preparation, prepared
 from sparsight.batch_inference.rows import Row, checksum, read_rows
 from sparsight.models.images import open_image
-from sparsight.models.loading import load_checkpoint, load_model, prepare
+from sparsight.models.inputs import prepare
+from sparsight.models.loading import load_checkpoint, load_model
 from tests.models.test_images import huge_png
 
 TOKENS = 12

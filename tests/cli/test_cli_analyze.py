@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText
 
 from sparsight.eval.analysis import analyze, summarise
 from sparsight.models.images import open_image
-from sparsight.models.loading import load_checkpoint, prepare
+from sparsight.models.inputs import prepare
+from sparsight.models.loading import load_checkpoint
 from tests.support import tiny
 
 Run = Callable[..., tuple[int, str, str]]

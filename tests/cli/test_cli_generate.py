@@ -9,7 +9,8 @@ from sparsight.cli import generate
 from sparsight.cli.answer import Answer, agreement
 from sparsight.cli.options import DEFAULT_METHOD
 from sparsight.models.images import open_image
-from sparsight.models.loading import load_checkpoint, prepare
+from sparsight.models.inputs import prepare
+from sparsight.models.loading import load_checkpoint
 from tests.support import tiny
 
 KEYS = {

@@ -14,8 +14,9 @@ from sparsight.cli import inspect as command
 from sparsight.cli.session import Question
 from sparsight.eval.heatmap import Kept
 from sparsight.models.images import open_image
+from sparsight.models.inputs import prepare
 from sparsight.models.layouts import Tile
-from sparsight.models.loading import Checkpoint, load_checkpoint, prepare
+from sparsight.models.loading import Checkpoint, load_checkpoint
 from tests.support import tiny
 
 

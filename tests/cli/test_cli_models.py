@@ -14,7 +14,7 @@ def test_json_holds_the_table(run_json: Callable[..., Any]) -> None:
         "class": "Gemma3ForConditionalGeneration",
         "vision_tokens": ["image_token_id"],
         "video": False,
-        "layout": "squares",
+        "layout": "square_grid",
         "left_alone": "sliding window",
     }
     assert listed["qwen3_vl"]["vision_tokens"] == ["image_token_id", "video_token_id"]
@@ -30,5 +30,5 @@ def test_the_table_fits_eighty_columns(
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["model", "type", "class", "video", "seen", "as", "left", "alone"]
     assert len(lines[: lines.index("")]) == 1 + len(FAMILIES)
-    assert lines[1].split() == ["llava", "Llava", "whole", "grid"]
+    assert lines[1].split() == ["llava", "Llava", "single", "grid"]
     assert "Not supported: idefics, mllama" in " ".join(out.split())

@@ -17,6 +17,7 @@ from sparsight.compression import (
     SparsityAware,
     Uniform,
 )
+from sparsight.methods import Full
 from tests.support import models
 
 
@@ -39,7 +40,7 @@ def test_elastic_has_its_papers_parts_and_numbers():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_json(name):
-    made = recipe(name, budget=0.25, **({"heads": [[0.5, 1.0]]} if name == "sparsemm" else {}))
+    made = recipe(name, budget=1 if name == "full" else 0.25, **({"heads": [[0.5, 1.0]]} if name == "sparsemm" else {}))
     assert made.name == name
     assert Recipe.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["score"]["kind"] == made.score.kind
@@ -96,6 +97,15 @@ def test_a_recipe_cannot_be_changed():
 def test_a_budget_out_of_range_is_refused(name, budget):
     with pytest.raises(ValueError, match=r"budget must be a number in \(0, 1\]"):
         recipe(name, budget=budget)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.999])
+def test_the_full_cache_has_no_budget_below_one(budget):
+    for build in (Full, lambda budget: recipe("full", budget=budget)):
+        with pytest.raises(ValueError, match=f"^The full cache keeps every entry, so its budget is 1, got {budget}: "):
+            build(budget)
+    assert Full() == recipe("full") == recipe("full", budget=1) == Full(1.0)
+    assert Full().budget == 1.0
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():

@@ -1,7 +1,6 @@
 """Head scores, against attention matrices of one pass over prompt and text."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -10,11 +9,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sparsight.compression import VisualHeads
-from sparsight.eval.calibration import PROMPT, head_hits, head_scores, read_scores, vision_tokens
+from sparsight.eval.calibration import PROMPT, head_hits, head_scores, vision_tokens
+from sparsight.models.inputs import prepare
 from sparsight.models.layouts import Tile
-from sparsight.models.loading import load_checkpoint, load_model, prepare
+from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader import head_scores_path, model_path
 from sparsight.reader.transcript import Transcript, random_transcript
+from sparsight.utils.head_scores import read_scores
 from tests.support import tiny
 
 TEXT = "AB 123\nC 4"
@@ -116,19 +117,3 @@ def test_the_shipped_scores_are_those_of_the_shipped_model():
     checkpoint = load_checkpoint(str(model_path()))
     text = checkpoint.config.text_config
     VisualHeads(read_scores(head_scores_path())).check_model(text.num_hidden_layers, text.num_key_value_heads)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"scores": 3}', '{"scores": [["a"]]}', "heads"])
-def test_files_without_scores_are_refused(content, tmp_path):
-    path = tmp_path / "heads.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"heads.json holds no head scores: `sparsight calibrate` writes"):
-        read_scores(path)
-    with pytest.raises(ValueError, match="There is no file"):
-        read_scores(tmp_path / "none.json")
-
-
-def test_scores_survive_their_file(tmp_path):
-    path = tmp_path / "heads.json"
-    path.write_text(json.dumps({"scores": [[0.5, 1], [2, 3.25]]}))
-    assert read_scores(path) == ((0.5, 1.0), (2.0, 3.25))

@@ -1,4 +1,4 @@
-"""The table of families: what it says, what it refuses, and how a row is added."""
+"""The table of model families: its contents, what it refuses, and adding an entry."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from sparsight import CompressedCache, recipe
 from sparsight.cache.compressed_cache import CompressedLayer
 from sparsight.models.families import FAMILIES, Family, check_chunks, family_of
-from sparsight.models.layouts import find_tiles, whole_grid
+from sparsight.models.layouts import find_tiles, single_grid
 from sparsight.models.prompt import locate
 from tests.support import families, models
 from tests.support.families import IMAGE_TOKEN, TINY, VIDEO_TOKEN
@@ -28,7 +28,7 @@ from tests.support.models import NO_IMAGE, ONE_IMAGE, ONE_VIDEO, THREE_IMAGES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_is_what_transformers_says(name):
+def test_an_entry_agrees_with_transformers(name):
     family, model = FAMILIES[name], models.model(name)
     assert family.model_type == name == model.config.model_type
     assert family.model_class == type(model).__name__ == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name]
@@ -38,7 +38,7 @@ def test_a_row_is_what_transformers_says(name):
     cache = CompressedCache(model, recipe("vl-cache"), models.inputs(name, NO_IMAGE))
     alone = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, CompressedLayer)}
     names = {"": set(), "sliding window": {"DynamicSlidingWindowLayer"}, "linear attention": {"LinearAttentionLayer"}}
-    assert alone == names[family.left_alone]
+    assert alone == names[family.uncompressed_layers]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -61,18 +61,18 @@ def test_video_frames_are_found_without_the_processors_type_mask(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_prompts_in_chunks_are_prefilled_as_whole_ones_or_refused(name):
+def test_prefill_in_chunks_equals_unchunked_prefill_or_is_refused(name):
     model, inputs = models.model(name), models.inputs(name, ONE_IMAGE, THREE_IMAGES, NO_IMAGE)
 
     def logits(**options):
         cache = CompressedCache(model, recipe("vl-cache", budget=0.2), inputs)
         return torch.stack(models.logits(model, inputs, 8, past_key_values=cache, **options))
 
-    if FAMILIES[name].in_chunks:
+    if FAMILIES[name].chunked_prefill:
         check_chunks(model.config)
         assert_close(logits(prefill_chunk_size=9), logits(), rtol=1e-3, atol=1e-3)
         return
-    with pytest.raises(ValueError, match=f"Prompts of '{name}' models cannot be prefilled in chunks"):
+    with pytest.raises(ValueError, match=f"'{name}' models cannot prefill in chunks: leave the chunk size out"):
         check_chunks(model.config)
     try:
         assert not torch.allclose(logits(prefill_chunk_size=9), logits(), rtol=1e-3, atol=1e-3)
@@ -86,7 +86,7 @@ def test_a_config_without_a_video_token():
     assert FAMILIES["minicpmv4_6"].token_ids(config) == [7]
 
 
-def test_a_model_of_text_alone_has_no_family():
+def test_a_text_only_model_has_no_family():
     assert family_of(LlamaConfig()) is None
 
 
@@ -94,7 +94,7 @@ def test_a_family_that_is_not_in_the_table_is_refused():
     config = Cohere2VisionConfig()
     with pytest.raises(
         ValueError,
-        match=r"'cohere2_vision' is not in the table of families, .* known are llava, .*CONTRIBUTING.md shows",
+        match=r"'cohere2_vision' is not in the table of families: known are llava, .*CONTRIBUTING.md shows",
     ):
         locate(config, {"input_ids": torch.ones(1, 3)})
 
@@ -136,7 +136,7 @@ def test_the_five_lines_of_contributing_add_a_family(monkeypatch):
     (lines,) = re.findall(r"## Adding a model family\n.*?```python\n(.*?)```", guide, re.DOTALL)
     assert len(lines.splitlines()) <= 5
     # What the lines add is gone after the test.
-    monkeypatch.setitem(FAMILIES, "cohere2_vision", Family("", "", whole_grid))
+    monkeypatch.setitem(FAMILIES, "cohere2_vision", Family("", "", single_grid))
     exec(lines, {})
     assert FAMILIES["cohere2_vision"].model_class == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["cohere2_vision"]
     model, inputs = cohere2_vision(), models.inputs("aya_vision", ONE_IMAGE, THREE_IMAGES)

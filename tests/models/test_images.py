@@ -1,3 +1,5 @@
+import os
+import socket
 import struct
 import threading
 import zlib
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from sparsight.models.images import FORMATS, open_image
+from sparsight.models.images import FORMATS, ImageError, open_image
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [128, 128, 128], [255, 255, 255]]], np.uint8)
 
@@ -28,13 +30,13 @@ def test_every_format_opens_as_rgb(tmp_path: Path, name: str) -> None:
     assert np.abs(pixels(image)[8::16, 8::16].astype(int) - COLOURS).max() <= 4
 
 
-def test_the_content_decides_about_the_format_and_not_the_name(tmp_path: Path) -> None:
+def test_the_format_is_read_from_the_content_and_not_the_name(tmp_path: Path) -> None:
     path = tmp_path / "picture.txt"
     Image.fromarray(COLOURS).save(path, format="PNG")
     assert (pixels(open_image(path)) == COLOURS).all()
 
 
-def test_postscript_is_refused_whatever_its_name(tmp_path: Path) -> None:
+def test_postscript_is_refused_under_any_name(tmp_path: Path) -> None:
     for name in ("picture.eps", "picture.png"):
         path = tmp_path / name
         Image.fromarray(COLOURS).save(path, format="EPS")
@@ -43,7 +45,7 @@ def test_postscript_is_refused_whatever_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 1000, b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"picture\.png (is not a picture|is damaged)"):
@@ -52,7 +54,9 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["refused elsewhere", "accepted elsewhere"])
-def test_a_cut_picture_is_refused(tmp_path: Path, name: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_image_is_refused(
+    tmp_path: Path, name: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "picture"
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, format=name)
@@ -69,8 +73,77 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         open_image(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["FIFO", "device", "socket"])
+def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "picture.png"
+    server = socket.socket(socket.AF_UNIX)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        server.bind(str(path))
+    with server, pytest.raises(ImageError, match=rf"^Cannot read {path}: [^.]+\.$") as refused:
+        open_image(path)
+    assert refused.value.kind == "unreadable file"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/cat.png",
+        "http://example.com/cat.png",
+        Path("https://example.com/cat.png"),
+        "file:///etc/hostname",
+        "data:image/png;base64," + "A" * 10_000,
+    ],
+)
+def test_urls_are_refused_with_what_is_accepted_instead(url: str | Path) -> None:
+    with pytest.raises(ImageError, match=r"is a URL: images are given as paths of local files\.$") as refused:
+        open_image(url)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_file_with_the_name_of_a_url_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(COLOURS).save(tmp_path / "data:picture", format="PNG")
+    assert (pixels(open_image("data:picture")) == COLOURS).all()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\n"])
+def test_messages_escape_control_characters_of_names(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a\x1b[31m\nb.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError) as refused:
+        open_image(path)
+    assert r"a\x1b[31m\nb.png" in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+def png(path: Path, width: int, height: int) -> Path:
+    """An image of any size in a few bytes."""
+    Image.new("1", (width, height)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 5000), (60_000, 1), (3, 601)])
+def test_elongated_images_are_refused_before_decoding(
+    tmp_path: Path, width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = png(tmp_path / "picture.png", width, height)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=f"picture.png is {width} x {height}: its sides may differ by a factor of 200"):
+        open_image(path)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 200), (400, 2), (800, 40_000)])
+def test_receipts_and_panoramas_are_not_elongated(tmp_path: Path, width: int, height: int) -> None:
+    assert open_image(png(tmp_path / "picture.png", width, height)).size == (width, height)
+
+
 def huge_png(path: Path, side: int) -> Path:
-    """A few bytes that claim to be a picture of ``side x side``: decoding would need all of it."""
+    """A few bytes with the header of an image of ``side x side`` pixels, which decoding would allocate."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -98,7 +171,7 @@ def test_the_limit_counts_pixels(tmp_path: Path) -> None:
         open_image(path, max_pixels=5)
 
 
-def test_a_higher_limit_lets_larger_pictures_through_and_leaves_pillows_alone(
+def test_a_higher_limit_admits_larger_images_and_restores_pillows_own_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     path = tmp_path / "picture.png"

@@ -1,4 +1,4 @@
-"""Every family's vision tokens are found where its processor puts them, and painted where its model looks."""
+"""Every family's layout agrees with its processor's token order and with the pixels that its model encodes."""
 
 import copy
 from types import SimpleNamespace
@@ -28,14 +28,14 @@ def tiles_of(model, inputs, image_processor=PLAIN, config=None):
 
 @torch.no_grad()
 def features_of(model, inputs):
-    """What each vision token is made of, ``[tokens, D]``."""
+    """The features of each vision token, ``[tokens, D]``."""
     arguments = {name: value for name, value in inputs.items() if name.startswith(ARGUMENTS)}
     features = model.get_image_features(**arguments).pooler_output
     return torch.cat(list(features)) if isinstance(features, list | tuple) else features.flatten(0, -2)
 
 
 def short_sighted(family):
-    """A model whose vision tower attends to nothing: a token knows its own patches only."""
+    """A model without attention in its vision tower: a token depends on its own patches only."""
     model = models.fresh_model(family)
     for module in model.modules():
         for name in ("out_proj", "o_proj", "proj", "projection_layer"):
@@ -48,7 +48,7 @@ def short_sighted(family):
 
 
 def changes(model, inputs, count=30):
-    """Pixels changed one by one: the tokens that moved, and the tokens of the cells that show it."""
+    """For pixels changed one by one: the tokens whose features changed, and the tokens of the pixel's cells."""
     before, tiles = features_of(model, inputs), tiles_of(model, inputs)
     positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
     pixels = inputs["pixel_values"]
@@ -66,7 +66,7 @@ def changes(model, inputs, count=30):
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_changing_a_pixel_changes_the_token_of_its_cell_alone(family):
+def test_changing_a_pixel_changes_only_the_token_of_its_cell(family):
     model, inputs = short_sighted(family), models.inputs(family, models.Prompt(images=2, before=3, after=4))
     inputs["pixel_values"] = inputs["pixel_values"].clamp(-2, 2) / 4 + 0.5
     seen = set()
@@ -91,14 +91,14 @@ def test_tiles_cover_the_vision_tokens_once_and_in_order(family):
 
 
 def picture(width, height):
-    """Black, with a red patch in the second quarter from above and the last from the left."""
+    """A black image with a red patch in the second row and the last column of quarters."""
     image = Image.new("RGB", (width, height), "black")
     image.paste((255, 0, 0), (3 * width // 4, height // 4, width, height // 2))
     return image
 
 
 def processed(family, *images):
-    """A real processor's output for pictures and a question, the processor, and the model's config with its token."""
+    """A real processor's output for images and a question, the processor, and the model's config with its token."""
     real, made = REAL[family], processor(family)
     text = f"see {real.placeholder}" * len(images) + " what?"
     nested = family == "gemma3" or (family == "llava_onevision" and len(images) > 1)
@@ -113,7 +113,7 @@ SIZES = [(28, 28), (56, 30), (30, 100)]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", REAL)
-def test_processors_put_the_vision_tokens_where_they_are_looked_for(family, size):
+def test_layouts_agree_with_real_processors(family, size):
     inputs, made, config = processed(family, picture(*size), picture(60, 40))
     prompt = locate(config, inputs)
     assert int(prompt.vision_mask.sum()) == len(features_of(models.model(family), inputs))
@@ -128,7 +128,7 @@ def test_processors_put_the_vision_tokens_where_they_are_looked_for(family, size
 
 
 @pytest.mark.parametrize("family", REAL)
-def test_what_a_processor_returns_goes_straight_into_a_cache(family):
+def test_a_processors_output_is_accepted_by_a_cache(family):
     inputs, made, config = processed(family, picture(56, 30), picture(40, 60))
     model = models.fresh_model(family)
     model.resize_token_embeddings(len(made.tokenizer))
@@ -140,7 +140,7 @@ def test_what_a_processor_returns_goes_straight_into_a_cache(family):
 
 
 @pytest.mark.parametrize("family", REAL)
-def test_a_red_patch_shows_where_it_is_in_the_picture(family):
+def test_a_red_patch_is_at_its_place_in_the_tiles(family):
     inputs, made, config = processed(family, picture(56, 56))
     # The whole picture is a tile of its own somewhere; Idefics3 and InternVL put it last.
     tiles = tiles_of(models.model(family), inputs, made.image_processor, config)
@@ -153,7 +153,7 @@ def test_a_red_patch_shows_where_it_is_in_the_picture(family):
 
 
 @pytest.mark.parametrize("sizes", [[(28, 56), (42, 14)], [(56, 56)]])
-def test_mistral3_merges_patches_of_pictures_of_several_sizes(sizes):
+def test_mistral3_merges_patches_of_images_of_several_sizes(sizes):
     images = PixtralImageProcessorPil(patch_size=2 * PATCH, size={"longest_edge": 4 * SIDE})
     pixels = dict(images([picture(width, height) for height, width in sizes], return_tensors="pt"))
     ids = [5]
@@ -169,14 +169,14 @@ def test_mistral3_merges_patches_of_pictures_of_several_sizes(sizes):
 
 
 def onevision(pinpoints, most):
-    """LlavaOnevision with other canvases, of which at most so many tiles' tokens stay."""
+    """LlavaOnevision with other canvases and another limit of tiles."""
     model = short_sighted("llava_onevision")
     model.config.image_grid_pinpoints, model.config.vision_aspect_ratio = pinpoints, f"anyres_max_{most}"
     return model
 
 
 @pytest.mark.parametrize(("side", "grid", "seams"), [(2, (4, 4), ((2,), (2,))), (3, (4, 4), ((1, 3), (1, 3)))])
-def test_a_canvas_of_too_many_tokens_is_scaled_down(side, grid, seams):
+def test_a_canvas_with_too_many_tokens_is_scaled_down(side, grid, seams):
     model = onevision([[side * SIDE, side * SIDE]], most=1)
     pixels = torch.zeros(1, 1 + side**2, 3, SIDE, SIDE)
     inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[100, 100]])}
@@ -197,14 +197,14 @@ def test_a_canvas_of_too_many_tokens_is_scaled_down(side, grid, seams):
     assert not moved[high.tokens][:2, :2].any()
 
 
-def test_of_several_pictures_llava_onevision_has_base_tiles_only():
+def test_several_images_of_llava_onevision_have_base_tiles_only():
     inputs, made, config = processed("llava_onevision", picture(56, 30), picture(30, 60))
     tiles = tiles_of(models.model("llava_onevision"), inputs, made.image_processor, config)
     assert [(tile.name, tuple(tile.tokens.shape)) for tile in tiles] == [("Image 1", (4, 4)), ("Image 2", (4, 4))]
     assert tiles[1].tokens[0, 0] > tiles[0].tokens[-1, -1] + 1
 
 
-def test_slices_that_are_merged_less():
+def test_slices_with_less_merging():
     model = short_sighted("minicpmv4_6")
     model.config.downsample_mode = "4x"
     medium = families.TINY["minicpmv4_6"].image(torch.Generator().manual_seed(0), torch.float32)
@@ -215,7 +215,7 @@ def test_slices_that_are_merged_less():
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_each_prompt_of_a_batch_has_the_grids_that_it_has_alone(family):
+def test_grids_of_a_batch_equal_those_of_each_prompt_alone(family):
     model = models.model(family)
     prompts = (models.ONE_IMAGE, models.THREE_IMAGES, models.NO_TEXT_AFTER, models.NO_IMAGE)
     together = locate(model.config, models.inputs(family, *prompts), grids=True)

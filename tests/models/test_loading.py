@@ -1,19 +1,16 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLConfig
 
-from sparsight.models.loading import Checkpoint, load_checkpoint, load_model, prepare
+import sparsight
+from sparsight.models.loading import Checkpoint, load_checkpoint, load_model
+from sparsight.reader import model_path
 from tests.support import tiny
-
-IMAGE = Image.new("RGB", (56, 56), "teal")
 
 
 @pytest.fixture(scope="module")
@@ -26,67 +23,7 @@ def checkpoint(folder: Path) -> Checkpoint:
     return load_checkpoint(str(folder))
 
 
-def text_of(checkpoint: Checkpoint, inputs: Any) -> str:
-    assert inputs["input_ids"].shape[0] == 1
-    return checkpoint.processor.tokenizer.decode(inputs["input_ids"][0])
-
-
-PICTURE = "<image>" * tiny.GRID**2
-
-
-def test_the_chat_template_places_pictures_before_the_prompt(checkpoint: Checkpoint) -> None:
-    inputs = prepare(checkpoint, [IMAGE, IMAGE], "What is it?")
-    assert text_of(checkpoint, inputs) == f"<s><|user|>{PICTURE}\n{PICTURE}\nWhat is it?<|assistant|>"
-    assert inputs["pixel_values"].shape == (2, 3, tiny.SIDE, tiny.SIDE)
-
-
-def test_a_prompt_needs_no_picture(checkpoint: Checkpoint) -> None:
-    inputs = prepare(checkpoint, [], "What is it?")
-    assert text_of(checkpoint, inputs) == "<s><|user|>What is it?<|assistant|>"
-    assert "pixel_values" not in inputs
-
-
-def test_without_a_chat_template_the_prompt_follows_the_pictures(tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(str(tiny.llava(tmp_path, chat_template=None)))
-    assert text_of(checkpoint, prepare(checkpoint, [IMAGE], "What is it?")) == f"{PICTURE}\nWhat is it?"
-    assert text_of(checkpoint, prepare(checkpoint, [], "What is it?")) == "What is it?"
-
-
-@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, None])
-@pytest.mark.parametrize("images", [0, 1])
-def test_a_prompt_that_spells_the_placeholder_is_refused(tmp_path: Path, template: str | None, images: int) -> None:
-    checkpoint = load_checkpoint(str(tiny.llava(tmp_path, chat_template=template)))
-    with pytest.raises(ValueError, match="must not spell '<image>'"):
-        prepare(checkpoint, [IMAGE] * images, "What is an <image> tag?")
-
-
-def test_a_prompt_that_spells_the_video_placeholder_is_refused(checkpoint: Checkpoint) -> None:
-    config = Qwen2_5_VLConfig(
-        image_token_id=checkpoint.processor.tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_id=checkpoint.processor.tokenizer.convert_tokens_to_ids("<video>"),
-    )
-    qwen = Checkpoint("qwen", config, checkpoint.processor)
-    with pytest.raises(ValueError, match="must not spell '<video>'"):
-        prepare(qwen, [], "What is a <video>?")
-
-
-def test_a_chat_template_that_fails_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ raise_exception('No system prompt') }}")
-    with pytest.raises(ValueError, match=r"The processor of .* refuses the question: No system prompt\."):
-        prepare(checkpoint, [], "What is it?")
-
-
-def test_a_chat_template_that_leaves_pictures_out_is_named(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint.processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")
-    with pytest.raises(
-        ValueError, match=r"^The processor of .* refuses the question: [^.\n]*number of images[^.\n]*\.$"
-    ):
-        prepare(checkpoint, [IMAGE], "What is it?")
-
-
-def test_weights_are_loaded_in_the_type_that_was_asked_for(checkpoint: Checkpoint) -> None:
+def test_weights_are_loaded_in_the_requested_type(checkpoint: Checkpoint) -> None:
     assert load_model(checkpoint).dtype == torch.float32
     model = load_model(checkpoint, device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
@@ -101,7 +38,7 @@ def test_unknown_types_and_devices_are_refused(checkpoint: Checkpoint) -> None:
         load_model(checkpoint, device="banana")
 
 
-def test_a_path_that_is_no_folder_is_named_without_asking_the_hub(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused_without_a_request_to_the_hub(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
     for name in (str(tmp_path / "nothing"), str(file), "./nothing", "~/nothing", "a/b/c"):
@@ -109,14 +46,14 @@ def test_a_path_that_is_no_folder_is_named_without_asking_the_hub(tmp_path: Path
             load_checkpoint(name)
 
 
-def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_cannot_be_reached_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^nobody/nothing is not a model that can be loaded: [^\n]+\.$"):
         load_checkpoint("nobody/nothing")
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}", '{"model_type": "unheard-of"}'])
-def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, config: str | None) -> None:
+def test_a_folder_without_a_model_is_reported(tmp_path: Path, config: str | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=rf"^{tmp_path} is not a model that can be loaded: [^\n]+\.$"):
@@ -124,27 +61,27 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, config: str | Non
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "llama", "bert"])
-def test_a_model_without_pictures_or_without_language_is_refused(tmp_path: Path, model_type: str) -> None:
+def test_a_text_only_or_vision_only_model_is_refused(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=f"is a '{model_type}' model, not a vision-language model"):
         load_checkpoint(str(tmp_path))
 
 
-def test_a_model_without_its_processor_is_named(tmp_path: Path) -> None:
+def test_a_model_without_a_processor_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     with pytest.raises(ValueError, match=rf"^The processor of {tmp_path} cannot be loaded: [^\n]+$"):
         load_checkpoint(str(tmp_path))
 
 
-def test_a_processor_without_pictures_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where a repository holds no more than a tokenizer, AutoProcessor returns that.
+def test_a_processor_without_images_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # AutoProcessor returns the tokenizer if a repository has nothing else.
     only_words = SimpleNamespace(from_pretrained=lambda name, **settings: tiny.tokenizer())
     monkeypatch.setattr("sparsight.models.loading.AutoProcessor", only_words)
     with pytest.raises(ValueError, match=f"{folder} has no processor for images"):
         load_checkpoint(str(folder))
 
 
-def test_a_model_without_weights_is_named(tmp_path: Path) -> None:
+def test_a_model_without_weights_is_reported(tmp_path: Path) -> None:
     tiny.llava(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} cannot be loaded: [^\n]+$"):
@@ -161,3 +98,27 @@ def test_weights_that_are_incomplete_are_refused(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"^The weights of {tmp_path} are incomplete: 3 are missing, .*layers.1.mlp"):
         load_model(load_checkpoint(str(tmp_path)))
+
+
+def test_load_gives_the_shipped_model_and_its_processor() -> None:
+    model, processor = sparsight.load(device="cpu")
+    assert Path(model.name_or_path) == model_path()
+    assert (model.dtype, model.device.type, model.training) == (torch.bfloat16, "cpu", False)
+    assert processor.image_token == "<image>"
+
+
+def test_load_takes_a_folder_a_device_and_a_type(folder: Path) -> None:
+    for name in (folder, str(folder)):
+        model, processor = sparsight.load(name, device="cpu", dtype="float16")
+        assert model.dtype == torch.float16
+        assert processor.tokenizer.eos_token == "</s>"
+    with pytest.raises(ValueError, match=r"There is no model folder \./nothing"):
+        sparsight.load("./nothing")
+
+
+@pytest.mark.parametrize("name", ["x\x1b[31m" + "y" * 10_000, "../x\x1b[31m" + "y" * 10_000])
+def test_long_names_with_control_characters_are_cut_and_escaped(name: str) -> None:
+    with pytest.raises(ValueError, match=r"x\\x1b\[31my") as refused:
+        load_checkpoint(name)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 800

@@ -20,7 +20,7 @@ def test_post_vision_queries_follow_the_last_image():
     assert prompt.vision_mask.sum(-1).tolist() == [16, 48]
 
 
-def test_the_last_window_stands_in_where_no_text_follows_an_image():
+def test_the_last_window_is_used_if_no_text_follows_the_last_image():
     prompt = locate(CONFIG, models.inputs("llava", NO_TEXT_AFTER, NO_IMAGE, models.Prompt(0, 40, 0)))
     assert prompt.spans == (Span(16, 16, 40), Span(17, 17, 40), Span(0, 8, 40))
 
@@ -40,7 +40,7 @@ def test_spans_equal_the_definition(vision, padding):
     assert [i - padding for i in range(span.post_vision, span.stop)] == reference.post_vision_rows(vision)
 
 
-def test_token_types_tell_where_vision_is_for_any_family():
+def test_token_types_mark_vision_tokens_for_any_family():
     types = torch.tensor([[0, 1, 2, 0, 0]])
     prompt = locate(
         SimpleNamespace(model_type="unheard_of"), {"input_ids": torch.ones(1, 5), "mm_token_type_ids": types}
@@ -48,7 +48,7 @@ def test_token_types_tell_where_vision_is_for_any_family():
     assert prompt.vision_mask.tolist() == [[False, True, True, False, False]]
 
 
-def test_rows_are_selected_with_their_spans():
+def test_sequences_are_selected_with_their_spans():
     prompt = locate(CONFIG, models.inputs("llava", ONE_IMAGE, THREE_IMAGES)).select([1, 1, 0])
     assert [span.start for span in prompt.spans] == [0, 0, 34]
     assert prompt.vision_mask.sum(-1).tolist() == [48, 48, 16]
@@ -68,6 +68,6 @@ def test_rows_are_selected_with_their_spans():
         ({"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 0, 1]])}, "padding between"),
     ],
 )
-def test_inputs_that_are_no_prompts_are_refused(inputs, message):
+def test_inputs_that_are_not_prompts_are_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         locate(CONFIG, inputs)

@@ -1,4 +1,4 @@
-"""The place that a tile gives a vision token is the place that the model looks at to make it."""
+"""The pixels that a tile assigns to a vision token are those that the model encodes in it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +13,16 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from sparsight.models.families import FAMILIES
+from sparsight.models.inputs import prepare
 from sparsight.models.layouts import Tile, find_tiles
-from sparsight.models.loading import load_checkpoint, prepare
+from sparsight.models.loading import load_checkpoint
 from tests.support import tiny
 
 RED = (255, 0, 0)
 
 
 class Family:
-    """A model with its processor, whatever the family."""
+    """A model with its processor, of any family."""
 
     def __init__(self, model: PreTrainedModel, image_processor: Any, checkpoint: Any = None) -> None:
         self.model, self.image_processor, self.checkpoint = model, image_processor, checkpoint
@@ -41,7 +42,7 @@ class Family:
         return find_tiles(FAMILIES[config.model_type].layout, config, inputs, self.image_processor)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What each vision token of the prompt is made of, ``[tokens, D]``."""
+        """The features of each vision token of the prompt, ``[tokens, D]``."""
         arguments = {name: value for name, value in inputs.items() if name.startswith(("pixel", "image"))}
         with torch.no_grad():
             features = self.model.get_image_features(**arguments).pooler_output
@@ -71,7 +72,7 @@ SIZES = [(56, 56), (112, 84), (60, 200), (300, 56), (40, 30)]
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
 @pytest.mark.parametrize("size", SIZES)
-def test_changing_the_pixels_of_a_cell_changes_its_token_alone(
+def test_changing_the_pixels_of_a_cell_changes_only_its_token(
     families: dict[str, Family], name: str, size: tuple[int, int]
 ) -> None:
     # The tiny vision towers are read before their first attention layer: a token knows its own patch only.
@@ -121,7 +122,7 @@ def test_tiles_cover_the_vision_tokens_once_and_in_order(
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
-def test_a_red_patch_shows_where_it_is_in_the_picture(families: dict[str, Family], name: str) -> None:
+def test_a_red_patch_is_at_its_place_in_the_tiles(families: dict[str, Family], name: str) -> None:
     family = families[name]
     image = Image.new("RGB", (112, 112), "black")
     image.paste(RED, (84, 28, 112, 56))
@@ -134,13 +135,13 @@ def test_a_red_patch_shows_where_it_is_in_the_picture(families: dict[str, Family
         assert tile.pixels[int(height * 0.8), int(width * 0.2)].tolist() == pytest.approx([0, 0, 0], abs=0.01)
 
 
-def test_pixels_are_the_picture_before_normalisation(families: dict[str, Family]) -> None:
+def test_pixels_are_those_before_normalisation(families: dict[str, Family]) -> None:
     image = picture(tiny.SIDE, tiny.SIDE)
     tile = families["llava"].tiles(families["llava"].inputs(image))[0]
     assert np.abs(tile.pixels.numpy() - np.asarray(image) / 255).max() < 1e-6
 
 
-def test_pixels_that_were_not_rescaled_or_normalised_are_understood(families: dict[str, Family]) -> None:
+def test_pixels_of_processors_that_do_not_rescale_or_normalise(families: dict[str, Family]) -> None:
     family = families["llava"]
     image = picture(tiny.SIDE, tiny.SIDE)
     inputs = family.inputs(image)
@@ -183,7 +184,7 @@ def test_llava_next_tokens_are_those_that_transformers_packs(
                 torch.testing.assert_close(tile.pixels[y : y + tiny.PATCH, x : x + tiny.PATCH], shown.clamp(0, 1))
 
 
-def test_names_tell_pictures_and_scales_apart(families: dict[str, Family]) -> None:
+def test_names_distinguish_images_and_scales(families: dict[str, Family]) -> None:
     one, other = picture(56, 56), picture(112, 56)
 
     def names(family: str, *images: Image.Image) -> list[str]:
@@ -206,7 +207,7 @@ def test_seams_lie_where_high_resolution_tiles_meet(families: dict[str, Family])
     assert narrow.seams == ((4,), (3,))
 
 
-def test_a_class_token_has_no_place(tmp_path: Path) -> None:
+def test_a_class_token_is_in_no_tile(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(str(tiny.llava(tmp_path, strategy="full")))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     family = Family(model, checkpoint.processor.image_processor, checkpoint)
@@ -217,7 +218,7 @@ def test_a_class_token_has_no_place(tmp_path: Path) -> None:
     assert second.tokens.flatten().tolist() == positions[18:]
 
 
-def test_pictures_of_several_sizes_are_cut_from_their_padding(families: dict[str, Family]) -> None:
+def test_images_of_several_sizes_are_cropped_from_their_padding(families: dict[str, Family]) -> None:
     config = families["llava"].model.config
     pixels = torch.rand(2, 3, 56, 56)
     inputs = {
@@ -233,7 +234,7 @@ def test_pictures_of_several_sizes_are_cut_from_their_padding(families: dict[str
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
-def test_a_prompt_with_other_numbers_of_vision_tokens_is_refused(families: dict[str, Family], name: str) -> None:
+def test_a_prompt_with_another_number_of_vision_tokens_is_refused(families: dict[str, Family], name: str) -> None:
     family = families[name]
     inputs = family.inputs(picture(56, 56))
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[family.model.config.image_token_id]])], 1)
@@ -241,8 +242,8 @@ def test_a_prompt_with_other_numbers_of_vision_tokens_is_refused(families: dict[
         family.tiles(inputs)
 
 
-def test_a_picture_far_longer_than_wide_has_its_base_tile_only(families: dict[str, Family]) -> None:
+def test_an_image_much_longer_than_wide_has_a_base_tile_only(families: dict[str, Family]) -> None:
     family = families["llava_next"]
     assert family.checkpoint is not None
-    inputs = prepare(family.checkpoint, [picture(1, 2000)], "hi")
+    inputs = prepare(family.checkpoint, [picture(1, 200)], "hi")
     assert [tile.name for tile in family.tiles(inputs)] == ["Base"]

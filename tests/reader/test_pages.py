@@ -1,4 +1,4 @@
-"""The generators: the same seed gives the same picture, and no held-out page is a training page."""
+"""The generators: the same seed gives the same image, and the splits share no page."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_page_or_scene_belongs_to_one_split_by_its_content(split):
     assert is_held_out(random_scene(rng, split).things) == (split == "heldout")
 
 
-def test_characters_stand_on_the_page_and_off_the_grid():
+def test_characters_are_on_the_page_and_not_aligned_with_the_grid():
     rng = np.random.default_rng(2)
     phases = []
     for count in (1, 20, 64):
@@ -42,7 +42,7 @@ def test_characters_stand_on_the_page_and_off_the_grid():
     assert np.histogram(phases, bins=7, range=(0, 14))[0].min() > 0
 
 
-def test_a_page_holds_its_records_and_keys_are_different():
+def test_a_page_shows_its_records_and_keys_are_distinct():
     page = random_page(np.random.default_rng(3), 64)
     assert len({key for key, _ in page.records}) == 64
     printed = "".join(glyph.char for glyph in page.glyphs)
@@ -58,7 +58,7 @@ def test_styles_are_varied():
     assert all(abs(style.angle) <= MAX_ANGLE for style in styles)
 
 
-def test_ink_stands_where_the_centres_say():
+def test_ink_is_at_the_centres_of_the_characters():
     page = random_page(np.random.default_rng(4), 40)
     grey = np.asarray(page.draw(), dtype=float).mean(-1)
     paper = sum(page.style.paper) / 3
@@ -80,7 +80,7 @@ def test_questions_about_scenes_have_the_answers_of_the_scene():
                 assert answer == example.images[0].things[shapes.index(asked)].color
 
 
-def test_reading_goes_down_the_page():
+def test_transcripts_go_down_the_page():
     example = read_out(np.random.default_rng(0), "heldout", 20)
     page = example.images[0]
     lines = [f"{number:02d}. {key} {value}" for number, (key, value) in enumerate(page.records, 1)]
@@ -89,7 +89,7 @@ def test_reading_goes_down_the_page():
     assert starts == sorted(starts)
 
 
-def test_two_images_are_asked_about_by_their_number():
+def test_questions_about_two_images_name_one_of_them():
     example = compare(np.random.default_rng(0), "heldout", questions=8)
     assert isinstance(example, Example) and len(example.images) == 2
     assert {("first" in question) + 2 * ("second" in question) for question, _ in example.turns} == {1, 2}

@@ -1,4 +1,4 @@
-"""The shipped model: it loads as any checkpoint does, it reads, and it reads the picture that it is given."""
+"""The shipped model loads like any checkpoint and answers from the image that it is given."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_the_folder_is_small():
     assert sum(path.stat().st_size for path in Path(model_path()).iterdir()) <= LIMIT
 
 
-def test_it_is_a_llava_of_the_promised_shape(reader):
+def test_it_is_a_llava_of_the_documented_shape(reader):
     model, _ = reader
     text, vision = model.config.text_config, model.config.vision_config
     assert model.config.model_type == "llava"
@@ -69,7 +69,7 @@ def test_with_another_page_look_up_falls_to_chance(reader, pages):
     assert sum(example[0] for example in judge(*reader, strangers)) <= 1
 
 
-def test_training_sees_what_the_model_sees(reader, pages):
+def test_training_computes_the_features_that_the_model_computes(reader, pages):
     model, processor = reader
     pixels = processor.image_processor(pages[0].pictures(), return_tensors="pt")["pixel_values"].to(model.dtype)
     with torch.inference_mode():
@@ -83,7 +83,7 @@ def test_it_names_colours_and_counts_things(reader):
     assert sum(example[0] for example in judge(*reader, scenes)) >= PAGES - 2
 
 
-def test_it_reads_a_short_list_aloud(reader):
+def test_it_transcribes_a_short_list(reader):
     lists = [read_out(np.random.default_rng([97, i]), "heldout", 4) for i in range(6)]
     wanted = [example.turns[0][1] for example in lists]
     said = answers(*reader, lists, limit=60)

@@ -1,4 +1,4 @@
-"""What patches are said to show, against the page."""
+"""Target features of patches, compared with the page."""
 
 import numpy as np
 import torch
@@ -24,14 +24,14 @@ def test_directions_are_orthonormal():
     torch.testing.assert_close(directions @ directions.T, torch.eye(FEATURES), atol=1e-5, rtol=0)
 
 
-def test_every_character_is_shown_once_in_all():
+def test_every_character_has_a_total_weight_of_one():
     page = random_page(np.random.default_rng(0), 64)
     shown = features(page)[:, FIRST_GLYPH:FIRST_SHAPE].reshape(576, SLOTS, len(GLYPHS)).sum((0, 1))
     printed = [glyph.char for glyph in page.glyphs]
     np.testing.assert_allclose(shown, [printed.count(char) for char in GLYPHS], atol=1e-3)
 
 
-def test_every_thing_is_shown_once_in_all():
+def test_every_thing_has_a_total_weight_of_one():
     scene = random_scene(np.random.default_rng(0))
     table = features(scene)
     assert np.isclose(table[:, FIRST_SHAPE:].sum(), 2 * THING_WEIGHT * len(scene.things), atol=1e-4)

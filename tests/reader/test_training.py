@@ -1,4 +1,4 @@
-"""What training computes with, against torch's own."""
+"""Attention of the training code, compared with torch's own."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from training.attention import BLOCK, plain_attention
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", [2, 4])
-def test_plain_attention_is_attention(causal, groups):
+def test_plain_attention_equals_torch_attention(causal, groups):
     generator = torch.Generator().manual_seed(0)
     length = BLOCK + 30
     query = torch.randn(2, 4, length, 8, generator=generator)

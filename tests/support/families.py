@@ -1,4 +1,4 @@
-"""A tiny random model of each family, and what its processor makes of pictures and videos.
+"""A tiny random model of each family, and its processor's outputs for images and videos.
 
 Pictures are random pixels; one of them is ``SIDE x 2 * SIDE`` pixels where the family takes any size, and one or three
 tiles of ``SIDE x SIDE`` where it cuts pictures into tiles.
@@ -25,7 +25,7 @@ Pixels = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Medium:
-    """A picture or a video as the processor gives it.
+    """An image or a video as the processor returns it.
 
     Args:
         pixels: what goes to the vision tower.
@@ -42,14 +42,14 @@ Make = Callable[[Generator, torch.dtype], Medium]
 
 
 def _concatenate(rows: list[list[Pixels]]) -> Pixels:
-    """Pixels of a batch, from those of each sequence's pictures: all pictures one after another."""
+    """Pixels of a batch from those of each sequence's images: all images concatenated."""
     every = [pixels for row in rows for pixels in row]
     return {name: torch.cat([pixels[name] for pixels in every]) for name in every[0]}
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """How a family's tiny model is built and what it is given.
+    """A family's tiny model and its inputs.
 
     Args:
         build: the model, for a grouping of its heads.
@@ -88,7 +88,7 @@ def head_dim(heads: str) -> int:
 
 
 def vision_config() -> dict[str, Any]:
-    """Of a CLIP tower."""
+    """The config of a CLIP tower."""
     return tr.CLIPVisionConfig(**_tower(), image_size=SIDE, patch_size=PATCH, initializer_range=0.3).to_dict()
 
 
@@ -110,7 +110,7 @@ def _vision(count: int, token: int = IMAGE_TOKEN, kind: int = 1) -> tuple[list[i
 
 
 def _tiles(number: int, tokens: int, name: str = "pixel_values", side: int = SIDE) -> Make:
-    """A picture in tiles of ``tokens`` tokens each."""
+    """An image in tiles of ``tokens`` tokens each."""
 
     def make(generator: Generator, dtype: torch.dtype) -> Medium:
         ids, types = _vision(number * tokens)
@@ -177,7 +177,7 @@ def _llava_onevision(heads: str) -> tr.PreTrainedModel:
 
 
 def _anyres(generator: Generator, dtype: torch.dtype) -> Medium:
-    """28 x 56 pixels: a base tile of 4 x 4 patches, and two tiles side by side whose 4 rows end in a newline token."""
+    """28 x 56 pixels: a base tile of 4 x 4 patches, and two adjacent tiles with 4 rows that end in a newline token."""
     ids, types = _vision(16 + 4 * 9)
     pixels = {
         "pixel_values": _pixels(generator, dtype, 1, 3, 3, SIDE, SIDE),
@@ -187,7 +187,7 @@ def _anyres(generator: Generator, dtype: torch.dtype) -> Medium:
 
 
 def _pooled_frames(extra: int) -> Make:
-    """Three frames of 2 x 2 tokens, and ``extra`` tokens that end the video."""
+    """Three frames of 2 x 2 tokens, and ``extra`` tokens at the end of the video."""
 
     def make(generator: Generator, dtype: torch.dtype) -> Medium:
         ids, types = _vision(3 * 4 + extra, VIDEO_TOKEN, 2)
@@ -209,7 +209,7 @@ def _internvl(heads: str) -> tr.PreTrainedModel:
 
 
 def _internvl_video(generator: Generator, dtype: torch.dtype) -> Medium:
-    """Three frames, each a picture of its own, after the text that numbers it."""
+    """Three frames, each encoded as an image after the text with its number."""
     ids, types = [], []
     for _ in range(3):
         ids += [TIMESTAMP, VISION_START, *[IMAGE_TOKEN] * 4, VISION_END]
@@ -250,7 +250,7 @@ def _ovis2(heads: str) -> tr.PreTrainedModel:
 
 
 def _ovis2_image(generator: Generator, dtype: torch.dtype) -> Medium:
-    """A thumbnail and two tiles side by side, between tokens that tell where they lie."""
+    """A thumbnail and two adjacent tiles, between tokens that name their places."""
     start, grid, column, _, end = INDICATORS
     atoms = [IMAGE_TOKEN] * 4
     ids = [start, *atoms, grid, *atoms, column, *atoms, end]
@@ -275,7 +275,7 @@ def _idefics_config(kind: type, heads: str) -> Any:
 
 
 def _idefics_image(generator: Generator, dtype: torch.dtype) -> Medium:
-    """Two tiles side by side and the whole picture, each after tokens that tell where it lies."""
+    """Two adjacent tiles and the full image, each after tokens that name its place."""
     ids = [VISION_START, 91, *[IMAGE_TOKEN] * 4, VISION_START, 92, *[IMAGE_TOKEN] * 4, ROW_END]
     ids += [VISION_START, 93, *[IMAGE_TOKEN] * 4, VISION_START]
     pixels = {
@@ -296,7 +296,7 @@ def _idefics_video(generator: Generator, dtype: torch.dtype) -> Medium:
 
 
 def _pad_tiles(rows: list[list[Pixels]]) -> Pixels:
-    """One row of tiles for each sequence, with empty tiles behind."""
+    """The tiles of each sequence, padded with empty tiles."""
     every = [pixels for row in rows for pixels in row]
     most = max(sum(pixels["pixel_values"].shape[1] for pixels in row) for row in rows)
     padded = {}
@@ -358,7 +358,7 @@ def _mistral3(heads: str) -> tr.PreTrainedModel:
 
 
 def _pixtral_image(generator: Generator, dtype: torch.dtype) -> Medium:
-    """2 x 4 merged patches, with a token that ends each row and one that ends the picture."""
+    """2 x 4 merged patches, with a token at the end of each row and one at the end of the image."""
     row = [IMAGE_TOKEN] * 4
     ids = [*row, ROW_END, *row, IMAGE_END]
     pixels = {
@@ -496,7 +496,7 @@ def _minicpm(heads: str) -> tr.PreTrainedModel:
 
 
 def _minicpm_image(generator: Generator, dtype: torch.dtype) -> Medium:
-    """The whole picture of 2 x 2 tokens, and a slice of 1 x 2 tokens."""
+    """The full image of 2 x 2 tokens, and a slice of 1 x 2 tokens."""
     ids = [VISION_START, *[IMAGE_TOKEN] * 4, VISION_END, VISION_START, *[IMAGE_TOKEN] * 2, VISION_END]
     pixels = {
         "pixel_values": _pixels(generator, dtype, 1, 3, PATCH, (64 + 32) * PATCH),
@@ -516,7 +516,7 @@ def _minicpm_video(generator: Generator, dtype: torch.dtype) -> Medium:
 
 
 def _pack_patches(rows: list[list[Pixels]]) -> Pixels:
-    """All pictures' patches side by side."""
+    """The patches of all images side by side."""
     every = [pixels for row in rows for pixels in row]
     return {
         name: torch.cat([pixels[name] for pixels in every], dim=-1 if name.startswith("pixel") else 0)
@@ -525,7 +525,7 @@ def _pack_patches(rows: list[list[Pixels]]) -> Pixels:
 
 
 def gemma3_without_windows(heads: str) -> tr.PreTrainedModel:
-    """Gemma3 whose layers are all compressed."""
+    """Gemma3 with full attention, hence compressed entries, in all layers."""
     return _gemma3(heads, "full_attention")
 
 

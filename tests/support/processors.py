@@ -1,4 +1,4 @@
-"""Real processors for the tiny models of ``families.py``, as far as they can be made without torchvision."""
+"""Real processors for the tiny models of ``families.py`` that can be built without torchvision."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ VISION = {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|visio
 
 
 def tokenizer(*words: str, **special: str) -> tr.PreTrainedTokenizerFast:
-    """One token a byte, special words, and special words by the names that a processor asks for."""
+    """A tokenizer with one token per byte, extra special tokens, and named special tokens for a processor."""
     special |= {f"word_{number}": word for number, word in enumerate(words)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
@@ -124,7 +124,7 @@ def _minicpm() -> Any:
 
 @dataclass(frozen=True)
 class Real:
-    """A family's processor, what a picture is in its text, and the token that stands for a piece of one."""
+    """A family's processor, the placeholder of an image in its text, and the vision token."""
 
     build: Callable[[], Any]
     placeholder: str
@@ -149,11 +149,11 @@ REAL = {
     "paligemma": Real(_paligemma, "<image>", "<image>"),
     "minicpmv4_6": Real(_minicpm, "<image>", "<image>"),
 }
-"""SmolVLM's needs another package, and Pixtral's and Qwen3-VL-MoE's are Pillow's image processors or Qwen3-VL's."""
+"""Left out: SmolVLM's, which needs another package; Mistral3's and Qwen3-VL-MoE's, which share those of others."""
 
 
 def processor(family: str) -> Any:
-    """A family's processor. Without torchvision there is no video processor, which pictures do not need."""
+    """A family's processor. Without torchvision there is no video processor, which images do not need."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
         return REAL[family].build()

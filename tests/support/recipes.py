@@ -15,6 +15,8 @@ def head_scores(model):
 
 
 def recipe_for(model, name, **numbers):
-    """``recipe(name)``, with head scores where the method asks for them."""
+    """``recipe(name)``, with head scores where the method asks for them; the full cache at any budget keeps all."""
+    if name == "full":
+        numbers.pop("budget", None)
     made = recipe(name, **numbers)
     return recipe(name, heads=head_scores(model), **numbers) if isinstance(made.allocate, VisualHeads) else made

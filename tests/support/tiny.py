@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that every text has one spelling and a known length."""
+    """One token per byte, so that every text has one tokenization of known length."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_only = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,7 +71,7 @@ def text_config(words: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def vision_config() -> CLIPVisionConfig:
-    """A CLIP tower whose first hidden states know their own patch only."""
+    """A CLIP tower; its first hidden states depend on their own patch only."""
     return CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -84,7 +84,7 @@ def vision_config() -> CLIPVisionConfig:
 
 
 def llava(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, strategy: str = "default") -> Path:
-    """A Llava checkpoint: one square picture of ``GRID x GRID`` vision tokens."""
+    """A Llava checkpoint, with ``GRID x GRID`` vision tokens per image."""
     words = tokenizer()
     config = LlavaConfig(
         vision_config=vision_config(),
@@ -166,7 +166,7 @@ def qwen2_5_vl_image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def clip(folder: Path) -> Path:
-    """A vision tower alone: a checkpoint without a language part."""
+    """A checkpoint of a vision tower without a language part."""
     vision = vision_config()
     vision.save_pretrained(folder)
     return folder

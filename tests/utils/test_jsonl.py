@@ -6,7 +6,7 @@ import pytest
 from sparsight.utils.jsonl import append, recover
 
 
-def test_what_was_appended_is_recovered(tmp_path: Path) -> None:
+def test_appended_values_are_recovered(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     assert list(recover(path)) == []
     for lines in ([{"a": 1}], [], [{"text": "two\nlines"}, {"ü": None}]):
@@ -15,7 +15,7 @@ def test_what_was_appended_is_recovered(tmp_path: Path) -> None:
     assert list(recover(path)) == [{"a": 1}, {"text": "two\nlines"}, {"ü": None}]
 
 
-def test_what_is_not_ours_is_not_cut_off(tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_not_truncated(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("hello")
     with pytest.raises(json.JSONDecodeError):
@@ -24,7 +24,7 @@ def test_what_is_not_ours_is_not_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
-def test_a_line_that_was_cut_short_is_cut_off(tmp_path: Path, cut: int) -> None:
+def test_an_incomplete_last_line_is_removed(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": 2}\n'[:-cut])
     assert list(recover(path)) == [{"a": 1}]

@@ -1,0 +1,19 @@
+"""Text from outside, such as file names and other libraries' errors, made safe to print in messages."""
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """A name for a message: control characters escaped, and the middle left out if longer than ``limit``."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shorten(str(text), limit)
+    )
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """A text with its middle left out if it is longer than ``limit`` characters."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 2) :]}"
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's message, on one line."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable(line.split(". ")[0].rstrip("."), 500) + "."
