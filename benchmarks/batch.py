@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sparsight.batch_inference.job import Job, results
+from sparsight.batch_inference.job import Job, run_job
 from sparsight.batch_inference.rows import Row, read_rows
 from sparsight.methods import recipe
 from sparsight.models.images import open_image
@@ -203,7 +203,7 @@ def side(which: str, rows: Path, size: int, new_tokens: int, threads: int, metho
         tokens = list(loop(checkpoint, asked, size, new_tokens))
     else:
         job = Job(checkpoint, recipe(method, budget=budget), new_tokens)
-        found = [result for some in results(job, asked) for result in some]
+        found = [result for some in run_job(job, asked) for result in some]
         tokens = [result.tokens or 0 for result in found]
     seconds = time.perf_counter() - begun
     assert tokens == [new_tokens] * len(asked), "both must do the same work"

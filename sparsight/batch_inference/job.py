@@ -1,17 +1,17 @@
-"""A model's answers to many rows, on this machine."""
+"""A batch inference job, and how it runs on this machine."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from sparsight.batch_inference.answerer import Answerer
+from sparsight.batch_inference.generator import BatchGenerator
 from sparsight.batch_inference.output import Result
-from sparsight.batch_inference.preparation import Preparation, prepared_ahead
-from sparsight.batch_inference.rows import Row, check_different, read_ids, read_rows, row_of
+from sparsight.batch_inference.preprocessing import Preprocessor, preprocess_ahead
+from sparsight.batch_inference.rows import Row, check_unique, parse_row, read_ids, read_rows
 from sparsight.compression.recipe import Recipe
 from sparsight.methods import VLCache
 from sparsight.models.images import MAX_PIXELS
@@ -20,15 +20,15 @@ from sparsight.models.loading import Checkpoint, load_checkpoint, load_model
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with every row.
+    """The model and the settings that every row is answered with.
 
     Args:
         checkpoint: the model.
-        recipe: how its caches are compressed.
-        max_new_tokens: how long an answer may be.
-        batch_size: rows that decode together; None for as many as there is room for.
+        recipe: how caches are compressed.
+        max_new_tokens: longest answer.
+        batch_size: sequences that decode together; None for as many as fit in memory.
         device, dtype: as :func:`sparsight.models.loading.load_model` takes them.
-        max_pixels: how large a picture may be.
+        max_pixels: largest image.
     """
 
     checkpoint: Checkpoint
@@ -41,11 +41,11 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number above 0 or None, got {self.batch_size!r}.")
+            raise ValueError(f"batch_size must be an integer above 0 or None, got {self.batch_size!r}.")
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What decides the results, as JSON has it: the same job gives the same results."""
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the results, JSON serializable: equal settings give equal results."""
         recipe = json.loads(self.recipe.to_json())
         return {
             "model": self.checkpoint.name,
@@ -57,31 +57,31 @@ class Job:
         }
 
     @property
-    def preparation(self) -> Preparation:
-        """What the rows are prepared for."""
-        return Preparation(self.checkpoint, self.max_new_tokens, self.max_pixels)
+    def preprocessor(self) -> Preprocessor:
+        """Makes the model's inputs from rows."""
+        return Preprocessor(self.checkpoint, self.max_new_tokens, self.max_pixels)
 
-    def answerer(self) -> Answerer:
+    def load_generator(self) -> BatchGenerator:
         """Load the weights.
 
         Raises:
             ValueError: they cannot be loaded.
         """
         model = load_model(self.checkpoint, self.device, self.dtype)
-        return Answerer(model, self.preparation, self.recipe, self.batch_size)
+        return BatchGenerator(model, self.preprocessor, self.recipe, self.batch_size)
 
 
-def results(job: Job, rows: Iterable[Row]) -> Iterator[list[Result]]:
-    """Results of all rows, those of a batch together, in the order in which they are known.
+def run_job(job: Job, rows: Iterable[Row]) -> Iterator[list[Result]]:
+    """Results of all rows, a batch at a time, in the order in which batches finish.
 
     Raises:
-        ValueError: the model cannot be loaded, or a process that opens pictures died.
+        ValueError: the model cannot be loaded, or a process that opens images died.
     """
-    with closing(prepared_ahead(job.preparation, rows)) as ahead:
-        # The processes begin with the first row, while the weights are loaded.
-        first = list(zip(range(1), ahead, strict=False))
+    with closing(preprocess_ahead(job.preprocessor, rows)) as preprocessed:
+        # The workers start with the first row and preprocess while the weights are loaded.
+        first = list(islice(preprocessed, 1))
         if first:
-            yield from job.answerer().answer(chain([row for _, row in first], ahead))
+            yield from job.load_generator().generate(chain(first, preprocessed))
 
 
 def batch(
@@ -95,7 +95,7 @@ def batch(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Iterator[Result]:
-    """Ask a model about many pictures, and yield each result as soon as it is known, in no order.
+    """Ask a model about many images, and yield each result as soon as it is known, in no particular order.
 
     ::
 
@@ -107,21 +107,21 @@ def batch(
             "prompt": "What is this?"}``; ``image`` may hold a file's bytes, and ``images`` several.
         prompt: the prompt of the rows that have none.
         model: folder or hub id.
-        recipe: how the caches are compressed; VL-Cache at 10 % if None.
-        max_new_tokens: how long an answer may be.
-        batch_size: rows that decode together; None for as many as there is room for.
+        recipe: how caches are compressed; VL-Cache at 10 % if None.
+        max_new_tokens: longest answer.
+        batch_size: sequences that decode together; None for as many as fit in memory.
         device: a torch device, or ``auto``: the first GPU if there is one.
-        dtype: type of the weights, or ``auto``: the one that they were saved in.
+        dtype: type of the weights, or ``auto``: the type that they were saved in.
 
     Raises:
-        ValueError: the source or the model cannot be read. What is wrong with a row alone is its result's ``error``.
+        ValueError: the source or the model cannot be read. A problem with a single row is its result's ``error``.
     """
     if isinstance(source, str | Path):
         read_ids(Path(source), prompt)
         rows: Iterable[Row] = read_rows(Path(source), prompt)
     else:
-        rows = [row_of(given, f"row {number}", Path(), prompt) for number, given in enumerate(source, 1)]
-        check_different(row.id for row in rows)
+        rows = [parse_row(values, f"row {number}", Path(), prompt) for number, values in enumerate(source, 1)]
+        check_unique(row.id for row in rows)
     checkpoint = load_checkpoint(model)
     job = Job(checkpoint, recipe or VLCache(), max_new_tokens, batch_size, device, dtype)
-    return (result for some in results(job, rows) for result in some)
+    return (result for batch in run_job(job, rows) for result in batch)

@@ -1,4 +1,4 @@
-"""``sparsight batch``: many questions about pictures, in batches, into a file that a stopped run goes on with."""
+"""``sparsight batch``: many questions about images, answered in batches, into a file that a stopped run continues."""
 
 import json
 import sys
@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsight.batch_inference.job import Job, results
+from sparsight.batch_inference.job import Job, run_job
 from sparsight.batch_inference.output import Output, Result
-from sparsight.batch_inference.ray_data import Cluster, results_on
+from sparsight.batch_inference.ray_data import Cluster, run_job_on_ray
 from sparsight.batch_inference.rows import read_ids, read_rows
 from sparsight.cache.report import mebibytes
 from sparsight.cli import options
@@ -27,13 +27,13 @@ from sparsight.models.loading import load_checkpoint
 
 def batch(
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="JSON lines, a folder of pictures, or Parquet with pictures' bytes.")
+        Path, typer.Argument(metavar="INPUT", help="JSON lines, a folder of images, or Parquet with the images' bytes.")
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="JSON lines or .parquet; a stopped run goes on with it.")
+        Path, typer.Argument(metavar="OUTPUT", help="JSON lines or .parquet; the same command continues a stopped run.")
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="The question of all rows that have none of their own.", metavar="TEXT")
+        str | None, typer.Option(help="The question for all rows that have none.", metavar="TEXT")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     method: options.Method = options.DEFAULT_METHOD,
@@ -41,23 +41,23 @@ def batch(
     heads: options.Heads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     batch_size: Annotated[
-        str, typer.Option(help="Rows that decode together; auto is as many as there is room for.", metavar="NUMBER")
+        str, typer.Option(help="Sequences that decode together; auto: as many as fit in memory.", metavar="NUMBER")
     ] = "auto",
     ray: Annotated[
         str | None,
-        typer.Option(help="Answer on a Ray cluster: its address, auto, or local to start one.", metavar="ADDRESS"),
+        typer.Option(help="Run on a Ray cluster: its address, auto, or local to start one.", metavar="ADDRESS"),
     ] = None,
-    replicas: Annotated[int, typer.Option(help="Models on the Ray cluster.", min=1)] = 1,
+    replicas: Annotated[int, typer.Option(help="Copies of the model on the Ray cluster.", min=1)] = 1,
     gpus_per_replica: Annotated[
         float | None,
-        typer.Option(help="GPUs of each; one if not given and there are any.", min=0, show_default=False),
+        typer.Option(help="GPUs per replica; by default one if the cluster has any.", min=0, show_default=False),
     ] = None,
     as_json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Ask a model about many pictures; exits with 1 if there was no answer for some of them."""
+    """Ask a model about many images; exits with 1 if some rows have no answer."""
     started = time.perf_counter()
     recipe = recipe_from_options(model, method, budget, heads)
     size = _batch_size(batch_size)
@@ -68,35 +68,33 @@ def batch(
         raise ValueError(f"{source} cannot be both the input and the output.")
     ids = read_ids(source, prompt)
     job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
-    with Output(output, job.about) as written:
-        missing = {row for row, asked in ids.items() if written.lacks(row, asked)}
-        told = Totals(len(ids), written.results)
+    with Output(output, job.settings) as results:
+        missing = {row_id for row_id, checksum in ids.items() if results.needs(row_id, checksum)}
+        totals = Totals(len(ids), results.count)
         try:
             if missing:
                 rows = (row for row in read_rows(source, prompt) if row.id in missing)
                 with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
-                    found = results(job, rows) if cluster is None else results_on(cluster, job, rows)
-                    for some in found:
-                        told.add(written.append(some))
-                        on_results(some)
-            written.finish()
+                    batches = run_job(job, rows) if cluster is None else run_job_on_ray(cluster, job, rows)
+                    for batch_results in batches:
+                        totals.add(results.append(batch_results))
+                        on_results(batch_results)
+            results.finish()
         except KeyboardInterrupt as stop:
-            print(
-                f"Stopped. What was answered is on disk; the same command goes on from there: {output}", file=sys.stderr
-            )
+            print(f"Stopped. All results so far are in {output}; the same command continues.", file=sys.stderr)
             raise typer.Exit(130) from stop
-    summary = told.summary(written, time.perf_counter() - started)
+    summary = totals.summary(results, time.perf_counter() - started)
     if as_json:
         print(json.dumps(summary))
     else:
         Console(highlight=False).print(table(summary), f"Wrote {output}", sep="\n")
-    if written.errors:
+    if results.errors:
         raise typer.Exit(1)
 
 
 @dataclass
 class Totals:
-    """What a run adds up to, without its results, which may be many."""
+    """Sums over the results of a run."""
 
     rows: int
     before: int
@@ -106,44 +104,44 @@ class Totals:
     full_kv_bytes: int = 0
 
     def add(self, results: list[Result]) -> None:
-        """Take new results in."""
+        """Add new results."""
         self.new += len(results)
         self.tokens += sum(result.tokens or 0 for result in results)
         self.kv_bytes += sum(result.kv_bytes or 0 for result in results)
         self.full_kv_bytes += sum(result.full_kv_bytes or 0 for result in results)
 
-    def summary(self, written: Output, seconds: float) -> dict[str, Any]:
+    def summary(self, output: Output, seconds: float) -> dict[str, Any]:
         """The run as plain data."""
         return {
             "rows": self.rows,
             "before": self.before,
-            "answered": written.results - sum(written.errors.values()),
-            "errors": written.errors,
+            "answered": output.count - sum(output.errors.values()),
+            "errors": output.errors,
             "seconds": seconds,
             "rows_per_second": self.new / seconds,
             "new_tokens": self.tokens,
             "kv_bytes": self.kv_bytes,
             "full_kv_bytes": self.full_kv_bytes,
-            "output": str(written.path),
+            "output": str(output.path),
         }
 
 
-def table(told: dict[str, Any]) -> Table:
-    """A run for people."""
+def table(summary: dict[str, Any]) -> Table:
+    """A human-readable summary."""
     shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
     shown.add_column()
     shown.add_column(justify="right")
-    shown.add_row("rows", f"{told['rows']:,}")
-    shown.add_row("answered", f"{told['answered']:,}")
-    for kind, count in sorted(told["errors"].items()):
+    shown.add_row("rows", f"{summary['rows']:,}")
+    shown.add_row("answered", f"{summary['answered']:,}")
+    for kind, count in sorted(summary["errors"].items()):
         shown.add_row(kind, f"{count:,}", style="red")
-    if told["before"]:
-        shown.add_row("of them done before", f"{told['before']:,}")
-    shown.add_row("time", f"{told['seconds']:.1f} s")
-    shown.add_row("rows per second", f"{told['rows_per_second']:.2f}")
-    shown.add_row("new tokens", f"{told['new_tokens']:,}")
-    if told["full_kv_bytes"]:
-        share = told["kv_bytes"] / told["full_kv_bytes"]
+    if summary["before"]:
+        shown.add_row("of them done before", f"{summary['before']:,}")
+    shown.add_row("time", f"{summary['seconds']:.1f} s")
+    shown.add_row("rows per second", f"{summary['rows_per_second']:.2f}")
+    shown.add_row("new tokens", f"{summary['new_tokens']:,}")
+    if summary["full_kv_bytes"]:
+        share = summary["kv_bytes"] / summary["full_kv_bytes"]
         shown.add_row("KV memory after compression", f"{share:.1%} of the full cache")
     return shown
 
@@ -157,13 +155,13 @@ def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"--batch-size is a whole number above 0 or auto, not {text!r}.")
+        raise ValueError(f"--batch-size must be an integer above 0 or auto, not {text!r}.")
     return int(text)
 
 
 @contextmanager
 def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
-    """A bar on stderr with rate, time left and the memory of the newest batch, if there is somebody to see it."""
+    """A progress bar on stderr with rate, time left and the memory of the newest batch, if stderr is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -173,18 +171,20 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[memory]}"),
     )
-    # Rows come a batch at a time, which may take minutes.
+    # Results come a batch at a time, and a batch may take minutes.
     hidden = quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bar:
         shown = bar.add_task("Answering", total=total, completed=done, rate="", memory="")
         started, count = time.perf_counter(), 0
 
-        def on_results(some: list[Result]) -> None:
+        def on_results(results: list[Result]) -> None:
             nonlocal count
-            count += len(some)
+            count += len(results)
             rate = f"{count / (time.perf_counter() - started):.2f} rows/s"
-            held, full = (sum(getattr(result, name) or 0 for result in some) for name in ("kv_bytes", "full_kv_bytes"))
-            bar.update(shown, advance=len(some), rate=rate)
+            held, full = (
+                sum(getattr(result, name) or 0 for result in results) for name in ("kv_bytes", "full_kv_bytes")
+            )
+            bar.update(shown, advance=len(results), rate=rate)
             if full:
                 bar.update(shown, memory=f"KV {mebibytes(held)}, full cache {mebibytes(full)}")
 

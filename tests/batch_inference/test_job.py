@@ -11,9 +11,9 @@ from PIL import Image
 
 import sparsight
 from sparsight import CompressedCache, Recipe, VLCache, recipe
-from sparsight.batch_inference import answerer
+from sparsight.batch_inference import generator
 from sparsight.batch_inference.output import Result
-from sparsight.batch_inference.preparation import Preparation, prepared
+from sparsight.batch_inference.preprocessing import Preprocessor, preprocess
 from sparsight.batch_inference.rows import Row, checksum, read_rows
 from sparsight.models.images import open_image
 from sparsight.models.loading import load_checkpoint, load_model, prepare
@@ -116,7 +116,11 @@ def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pict
         "none": ({}, "malformed row", "Row 'none' has no 'image' or 'images'"),
         "placeholder": ({"image": "good.png", "prompt": "<image>?"}, "refused prompt", "must not spell '<image>'"),
         "surrogate": ({"image": "good.png", "prompt": "\udcff"}, "refused prompt", "refuses the question"),
-        "long": ({"image": "good.png", "prompt": "?" * 4096}, "prompt too long", "but the model takes 4,096 in all."),
+        "long": (
+            {"image": "good.png", "prompt": "?" * 4096},
+            "prompt too long",
+            "but the model's context is 4,096 tokens.",
+        ),
     }
     rows = [{"id": "first", "image": "good.png"}, *({"id": name, **row} for name, (row, _, _) in wrong.items())]
     source = tmp_path / "asked.jsonl"
@@ -143,7 +147,7 @@ def test_what_no_library_expects_of_a_picture_is_the_error_of_its_row(
             raise IndexError("list index out of range\nand more")
         return prepare(checkpoint, images, prompt)
 
-    monkeypatch.setattr("sparsight.batch_inference.preparation.prepare", picky)
+    monkeypatch.setattr("sparsight.batch_inference.preprocessing.prepare", picky)
     found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
     assert found["two"].error == "The processor failed, IndexError: list index out of range."
     assert found.pop("two").error_kind == "processor failed"
@@ -156,12 +160,12 @@ def test_a_prompt_as_long_as_the_model_takes_is_answered(llava: str, pictures: P
     found = {result.id: result for result in sparsight.batch(rows, model=llava, max_new_tokens=3)}
     assert (found["0"].prompt_tokens, found["0"].tokens) == (4093, 3)
     assert found["1"].error == (
-        "The prompt has 4,094 tokens and the answer may have 3, but the model takes 4,096 in all."
+        "The prompt has 4,094 tokens and the answer may have 3, but the model's context is 4,096 tokens."
     )
 
 
 def test_an_answer_that_the_model_ends_is_cut_there(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, finish = answerer.Answerer.__init__, answerer.Answerer._result
+    begin, finish = generator.BatchGenerator.__init__, generator.BatchGenerator._result
     ends: list[int] = []
     said: dict[str, list[int]] = {}
 
@@ -173,8 +177,8 @@ def test_an_answer_that_the_model_ends_is_cut_there(llava: str, asked: Path, mon
         said.setdefault(begun.row.id, tokens)
         return finish(self, begun, tokens, seconds)
 
-    monkeypatch.setattr(answerer.Answerer, "__init__", ending)
-    monkeypatch.setattr(answerer.Answerer, "_result", noted)
+    monkeypatch.setattr(generator.BatchGenerator, "__init__", ending)
+    monkeypatch.setattr(generator.BatchGenerator, "_result", noted)
     assert {result.tokens for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)} == {TOKENS}
     # Tokens that answers have at different places, one of them first.
     ends += [said["row-0"][0], said["row-1"][4]]
@@ -194,7 +198,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     expected = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
-    decode, sizes = answerer.Answerer._decode, []
+    decode, sizes = generator.BatchGenerator._decode, []
 
     def limited(self: Any, begun: Any) -> Any:
         sizes.append(len(begun))
@@ -204,7 +208,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return decode(self, begun)
 
-    monkeypatch.setattr(answerer.Answerer, "_decode", limited)
+    monkeypatch.setattr(generator.BatchGenerator, "_decode", limited)
     found = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
     assert found == expected
     assert max(sizes) > most
@@ -214,14 +218,14 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
 def test_a_prompt_for_which_there_is_no_memory_at_all_is_an_error(
     llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = answerer.Answerer._begin
+    begin = generator.BatchGenerator._prefill
 
     def limited(self: Any, row: Row, inputs: Any) -> Any:
         if row.id == "two":
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
         return begin(self, row, inputs)
 
-    monkeypatch.setattr(answerer.Answerer, "_begin", limited)
+    monkeypatch.setattr(generator.BatchGenerator, "_prefill", limited)
     found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
     assert found.pop("two").error_kind == "out of memory"
     assert all(result.text is not None for result in found.values())
@@ -233,21 +237,23 @@ def test_other_failures_of_the_model_are_not_taken_for_lack_of_memory(
     def broken(*_: Any) -> Any:
         raise RuntimeError("a kernel is broken")
 
-    monkeypatch.setattr(answerer.Answerer, "_decode", broken)
+    monkeypatch.setattr(generator.BatchGenerator, "_decode", broken)
     with pytest.raises(RuntimeError, match="a kernel is broken"):
         list(sparsight.batch(asked, model=llava, max_new_tokens=2))
 
 
 def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load_checkpoint(llava)
-    preparation = Preparation(checkpoint, TOKENS, 10**6)
+    preprocessor = Preprocessor(checkpoint, TOKENS, 10**6)
     rows = [Row(str(number), (asked.parent / "0.png",), "What?") for number in range(10)]
     sizes: dict[float, list[int]] = {}
     for room in (0.0, 2.5, 3.5, 1000.0):
-        worker = answerer.Answerer(load_model(checkpoint), preparation, VLCache(0.2))
-        (need,) = {worker._begin(*prepared(preparation, row)).need for row in rows[:2]}
-        monkeypatch.setattr(answerer, "_free_bytes", lambda device, room=room, need=need: room * need / answerer.SHARE)
-        some = worker.answer(prepared(preparation, row) for row in rows)
+        worker = generator.BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2))
+        (need,) = {worker._prefill(*preprocess(preprocessor, row)).final_bytes for row in rows[:2]}
+        monkeypatch.setattr(
+            generator, "_free_bytes", lambda device, room=room, need=need: room * need / generator.CACHE_MEMORY_FRACTION
+        )
+        some = worker.generate(preprocess(preprocessor, row) for row in rows)
         sizes[room] = [len(results) for results in some]
     # There is always room for one more: the row from which its need is known.
     assert sizes == {0.0: [1] * 10, 2.5: [4, 4, 2], 3.5: [5, 5], 1000.0: [10]}
@@ -255,11 +261,12 @@ def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, mon
 
 def test_rows_of_similar_length_decode_together(llava: str, pictures: Path) -> None:
     checkpoint = load_checkpoint(llava)
-    preparation = Preparation(checkpoint, 2, 10**6)
+    preprocessor = Preprocessor(checkpoint, 2, 10**6)
     rows = [Row(str(number), (pictures / "0.png",), "?" * [5, 200, 1000][number % 3]) for number in range(9)]
-    worker = answerer.Answerer(load_model(checkpoint), preparation, VLCache(0.2))
+    worker = generator.BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2))
     found = [
-        sorted(int(result.id) for result in some) for some in worker.answer(prepared(preparation, row) for row in rows)
+        sorted(int(result.id) for result in some)
+        for some in worker.generate(preprocess(preprocessor, row) for row in rows)
     ]
     assert sorted(found) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 

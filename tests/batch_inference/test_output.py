@@ -28,8 +28,8 @@ def test_a_finished_run_holds_every_result(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with Output(path, ABOUT) as output:
         assert output.append([ANSWERED, FAILED]) == [ANSWERED, FAILED]
-        assert (output.lacks("a", 17), output.lacks("c", 17)) == (False, True)
-        assert (output.results, output.errors) == (2, {"unreadable file": 1})
+        assert (output.needs("a", 17), output.needs("c", 17)) == (False, True)
+        assert (output.count, output.errors) == (2, {"unreadable file": 1})
         output.finish()
     assert names(path.parent) == sorted([path.name, f"{path.name}.run.json"])
     assert json.loads(path.with_name(f"{path.name}.run.json").read_text()) == ABOUT
@@ -49,16 +49,16 @@ def test_a_stopped_run_goes_on_and_no_row_is_written_twice(tmp_path: Path, name:
     lines = tmp_path / ("out.parquet.jsonl" if path.suffix == ".parquet" else name)
     lines.write_text(lines.read_text() + '{"id": "a", "te')
     with Output(path, ABOUT) as output:
-        assert (output.results, output.errors) == (1, {"unreadable file": 1})
+        assert (output.count, output.errors) == (1, {"unreadable file": 1})
         assert output.append([FAILED, ANSWERED]) == [ANSWERED]
         output.finish()
     with Output(path, ABOUT) as output:
-        assert output.results == 2
+        assert output.count == 2
         assert output.append([ANSWERED, FAILED, Result("c", 17, "no")]) == [Result("c", 17, "no")]
         output.finish()
     assert names(tmp_path) == [name, f"{name}.run.json"]
     with Output(path, ABOUT) as output:
-        assert output.results == 3
+        assert output.count == 3
 
 
 def test_a_run_that_was_killed_between_writing_parquet_and_clearing_up(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_run_that_was_killed_between_writing_parquet_and_clearing_up(tmp_path:
     (tmp_path / "out.parquet.jsonl").write_bytes(kept)
     (tmp_path / "out.parquet.tmp").write_bytes(b"half")
     with Output(path, ABOUT) as output:
-        assert (output.results, output.errors) == (2, {"unreadable file": 1})
+        assert (output.count, output.errors) == (2, {"unreadable file": 1})
         output.finish()
     assert parquet.read_table(path)["id"].to_pylist() == ["a", "b"]
     assert names(tmp_path) == ["out.parquet", "out.parquet.run.json"]
@@ -94,7 +94,9 @@ def test_results_of_another_run_are_not_gone_on_with(
         if finished:
             output.finish()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    sentence = f"{name} holds results with {difference}: give the options that it was begun with, or name another file."
+    sentence = (
+        f"{name} holds results with {difference}: give the options that it was started with, or name another file."
+    )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Output(tmp_path / name, ABOUT | other)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -107,7 +109,7 @@ def test_a_run_without_results_is_begun_anew_with_other_options(tmp_path: Path) 
         run.write_text(said)
         path.write_text(line)
         with Output(path, ABOUT | {"budget": 0.2}) as output:
-            assert output.results == 0
+            assert output.count == 0
         assert json.loads(run.read_text()) == ABOUT | {"budget": 0.2}
         assert path.read_text() == ""
 
@@ -115,9 +117,9 @@ def test_a_run_without_results_is_begun_anew_with_other_options(tmp_path: Path) 
 def test_the_answer_to_another_prompt_is_not_taken_for_this_one(tmp_path: Path) -> None:
     with Output(tmp_path / "out.jsonl", ABOUT) as output:
         output.append([ANSWERED, FAILED])
-        assert not output.lacks("b", 18)
+        assert not output.needs("b", 18)
         with pytest.raises(ValueError, match=r"holds the answer to another prompt for row 'a': give the prompts"):
-            output.lacks("a", 18)
+            output.needs("a", 18)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +129,15 @@ def test_the_answer_to_another_prompt_is_not_taken_for_this_one(tmp_path: Path) 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, name: str) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="latin-1")
-    with pytest.raises(ValueError, match=rf"holds something, but no {name}.run.json says what: name another file\.$"):
+    with pytest.raises(
+        ValueError, match=rf"holds something, but there is no {name}.run.json for it: name another file\.$"
+    ):
         Output(path, ABOUT)
     assert names(tmp_path) == [name]
     # As if that file were there, for what reason ever.
     (tmp_path / f"{name}.run.json").write_text(json.dumps(ABOUT) + "\n")
     if path.suffix == ".parquet" or content in ("hello\n", "[1]\n", '{"text": "x"}\n', "\xff\n"):
-        with pytest.raises(ValueError, match="holds something that is no results: name another file"):
+        with pytest.raises(ValueError, match="holds something other than results: name another file"):
             Output(path, ABOUT)
     assert path.read_text(encoding="latin-1") == content
 
@@ -156,7 +160,7 @@ def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path: Path, name: st
         with pytest.raises(ValueError, match=r"Cannot write .*: No space left on device\.$"):
             output.append([ANSWERED])
     with Output(tmp_path / name, ABOUT) as output:
-        assert (output.results, output.errors) == (1, {"unreadable file": 1})
+        assert (output.count, output.errors) == (1, {"unreadable file": 1})
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sparsight.batch_inference.rows import Row, checksum, read_ids, read_rows, row_of
+from sparsight.batch_inference.rows import Row, checksum, parse_row, read_ids, read_rows
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -74,7 +74,7 @@ def test_parquet_holds_bytes_alone_or_as_data_sets_have_them(tmp_path: Path) -> 
     parquet.write_table(pyarrow.table(table), source)
     found = list(read_rows(source, "Why?"))
     assert found[:2] == [Row("1", (b"one",), "What?"), Row("2", (tmp_path / "two.png",), "Why?")]
-    assert found[2].malformed == "Row 3 has no 'id', a text or a whole number."
+    assert found[2].malformed == "Row 3 has no 'id', a string or an integer."
     assert read_ids(source, "Why?") == {row.id: checksum(row.prompt or "Who?") for row in found}
     parquet.write_table(pyarrow.table({"id": ["a"], "images": [[b"one", b"two"]]}), source)
     assert list(read_rows(source, "Why?")) == [Row("a", (b"one", b"two"), "Why?")]
@@ -82,7 +82,7 @@ def test_parquet_holds_bytes_alone_or_as_data_sets_have_them(tmp_path: Path) -> 
 
 def test_a_mapping_is_a_row() -> None:
     given = {"id": "a", "image": b"bytes", "prompt": "What?"}
-    assert row_of(given, "row 1", Path(), None) == Row("a", (b"bytes",), "What?")
+    assert parse_row(given, "row 1", Path(), None) == Row("a", (b"bytes",), "What?")
 
 
 def test_inputs_that_are_none(tmp_path: Path) -> None:
@@ -94,17 +94,17 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         read_ids(lines(tmp_path / "asked.jsonl"), None)
     with pytest.raises(ValueError, match=r"has no rows\.$"):
         read_ids(tmp_path, "What?")
-    with pytest.raises(ValueError, match="say with a prompt what is asked"):
+    with pytest.raises(ValueError, match="needs a prompt"):
         read_ids(tmp_path, None)
     row = {"id": "a", "image": "a.png", "prompt": "x"}
     with pytest.raises(ValueError, match="Two rows have the id 'a'"):
         read_ids(lines(tmp_path / "asked.jsonl", row, row), None)
     (tmp_path / "text.parquet").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.parquet is no Parquet file\.$"):
+    with pytest.raises(ValueError, match=r"text\.parquet is not a Parquet file\.$"):
         read_ids(tmp_path / "text.parquet", None)
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="it is not text"):
         read_ids(tmp_path / "bytes.jsonl", None)
     parquet.write_table(pyarrow.table({"name": ["a"]}), tmp_path / "named.parquet")
-    with pytest.raises(ValueError, match="has no column 'id', but name"):
+    with pytest.raises(ValueError, match="has no column 'id', only name"):
         read_ids(tmp_path / "named.parquet", None)

@@ -213,16 +213,16 @@ def test_ctrl_c_says_how_to_go_on(asked: Path, options: tuple[Any, ...], tmp_pat
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.decode().startswith("Stopped. What was answered is on disk; the same command goes on from there:")
+    assert err.decode().startswith("Stopped. All results so far are in")
     assert err.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--batch-size", "0"], "--batch-size is a whole number above 0 or auto, not '0'."),
+        (["--batch-size", "0"], "--batch-size must be an integer above 0 or auto, not '0'."),
         (["--replicas", "2"], "--replicas and --gpus-per-replica are for --ray, which is not given."),
-        (["--batch-size", "many"], "--batch-size is a whole number above 0 or auto, not 'many'."),
+        (["--batch-size", "many"], "--batch-size must be an integer above 0 or auto, not 'many'."),
         (["--budget", "2"], "budget must be a number in (0, 1], got 2.0."),
         (["--method", "vlcache"], "Unknown method 'vlcache': did you mean 'vl-cache'?"),
         (["--model", "./nothing"], "There is no model folder ./nothing."),
@@ -258,7 +258,7 @@ def test_a_run_does_not_go_on_with_the_results_of_another(
     for change, difference in changes:
         code, out, err = run("batch", asked, output, *options, *change, "--json")
         assert (code, out) == (2, "")
-        end = "give the options that it was begun with, or name another file."
+        end = "give the options that it was started with, or name another file."
         assert err == f"Error: {output} holds results with {difference}: {end}\n"
     other = asked.with_name("other.jsonl")
     other.write_text(asked.read_text().replace(prompt_of(3), "Which?", 1))
@@ -279,7 +279,7 @@ def test_files_that_cannot_be_used(run: Run, asked: Path, folder: Path, llava: s
 
     assert refused(tmp_path / "no.jsonl", tmp_path / "out.jsonl").startswith(f"Cannot read {tmp_path / 'no.jsonl'}")
     assert refused(asked, asked) == f"{asked} cannot be both the input and the output."
-    assert "say with a prompt" in refused(folder, tmp_path / "out.jsonl")
+    assert "needs a prompt" in refused(folder, tmp_path / "out.jsonl")
     (tmp_path / "notes.txt").write_text("hello")
-    assert "holds something, but no notes.txt.run.json says what" in refused(asked, tmp_path / "notes.txt")
+    assert "holds something, but there is no notes.txt.run.json" in refused(asked, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "hello"
