@@ -7,8 +7,10 @@ every prompt is compressed exactly as it would be alone.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -16,9 +18,10 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import StoppingCriteria, StoppingCriteriaList
 
-from sparsight.batch_inference.output import Result
-from sparsight.batch_inference.preprocessing import Preprocessed, Preprocessor, RowError, preprocess
+from sparsight.batch_inference.preprocessing import OUT_OF_MEMORY, Preprocessed, Preprocessor, RowError, preprocess
+from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row
 from sparsight.cache import CompressedCache
 from sparsight.compression.recipe import Recipe
@@ -46,7 +49,7 @@ class PrefilledSequence:
         cache: the compressed cache.
         rope_deltas: position offsets that the model's modules computed for this prompt (multimodal RoPE).
         final_bytes: size of the cache after the longest answer.
-        statistics: the fields of the result that are known after prefill.
+        statistics: the fields of the result that are known after prefill, without those of the row.
         seconds: time of the prefill.
     """
 
@@ -76,10 +79,10 @@ class BatchGenerator:
         self._cache_bytes_limit: float | None = None
         self._waiting: dict[int, list[PrefilledSequence]] = {}
         eos = model.generation_config.eos_token_id
-        self._eos_token_ids = set(eos if isinstance(eos, list) else [eos])
+        self._eos_token_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
-    def generate(self, rows: Iterable[Preprocessed]) -> Iterator[list[Result]]:
-        """Results of all rows, a batch at a time, in the order in which batches finish."""
+    def generate(self, rows: Iterable[Preprocessed]) -> Generator[list[Result], None, None]:
+        """Results of all rows as soon as they are known, those that are known at the same time together."""
         for row in rows:
             yield from self._add(*row)
         while self._waiting:
@@ -91,14 +94,16 @@ class BatchGenerator:
         while sequence is None and self._waiting:
             yield from self._decode_largest_group()
             sequence = _none_if_out_of_memory(self._prefill, row, inputs)
-        if isinstance(sequence, PrefilledSequence):
+        if not isinstance(sequence, PrefilledSequence):
+            yield [_failed(row, sequence or OUT_OF_MEMORY)]
+        elif self.preprocessor.max_new_tokens == 1 or sequence.first_token.item() in self._eos_token_ids:
+            yield [self._result(sequence, sequence.first_token[0].tolist(), 0.0)]
+        else:
             # Sequences of similar length decode together, because padding to the longest wastes memory.
             group = self._waiting.setdefault(self._length_group(sequence.ids.shape[1]), [])
             group.append(sequence)
             if len(group) >= self.batch_size or self._is_memory_full(sequence):
                 yield from self._decode_largest_group()
-        else:
-            yield [_failed(row, sequence or OUT_OF_MEMORY)]
 
     def _length_group(self, length: int) -> int:
         """A number that prompts of similar length share."""
@@ -114,16 +119,24 @@ class BatchGenerator:
     def _decode_largest_group(self) -> Iterator[list[Result]]:
         """Decode the largest group of waiting sequences; if memory runs out, start them over in two halves."""
         sequences = self._waiting.pop(max(self._waiting, key=lambda group: len(self._waiting[group])))
-        rows = [sequence.row for sequence in sequences]
-        results = _none_if_out_of_memory(self._decode, sequences)
-        if results is not None:
-            yield results
-        elif len(rows) == 1:
-            yield [_failed(rows[0], OUT_OF_MEMORY)]
+        size = len(sequences)
+        remaining = {sequence.row.key: sequence.row for sequence in sequences}
+        try:
+            for results in self._decode(sequences):
+                for result in results:
+                    del remaining[result.key]
+                yield results
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        sequences.clear()
+        _free_memory()
+        if size == 1:
+            yield [_failed(row, OUT_OF_MEMORY) for row in remaining.values()]
         else:
-            sequences.clear()
-            self.batch_size = len(rows) // 2
-            for row in rows:
+            self.batch_size = size // 2
+            for row in remaining.values():
                 yield from self._add(*preprocess(self.preprocessor, row))
 
     @torch.no_grad()
@@ -138,8 +151,6 @@ class BatchGenerator:
             return RowError("refused by the model", str(error))
         report, length = cache.report(), inputs["input_ids"].shape[1]
         statistics = {
-            "id": row.id,
-            "prompt_checksum": row.checksum,
             "prompt_tokens": length,
             "kept": fmean(report.kept_per_layer()),
             "kv_bytes": report.bytes_held,
@@ -150,23 +161,35 @@ class BatchGenerator:
         seconds = time.perf_counter() - started
         return PrefilledSequence(row, ids[:, :-1], ids[:, -1:], cache, deltas, final_bytes, statistics, seconds)
 
-    @torch.no_grad()
-    def _decode(self, sequences: Sequence[PrefilledSequence]) -> list[Result]:
-        """Complete the answers of sequences together."""
+    def _decode(self, sequences: Sequence[PrefilledSequence]) -> Iterator[list[Result]]:
+        """Complete the answers of sequences together: results as sequences end, at last those of the longest length."""
         started = time.perf_counter()
-        answers = {sequence.row.id: sequence.first_token for sequence in sequences}
-        unfinished = [sequence for sequence in sequences if sequence.first_token.item() not in self._eos_token_ids]
-        count = self.preprocessor.max_new_tokens - 1
-        if unfinished and count > 0:
-            cache = CompressedCache.join([sequence.cache for sequence in unfinished])
-            for index, module in enumerate(self._rope_modules()):
-                module.rope_deltas = torch.cat([sequence.rope_deltas[index] for sequence in unfinished])
-            ids, valid = _left_padded(unfinished)
-            output = self._generate(count, input_ids=ids, attention_mask=valid, past_key_values=cache)
-            for index, sequence in enumerate(unfinished):
-                answers[sequence.row.id] = output[index, None, ids.shape[1] - 1 :]
-        seconds = (time.perf_counter() - started) / len(sequences)
-        return [self._result(sequence, answers[sequence.row.id][0].tolist(), seconds) for sequence in sequences]
+        cache = CompressedCache.join([sequence.cache for sequence in sequences])
+        for index, module in enumerate(self._rope_modules()):
+            module.rope_deltas = torch.cat([sequence.rope_deltas[index] for sequence in sequences])
+        ids, valid = _left_padded(sequences)
+        watcher = _FinishWatcher(ids, self._eos_token_ids)
+        inputs = {"input_ids": ids, "attention_mask": valid, "past_key_values": cache}
+        unfinished = set(range(len(sequences)))
+
+        def result(index: int, tokens: list[int]) -> Result:
+            unfinished.discard(index)
+            seconds = (time.perf_counter() - started) / len(sequences)
+            return self._result(sequences[index], [*sequences[index].first_token[0].tolist(), *tokens], seconds)
+
+        # In a thread, because generate() returns only when the last sequence has ended.
+        with ThreadPoolExecutor(1) as thread:
+            count, criteria = self.preprocessor.max_new_tokens - 1, StoppingCriteriaList([watcher])
+            output = thread.submit(self._generate, count, **inputs, stopping_criteria=criteria)
+            output.add_done_callback(lambda _: watcher.finished.put(None))
+            try:
+                while (finished := watcher.finished.get()) is not None:
+                    yield [result(*finished)]
+            finally:
+                watcher.stop = True
+        new = output.result()[:, ids.shape[1] :].tolist()
+        if unfinished:
+            yield [result(index, new[index]) for index in sorted(unfinished)]
 
     def _generate(self, count: int, **inputs: Any) -> Tensor:
         """Greedy search for ``count`` tokens."""
@@ -180,6 +203,7 @@ class BatchGenerator:
         ends = [index for index, token in enumerate(tokens) if token in self._eos_token_ids]
         tokens = tokens[: ends[0] + 1] if ends else tokens
         return Result(
+            **_row_fields(sequence.row),
             **sequence.statistics,
             text=self.preprocessor.checkpoint.processor.tokenizer.decode(tokens, skip_special_tokens=True),
             finish_reason="stop" if ends else "length",
@@ -188,11 +212,40 @@ class BatchGenerator:
         )
 
 
-OUT_OF_MEMORY = RowError("out of memory", "There is not enough memory for this prompt, even alone.")
+class _FinishWatcher(StoppingCriteria):
+    """Reports sequences of a batch as they end, and stops them all on request.
+
+    Args:
+        ids: tokens before the decode, ``[B, T]``.
+        eos_token_ids: tokens that end a sequence.
+
+    Attributes:
+        finished: index and new tokens of each sequence that has ended; None is put after the last one by the caller.
+        stop: whether all sequences end at the next step.
+    """
+
+    def __init__(self, ids: Tensor, eos_token_ids: Iterable[int]) -> None:
+        self._length = ids.shape[1]
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=ids.dtype, device=ids.device)
+        self._running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.finished: SimpleQueue[tuple[int, list[int]] | None] = SimpleQueue()
+        self.stop = False
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        ended = self._running & torch.isin(input_ids[:, -1], self._eos)
+        self._running &= ~ended
+        for index in ended.nonzero()[:, 0].tolist():
+            self.finished.put((index, input_ids[index, self._length :].tolist()))
+        return torch.full_like(ended, self.stop)
 
 
 def _failed(row: Row, error: RowError) -> Result:
-    return Result(row.id, row.checksum, error=error.sentence, error_kind=error.kind)
+    return Result(**_row_fields(row), error=error.sentence, error_kind=error.kind)
+
+
+def _row_fields(row: Row) -> dict[str, Any]:
+    """The fields of a result that are its row's."""
+    return {"id": row.id, "row": row.number, "prompt_checksum": row.checksum, "fields": row.fields}
 
 
 def _left_padded(sequences: Sequence[PrefilledSequence]) -> tuple[Tensor, Tensor]:
@@ -213,13 +266,21 @@ def _none_if_out_of_memory(call: Callable[..., T], *arguments: Any) -> T | None:
     try:
         return call(*arguments)
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch raises a plain RuntimeError.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
+    _free_memory()
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
 
 
 def _free_bytes(device: torch.device) -> int:

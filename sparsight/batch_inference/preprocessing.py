@@ -15,9 +15,11 @@ from io import BytesIO
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 
 from sparsight.batch_inference.rows import Row
-from sparsight.models.images import PictureError, open_image, read_image
+from sparsight.batch_inference.text import clean, quoted
+from sparsight.models.images import PictureError, open_image, read_image, to_rgb
 from sparsight.models.loading import Checkpoint, prepare
 
 MAX_WORKERS = 8
@@ -35,7 +37,10 @@ class RowError(Exception):
 
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(kind, sentence)
-        self.kind, self.sentence = kind, sentence
+        self.kind, self.sentence = kind, clean(sentence)
+
+
+OUT_OF_MEMORY = RowError("out of memory", "There is not enough memory for this prompt, even alone.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,11 @@ class Preprocessor:
             images = [self._open(row, image) for image in row.images]
             inputs = prepare(self.checkpoint, images, row.prompt)
         except PictureError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise OUT_OF_MEMORY from error
             raise RowError(error.kind, str(error)) from error
+        except MemoryError as error:
+            raise OUT_OF_MEMORY from error
         except ValueError as error:
             raise RowError("refused prompt", str(error)) from error
         # An unexpected exception about one image among thousands must not end the run.
@@ -79,9 +88,15 @@ class Preprocessor:
         return inputs
 
     def _open(self, row: Row, image: Any) -> Any:
+        name = f"The image of row {quoted(row.id)}"
         if isinstance(image, bytes):
-            return read_image(BytesIO(image), f"The picture of row {row.id!r}", self.max_pixels)
-        return open_image(image, self.max_pixels)
+            return read_image(BytesIO(image), name, self.max_pixels)
+        if not isinstance(image, Image.Image):
+            return open_image(image, self.max_pixels)
+        if image.width * image.height > self.max_pixels:
+            limit = f"more than the limit of {self.max_pixels:,} pixels"
+            raise PictureError("too many pixels", f"{name} is {image.width} x {image.height}, {limit}.")
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 Preprocessed = tuple[Row, Any]
@@ -116,14 +131,20 @@ def preprocess_ahead(preprocessor: Preprocessor, rows: Iterable[Row]) -> Generat
                 yield _collect(*pending.popleft())
         except BrokenProcessPool as error:
             raise ValueError(
-                "A process that opens pictures died, perhaps for lack of memory: the same command continues the run."
+                "A process that opens images died, perhaps for lack of memory: the same command continues the run."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _collect(row: Row, future: "Future[bytes]") -> Preprocessed:
-    return row, pickle.loads(future.result())
+    try:
+        return row, pickle.loads(future.result())
+    except BrokenProcessPool:
+        raise
+    # An open image is decoded when it is sent to a worker.
+    except Exception as error:
+        return row, RowError("damaged picture", f"An image of row {quoted(row.id)} cannot be decoded: {error}.")
 
 
 _preprocessor: Preprocessor
@@ -132,8 +153,12 @@ _preprocessor: Preprocessor
 def _init_worker(preprocessor: Preprocessor) -> None:
     global _preprocessor
     _preprocessor = preprocessor
-    # Ctrl-C stops the main process, and the workers end with it.
+    # Ctrl-C and SIGTERM, which a terminal or a supervisor may send to the process group, are for the main process. The
+    # workers end with it, and the pool ends them with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.name == "posix":
+        os.setpgrp()
     # torch's threads do not survive a fork.
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -4,15 +4,16 @@ import contextlib
 import logging
 import pickle
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sparsight.batch_inference.generator import MAX_BATCH_SIZE
 from sparsight.batch_inference.job import Job
-from sparsight.batch_inference.output import Result
 from sparsight.batch_inference.preprocessing import Preprocessor, preprocess
+from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row
 
 BLOCKS_PER_REPLICA = 4
@@ -34,7 +35,7 @@ class Cluster:
     gpus_per_replica: float | None = None
 
 
-def run_job_on_ray(cluster: Cluster, job: Job, rows: Iterable[Row]) -> Iterator[list[Result]]:
+def run_job_on_ray(cluster: Cluster, job: Job, rows: Iterable[Row]) -> Generator[list[Result], None, None]:
     """:func:`sparsight.batch_inference.job.run_job` on a cluster whose machines have the images at the same paths.
 
     If a worker dies, another one repeats its work.
@@ -99,7 +100,7 @@ def _results(ray: Any, cluster: Cluster, job: Job, rows: list[Row]) -> Iterator[
 
 def _with_absolute_paths(row: Row) -> Row:
     """A row whose paths do not depend on a worker's current folder."""
-    return replace(row, images=tuple(image if isinstance(image, bytes) else image.absolute() for image in row.images))
+    return replace(row, images=tuple(image.absolute() if isinstance(image, Path) else image for image in row.images))
 
 
 def _preprocess(preprocessor: Preprocessor, record: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class _Replica:
     """A copy of the model in an actor of the cluster."""
 
     def __init__(self, job: Job) -> None:
-        self.generator = job.load_generator()
+        self.generator = job.generator()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         rows = (pickle.loads(each) for each in batch["preprocessed"])

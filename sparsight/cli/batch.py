@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparsight.batch_inference.input import Input, open_input
 from sparsight.batch_inference.job import Job, run_job
-from sparsight.batch_inference.output import Output, Result
+from sparsight.batch_inference.output import Output, OutputFile, StandardOutput, check_output_path
 from sparsight.batch_inference.ray_data import Cluster, run_job_on_ray
-from sparsight.batch_inference.rows import read_ids, read_rows
+from sparsight.batch_inference.result import Result, check_keep
+from sparsight.batch_inference.rows import RowKey
+from sparsight.batch_inference.text import clean
 from sparsight.cache.report import mebibytes
 from sparsight.cli import options
 from sparsight.cli.recipe_options import recipe_from_options
@@ -27,14 +31,33 @@ from sparsight.models.loading import load_checkpoint
 
 def batch(
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="JSON lines, a folder of images, or Parquet with the images' bytes.")
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="JSON lines (- for standard input), a folder of images, or Parquet with the images' bytes.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="JSON lines or .parquet; the same command continues a stopped run.")
+        Path,
+        typer.Argument(
+            metavar="OUTPUT",
+            help="JSON lines (- for standard output) or .parquet; the same command continues a stopped run.",
+        ),
     ],
     prompt: Annotated[
         str | None, typer.Option(help="The question for all rows that have none.", metavar="TEXT")
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of INPUT to copy into the results. Repeat for several.", metavar="FIELD"),
+    ] = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option(
+            "--retry-errors",
+            help="Answer rows again whose result is an error; those out of memory or malformed always are.",
+        ),
+    ] = False,
     model: options.Model = options.DEFAULT_MODEL,
     method: options.Method = options.DEFAULT_METHOD,
     budget: options.Budget = 0.1,
@@ -64,39 +87,79 @@ def batch(
     if ray is None and (replicas != 1 or gpus_per_replica is not None):
         raise ValueError("--replicas and --gpus-per-replica are for --ray, which is not given.")
     cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
-    if source.resolve() == output.resolve():
-        raise ValueError(f"{source} cannot be both the input and the output.")
-    ids = read_ids(source, prompt)
-    job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
-    with Output(output, job.settings) as results:
-        missing = {row_id for row_id, checksum in ids.items() if results.needs(row_id, checksum)}
-        totals = Totals(len(ids), results.count)
-        try:
-            if missing:
-                rows = (row for row in read_rows(source, prompt) if row.id in missing)
-                with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
-                    batches = run_job(job, rows) if cluster is None else run_job_on_ray(cluster, job, rows)
-                    for batch_results in batches:
-                        totals.add(results.append(batch_results))
-                        on_results(batch_results)
-            results.finish()
-        except KeyboardInterrupt as stop:
-            print(f"Stopped. All results so far are in {output}; the same command continues.", file=sys.stderr)
-            raise typer.Exit(130) from stop
-    summary = totals.summary(results, time.perf_counter() - started)
+    to_stdout, fields = str(output) == "-", tuple(dict.fromkeys(keep or ()))
+    _check_paths(source, output)
+    check_keep(fields)
+    with open_input(source, prompt, fields) as rows:
+        prompts = rows.scan()
+        job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
+        with (
+            StandardOutput()
+            if to_stdout
+            else OutputFile(output, job.settings, fields, retry_errors=retry_errors) as results
+        ):
+            missing = results.missing(prompts)
+            totals = Totals(len(prompts) - len(missing))
+            try:
+                if missing:
+                    with _progress(len(prompts), totals.before, as_json) as on_results:
+                        for batch_results in _answer(job, cluster, rows, missing):
+                            totals.add(results.append(batch_results))
+                            on_results(batch_results)
+                results.finish()
+            except (KeyboardInterrupt, SystemExit) as stop:
+                again = (
+                    "" if to_stdout else f" All results so far are in {clean(str(output))}; the same command continues."
+                )
+                print(f"Stopped.{again}", file=sys.stderr)
+                raise typer.Exit(
+                    stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+                ) from stop
+            summary = totals.summary(prompts, results, output, time.perf_counter() - started)
+            lacking = results.missing(prompts)
+    # Standard output holds results only.
+    stream = sys.stderr if to_stdout else sys.stdout
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(summary), file=stream)
     else:
-        Console(highlight=False).print(table(summary), f"Wrote {output}", sep="\n")
-    if results.errors:
+        Console(file=stream, highlight=False).print(table(summary))
+        if not to_stdout and output.exists():
+            print(f"Wrote {clean(str(output))}")
+    if lacking:
+        print(
+            f"Error: {len(lacking):,} rows have no result: the input changed during the run. Repeat the command.",
+            file=sys.stderr,
+        )
+    if lacking or summary["errors"]:
         raise typer.Exit(1)
+
+
+def _check_paths(source: Path, output: Path) -> None:
+    """Raise ValueError if the output cannot be one, or input and output are the same or swapped."""
+    if str(output) == "-":
+        return
+    check_output_path(output)
+    if source.resolve() == output.resolve():
+        raise ValueError(f"{clean(str(source))} cannot be both the input and the output.")
+    if str(source) != "-" and not source.exists() and output.exists():
+        raise ValueError(
+            f"There is no input {clean(str(source))}, but the output {clean(str(output))} exists: "
+            "INPUT comes first, then OUTPUT."
+        )
+
+
+def _answer(job: Job, cluster: Cluster | None, source: Input, missing: set[RowKey]) -> Iterator[list[Result]]:
+    """Results of the missing rows."""
+    rows = (row for row in source.rows() if row.key in missing)
+    # Closed at once when the run stops: the model's thread ends with it.
+    with closing(run_job(job, rows) if cluster is None else run_job_on_ray(cluster, job, rows)) as results:
+        yield from results
 
 
 @dataclass
 class Totals:
     """Sums over the results of a run."""
 
-    rows: int
     before: int
     new: int = 0
     tokens: int = 0
@@ -110,19 +173,23 @@ class Totals:
         self.kv_bytes += sum(result.kv_bytes or 0 for result in results)
         self.full_kv_bytes += sum(result.full_kv_bytes or 0 for result in results)
 
-    def summary(self, output: Output, seconds: float) -> dict[str, Any]:
-        """The run as plain data."""
+    def summary(self, keys: Iterable[RowKey], results: Output, output: Path, seconds: float) -> dict[str, Any]:
+        """The run as plain data; ``keys`` are the rows of the input."""
+        keys = set(keys)
+        errors = Counter(results.outcomes[key] for key in keys if key in results.outcomes)
+        answered = errors.pop(None, 0)
         return {
-            "rows": self.rows,
+            "rows": len(keys),
             "before": self.before,
-            "answered": output.count - sum(output.errors.values()),
-            "errors": output.errors,
+            "answered": answered,
+            "errors": dict(errors),
+            "not_in_input": len(results.outcomes.keys() - keys),
             "seconds": seconds,
             "rows_per_second": self.new / seconds,
             "new_tokens": self.tokens,
             "kv_bytes": self.kv_bytes,
             "full_kv_bytes": self.full_kv_bytes,
-            "output": str(output.path),
+            "output": str(output),
         }
 
 
@@ -137,6 +204,8 @@ def table(summary: dict[str, Any]) -> Table:
         shown.add_row(kind, f"{count:,}", style="red")
     if summary["before"]:
         shown.add_row("of them done before", f"{summary['before']:,}")
+    if summary["not_in_input"]:
+        shown.add_row("results of rows not in the input", f"{summary['not_in_input']:,}")
     shown.add_row("time", f"{summary['seconds']:.1f} s")
     shown.add_row("rows per second", f"{summary['rows_per_second']:.2f}")
     shown.add_row("new tokens", f"{summary['new_tokens']:,}")

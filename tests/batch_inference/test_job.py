@@ -1,6 +1,8 @@
 """From Python, and what is said of every row: the text that it gets alone, or what is wrong with it."""
 
 import json
+import threading
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from PIL import Image
 import sparsight
 from sparsight import CompressedCache, Recipe, VLCache, recipe
 from sparsight.batch_inference import generator
-from sparsight.batch_inference.output import Result
+from sparsight.batch_inference.input import Input
 from sparsight.batch_inference.preprocessing import Preprocessor, preprocess
-from sparsight.batch_inference.rows import Row, checksum, read_rows
+from sparsight.batch_inference.result import Result
+from sparsight.batch_inference.rows import Row, checksum
 from sparsight.models.images import open_image
 from sparsight.models.loading import load_checkpoint, load_model, prepare
 from tests.models.test_images import huge_png
@@ -53,7 +56,7 @@ def lasting(result: Result) -> dict[str, Any]:
 
 @pytest.mark.parametrize("chosen", [VLCache(0.2), recipe("elastic", budget=0.5), recipe("adakv", budget=0.5, window=4)])
 def test_every_row_gets_the_result_that_it_gets_alone(llava: str, asked: Path, chosen: Recipe) -> None:
-    rows = {row.id: row for row in read_rows(asked, None)}
+    rows = {row.id: row for row in Input(asked).rows()}
     found = list(sparsight.batch(asked, model=llava, recipe=chosen, max_new_tokens=TOKENS))
     assert sorted(result.id for result in found) == sorted(rows)
     assert len({result.text for result in found}) > 4
@@ -126,9 +129,9 @@ def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pict
     source = tmp_path / "asked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "last", "image": "good.png"}]) + "{\n")
     found = {result.id: result for result in sparsight.batch(source, "What?", model=llava, max_new_tokens=2)}
-    assert set(found) == {"first", "last", "line 16", *wrong}
+    assert set(found) == {"first", "last", None, *wrong}
     assert found["first"].text == found["last"].text != ""
-    assert found["line 16"].error_kind == "malformed row"
+    assert (found[None].error_kind, found[None].row) == ("malformed row", 16)
     for name, (row, kind, sentence) in wrong.items():
         result = found[name]
         assert result.error is not None
@@ -276,4 +279,115 @@ def test_a_picture_in_memory_is_called_by_its_row(llava: str) -> None:
     Image.new("RGB", (40, 40), "red").save(file, format="PNG")
     rows = [{"id": "a", "image": file.getvalue()[:60], "prompt": "x"}]
     (found,) = sparsight.batch(rows, model=llava)
-    assert found.error is not None and found.error.startswith("The picture of row 'a' is damaged or cut short")
+    assert found.error is not None and found.error.startswith("The image of row 'a' is damaged or cut short")
+
+
+def early_rows(pictures: Path, count: int = 3) -> list[Row]:
+    return [Row(number, (pictures / f"{number}.png",), "What?") for number in range(count)]
+
+
+class Watched(generator._FinishWatcher):
+    """Waits at a step of the decode until an event has happened."""
+
+    step = 0
+
+    def happened(self) -> bool:
+        raise NotImplementedError
+
+    def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
+        stop = super().__call__(input_ids, scores, **more)
+        type(self).step += 1
+        if self.step == 8:
+            assert self.happened(), "it must have happened at the latest now"
+            stop = torch.full_like(stop, self.stop)
+        return stop
+
+
+def ending_early(model: Any, rows: list[Row], preprocessor: Preprocessor) -> generator.BatchGenerator:
+    """A generator whose first row ends at its fourth token or sooner, but not at the first."""
+    worker = generator.BatchGenerator(model, preprocessor, VLCache(0.2))
+    tokens: dict[Any, list[int]] = {}
+    finish = worker._result
+
+    def noted(sequence: Any, new: list[int], seconds: float) -> Result:
+        tokens[sequence.row.id] = new
+        return finish(sequence, new, seconds)
+
+    worker._result = noted  # type: ignore[method-assign]
+    list(worker.generate(preprocess(preprocessor, row) for row in rows))
+    others = {token for row in rows[1:] for token in tokens[row.id]}
+    ends = [token for token in tokens[rows[0].id][1:] if token not in others and token != tokens[rows[0].id][0]]
+    assert ends and tokens[rows[0].id].index(ends[0]) < 7
+    worker._eos_token_ids = {ends[0]}
+    return worker
+
+
+def test_a_result_is_known_as_soon_as_its_row_is_done(
+    llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(llava)
+    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
+    worker = ending_early(load_model(checkpoint), rows, preprocessor)
+    received = threading.Event()
+    monkeypatch.setattr(Watched, "happened", lambda self: received.wait(60))
+    monkeypatch.setattr(Watched, "step", 0)
+    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
+    ids = []
+    for results in worker.generate(preprocess(preprocessor, row) for row in rows):
+        received.set()
+        ids.append([result.id for result in results])
+    assert ids == [[0], [1, 2]]
+    assert Watched.step == 19
+
+
+def test_a_run_that_is_closed_stops_decoding(llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(llava)
+    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
+    worker = ending_early(load_model(checkpoint), rows, preprocessor)
+
+    def stopped(self: Any) -> bool:
+        until = time.monotonic() + 60
+        while not self.stop and time.monotonic() < until:
+            time.sleep(0.001)
+        return bool(self.stop)
+
+    monkeypatch.setattr(Watched, "happened", stopped)
+    monkeypatch.setattr(Watched, "step", 0)
+    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
+    results = worker.generate(preprocess(preprocessor, row) for row in rows)
+    assert [result.id for result in next(results)] == [0]
+    results.close()
+    assert Watched.step <= 8
+
+
+def test_rows_that_are_done_stay_done_when_memory_runs_out_later(
+    llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(llava)
+    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
+    worker = ending_early(load_model(checkpoint), rows, preprocessor)
+    expected = {
+        result.id: lasting(result)
+        for results in worker.generate(preprocess(preprocessor, row) for row in rows)
+        for result in results
+    }
+
+    def full(self: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Watched, "happened", full)
+    monkeypatch.setattr(Watched, "step", 0)
+    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
+    found = [result for results in worker.generate(preprocess(preprocessor, row) for row in rows) for result in results]
+    assert [result.id for result in found] == [0, 1, 2]
+    assert {result.id: lasting(result) for result in found} == expected
+
+
+def test_a_prompt_too_large_for_memory_in_the_processor_is_out_of_memory(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("sparsight.batch_inference.preprocessing.prepare", large)
+    assert {result.error_kind for result in sparsight.batch(asked, model=llava)} == {"out of memory"}
