@@ -128,10 +128,11 @@ class Input:
 
     def _parquet_records(self, *columns: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """The values of some columns, row by row, with the row's number."""
+        reader = parquet()
         import pyarrow
 
         try:
-            file = parquet().ParquetFile(self.path)
+            file = reader.ParquetFile(self.path)
             types = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
             for name in ("id", *self.keep):
                 if name not in types:

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, KeysView
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +115,7 @@ def batch(
                 raise typer.Exit(
                     stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
                 ) from stop
-            summary = totals.summary(prompts, results, output, time.perf_counter() - started)
+            summary = totals.summary(prompts.keys(), results, output, time.perf_counter() - started)
             lacking = results.missing(prompts)
     # Standard output holds results only.
     stream = sys.stderr if to_stdout else sys.stdout
@@ -173,9 +173,8 @@ class Totals:
         self.kv_bytes += sum(result.kv_bytes or 0 for result in results)
         self.full_kv_bytes += sum(result.full_kv_bytes or 0 for result in results)
 
-    def summary(self, keys: Iterable[RowKey], results: Output, output: Path, seconds: float) -> dict[str, Any]:
+    def summary(self, keys: KeysView[RowKey], results: Output, output: Path, seconds: float) -> dict[str, Any]:
         """The run as plain data; ``keys`` are the rows of the input."""
-        keys = set(keys)
         errors = Counter(results.outcomes[key] for key in keys if key in results.outcomes)
         answered = errors.pop(None, 0)
         return {

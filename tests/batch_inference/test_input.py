@@ -175,3 +175,11 @@ def test_streams_are_read_as_files_are(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
     with open_input(Path("-"), "What?") as source, pytest.raises(ValueError, match=r"^standard input is empty\."):
         source.scan()
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asked.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"^Parquet files need pyarrow: pip install 'sparsight\[batch\]'\.$"):
+        Input(tmp_path / "asked.parquet").scan()
