@@ -151,7 +151,7 @@ def _check_kept(name: str, kind: Any) -> None:
     """Raise ValueError if JSON cannot hold a column's values."""
     from pyarrow import types
 
-    while types.is_list(kind) or types.is_large_list(kind):
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
         kind = kind.value_type
     plain = (types.is_boolean, types.is_integer, types.is_floating, types.is_string, types.is_large_string)
     if not any(matches(kind) for matches in (*plain, types.is_null)):

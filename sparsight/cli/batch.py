@@ -87,17 +87,13 @@ def batch(
     if ray is None and (replicas != 1 or gpus_per_replica is not None):
         raise ValueError("--replicas and --gpus-per-replica are for --ray, which is not given.")
     cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
-    to_stdout, fields = str(output) == "-", tuple(dict.fromkeys(keep or ()))
+    fields = tuple(dict.fromkeys(keep or ()))
     _check_paths(source, output)
     check_keep(fields)
     with open_input(source, prompt, fields) as rows:
         prompts = rows.scan()
         job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
-        with (
-            StandardOutput()
-            if to_stdout
-            else OutputFile(output, job.settings, fields, retry_errors=retry_errors) as results
-        ):
+        with _open_output(output, job.settings, fields, retry_errors) as results:
             missing = results.missing(prompts)
             totals = Totals(len(prompts) - len(missing))
             try:
@@ -108,30 +104,40 @@ def batch(
                             on_results(batch_results)
                 results.finish()
             except (KeyboardInterrupt, SystemExit) as stop:
-                again = (
-                    "" if to_stdout else f" All results so far are in {clean(str(output))}; the same command continues."
-                )
-                print(f"Stopped.{again}", file=sys.stderr)
-                raise typer.Exit(
-                    stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
-                ) from stop
+                _say_stopped(output)
+                code = stop.code if isinstance(stop, SystemExit) else None
+                raise typer.Exit(code if isinstance(code, int) else 130) from stop
             summary = totals.summary(prompts.keys(), results, output, time.perf_counter() - started)
-            lacking = results.missing(prompts)
-    # Standard output holds results only.
-    stream = sys.stderr if to_stdout else sys.stdout
-    if as_json:
-        print(json.dumps(summary), file=stream)
-    else:
-        Console(file=stream, highlight=False).print(table(summary))
-        if not to_stdout and output.exists():
-            print(f"Wrote {clean(str(output))}")
+            lacking = len(results.missing(prompts))
+    _print_summary(summary, output, as_json)
     if lacking:
         print(
-            f"Error: {len(lacking):,} rows have no result: the input changed during the run. Repeat the command.",
+            f"Error: {lacking:,} rows have no result: the input changed during the run. Repeat the command.",
             file=sys.stderr,
         )
     if lacking or summary["errors"]:
         raise typer.Exit(1)
+
+
+def _open_output(path: Path, settings: dict[str, Any], keep: tuple[str, ...], retry_errors: bool) -> Output:
+    return StandardOutput() if str(path) == "-" else OutputFile(path, settings, keep, retry_errors=retry_errors)
+
+
+def _say_stopped(output: Path) -> None:
+    rest = "" if str(output) == "-" else f" All results so far are in {clean(str(output))}; the same command continues."
+    print(f"Stopped.{rest}", file=sys.stderr)
+
+
+def _print_summary(summary: dict[str, Any], output: Path, as_json: bool) -> None:
+    """Print the summary to standard output, or to standard error if the results are there."""
+    to_stdout = str(output) == "-"
+    stream = sys.stderr if to_stdout else sys.stdout
+    if as_json:
+        print(json.dumps(summary), file=stream)
+        return
+    Console(file=stream, highlight=False).print(table(summary))
+    if not to_stdout and output.exists():
+        print(f"Wrote {clean(str(output))}")
 
 
 def _check_paths(source: Path, output: Path) -> None:

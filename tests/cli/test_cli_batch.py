@@ -166,7 +166,7 @@ class Killed:
         # A shell lets what it runs in the background ignore Ctrl-C, and the tests may be.
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.command, env=self.environment, preexec_fn=heard, **pipes)
+        return subprocess.Popen(self.command, env=self.environment, preexec_fn=heard, start_new_session=True, **pipes)
 
 
 @pytest.mark.parametrize(("name", "kills"), [("out.jsonl", 10), ("out.parquet", 4)])
@@ -204,8 +204,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
 def test_a_run_that_is_stopped_keeps_its_results_and_says_so(
-    asked: Path, options: tuple[Any, ...], tmp_path: Path, name: str
+    asked: Path, options: tuple[Any, ...], tmp_path: Path, name: str, send: Callable[[int, int], None]
 ) -> None:
     output = tmp_path / "out.jsonl"
     # So many rows that none of them can be the last one when the signal comes.
@@ -221,7 +222,8 @@ def test_a_run_that_is_stopped_keeps_its_results_and_says_so(
     while not output.exists() or not output.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.Signals[name])
+    # A terminal and some supervisors signal all processes of the group.
+    send(process.pid, signal.Signals[name])
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, 143)
     assert err.decode() == f"Stopped. All results so far are in {output}; the same command continues.\n"
