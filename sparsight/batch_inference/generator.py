@@ -193,7 +193,9 @@ class BatchGenerator:
 
     def _generate(self, count: int, **inputs: Any) -> Tensor:
         """Greedy search for ``count`` tokens."""
-        return self.model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1)
+        # A new thread starts with the first GPU as its current one; this does nothing on a CPU.
+        with torch.cuda.device_of(inputs["input_ids"]):
+            return self.model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1)
 
     def _rope_modules(self) -> list[Any]:
         """Modules that store a position offset for each prompt (multimodal RoPE of Qwen-VL and its relatives)."""

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -56,13 +56,16 @@ class Input:
         Raises:
             ValueError: the input cannot be read, has an unknown format, or lacks a column, or a folder has no prompt.
         """
+        return self._read(self._parquet_rows)
+
+    def _read(self, parquet_rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         if URL.match(str(self.path)):
             raise ValueError(f"{self} is a URL, which is not opened. {TAKEN}.")
         try:
             if self.path.is_dir():
                 yield from self._folder_rows()
             elif self.path.suffix.lower() == ".parquet":
-                yield from self._parquet_rows()
+                yield from parquet_rows()
             elif self.path.suffix.lower() in ("", *JSON_SUFFIXES) or not self.path.exists():
                 yield from self._json_rows()
             else:
@@ -78,8 +81,7 @@ class Input:
         """
         prompts: dict[RowKey, int | None] = {}
         unknown = set(self.keep)
-        is_parquet = self.path.suffix.lower() == ".parquet" and self.path.is_file()
-        for row in self._parquet_prompts() if is_parquet else self.rows():
+        for row in self._read(self._parquet_prompts):
             if row.key in prompts:
                 raise duplicate(row.key)
             prompts[row.key] = row.checksum
@@ -87,7 +89,8 @@ class Input:
         if not prompts:
             content = "is empty" if self.path.is_file() and not self.path.stat().st_size else "has no rows"
             raise ValueError(f"{self} {content}. {TAKEN}.")
-        if unknown and not is_parquet:
+        # The columns of a Parquet file have been checked.
+        if unknown and self.path.suffix.lower() != ".parquet":
             raise ValueError(f"No row of {self} has the field {quoted(min(unknown))}, which is to be kept.")
         return prompts
 

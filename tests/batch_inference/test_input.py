@@ -178,6 +178,17 @@ def test_streams_are_read_as_files_are(tmp_path: Path, monkeypatch: pytest.Monke
         source.scan()
 
 
+def test_a_damaged_parquet_file_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "asked.parquet"
+    parquet.write_table(pyarrow.table({"id": [f"row {number}" for number in range(1000)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 200 + content[204:])
+    with pytest.raises(
+        ValueError, match=r"(Cannot read .*asked\.parquet|asked\.parquet is not a Parquet file, or damaged): "
+    ):
+        Input(path, "What?").scan()
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "asked.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
