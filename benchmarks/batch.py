@@ -33,8 +33,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sparsight.batch_inference.job import Job, results
-from sparsight.batch_inference.rows import Row, read_rows
+from sparsight.batch_inference.input import Input
+from sparsight.batch_inference.job import Job, run_job
+from sparsight.batch_inference.rows import Row
 from sparsight.methods import recipe
 from sparsight.models.images import open_image
 from sparsight.models.loading import load_checkpoint, load_model
@@ -197,13 +198,13 @@ def side(which: str, rows: Path, size: int, new_tokens: int, threads: int, metho
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     checkpoint = load_checkpoint(str(rows.parent / MODEL))
-    asked = list(read_rows(rows, None))
+    asked = list(Input(rows).rows())
     begun = time.perf_counter()
     if which == "loop":
         tokens = list(loop(checkpoint, asked, size, new_tokens))
     else:
         job = Job(checkpoint, recipe(method, budget=budget), new_tokens)
-        found = [result for some in results(job, asked) for result in some]
+        found = [result for some in run_job(job, asked) for result in some]
         tokens = [result.tokens or 0 for result in found]
     seconds = time.perf_counter() - begun
     assert tokens == [new_tokens] * len(asked), "both must do the same work"

@@ -1,6 +1,6 @@
 """Sparsight: compressed KV caches for vision-language models."""
 
-from sparsight.batch_inference.job import batch
+from sparsight.batch_inference.api import batch
 from sparsight.cache import CompressedCache
 from sparsight.cache.report import Report
 from sparsight.compression.recipe import Recipe

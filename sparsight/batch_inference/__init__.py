@@ -1,1 +1,1 @@
-"""Many questions about pictures through a model: batches that fill the device, and results that outlive the run."""
+"""Batch inference: many questions about images, answered in batches, with results that survive a crash."""

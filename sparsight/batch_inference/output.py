@@ -1,221 +1,330 @@
-"""What became of each row, on disk as soon as it is known."""
+"""Results on disk: appended as they come, and continued by the next run."""
 
 import contextlib
-import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TextIO, get_args, get_type_hints
 
+from sparsight.batch_inference.input import JSON_SUFFIXES
 from sparsight.batch_inference.parquet import parquet
+from sparsight.batch_inference.result import NAMES, Result
+from sparsight.batch_inference.rows import URL, RowKey
 from sparsight.utils.jsonl import append, recover
+from sparsight.utils.text import printable, quoted
 
-WRITTEN_ROWS = 4096
+RETRIED_KINDS = ("malformed row", "out of memory")
+"""Errors that may have passed by the next run, or cost nothing to find again: their rows are always retried."""
+
+ROWS_IN_MEMORY = 4096
 """Rows of a Parquet file that are in memory at a time."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """The answer to a row, or why there is none.
-
-    Args:
-        id: the row's.
-        prompt_checksum: CRC-32 of its prompt, by which a run that goes on knows that the prompt is the same.
-        text: the answer without special tokens.
-        finish_reason: ``stop`` where the model ended the answer, ``length`` where it was as long as it may be.
-        prompt_tokens: tokens of the prompt.
-        tokens: tokens of the answer, the one that ends it included.
-        kept: entries kept of the prompt, a mean over layers and KV heads.
-        kv_bytes: bytes of the row's cache after compression, room to grow included.
-        full_kv_bytes: bytes that the full cache would take for the prompt.
-        seconds: the row's prefill, and its share of the time in which its batch was decoded.
-        error: why there is no answer, in one sentence.
-        error_kind: the same in a few words that other rows have in common.
-    """
-
-    id: str
-    prompt_checksum: int | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    tokens: int | None = None
-    kept: float | None = None
-    kv_bytes: int | None = None
-    full_kv_bytes: int | None = None
-    seconds: float | None = None
-    error: str | None = None
-    error_kind: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        """What there is to say, as plain data."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-
-
 class Output:
-    """A file of results that a stopped run goes on with: JSON lines, or Parquet where it is called ``.parquet``.
-
-    Parquet cannot be appended to: results are JSON lines beside it until :meth:`finish`. What all results have in
-    common is beside the file in ``<name>.run.json``, so that no run goes on with the results of another.
-
-    Args:
-        path: the file; made if it does not exist.
-        about: what all results have in common, as JSON has it.
+    """Results of a run; this class keeps none of them but what became of each row.
 
     Attributes:
-        results: how many results there are.
-        errors: how many of them are errors, by kind.
-
-    Raises:
-        ValueError: the file cannot be written, holds something else or results of another run, or is being written.
+        outcomes: by row, the kind of its error, None if it is answered.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path = path
-        self._is_parquet = path.suffix.lower() == ".parquet"
-        self._lines = path.with_name(path.name + ".jsonl") if self._is_parquet else path
-        self._run = path.with_name(path.name + ".run.json")
-        self._asked: dict[str, int | None] = {}
-        self.errors: dict[str, int] = {}
-        self._file: TextIO | None = None
-        try:
-            self._open(about)
-        except OSError as error:
-            raise ValueError(f"Cannot write {path}: {error.strerror}.") from error
+    def __init__(self) -> None:
+        self.outcomes: dict[RowKey, str | None] = {}
+        self._checksums: dict[RowKey, int | None] = {}
 
-    def _open(self, about: Mapping[str, Any]) -> None:
-        if self.path.is_dir():
-            raise ValueError(f"{self.path} is a folder: name a file.")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # What is not ours is left alone, and nothing is put beside it.
-        if not self._run.exists():
-            self._check_empty()
-        self._claim = open(self._run, "a+", encoding="utf-8")  # noqa: SIM115, it stays open: it is the lock
-        _lock(self._claim, self.path)
-        self._claim.seek(0)
-        text = self._claim.read()
-        # It is cut short where a run was killed before it had results.
-        if not text.endswith("\n"):
-            self._check_empty()
-        try:
-            there = json.loads(text) if text.endswith("\n") else {}
-            for record in self._records():
-                self._count(Result(**record))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} holds something that is no results: name another file.") from error
-        if self._asked:
-            self._check_same(there, about)
-        else:
-            self._claim.truncate(0)
-            append(self._claim, [about])
-
-    def _check_empty(self) -> None:
-        """Raise ValueError if there is anything in the file already."""
-        if any(file.exists() and file.stat().st_size for file in (self.path, self._lines)):
-            raise ValueError(f"{self.path} holds something, but no {self._run.name} says what: name another file.")
-
-    def _check_same(self, there: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Raise ValueError unless the results that are there have in common what the new ones will have."""
-        for name, value in about.items():
-            if there.get(name) != value:
-                raise ValueError(
-                    f"{self.path} holds results with {name} {_short(there.get(name))}, not {_short(value)}: "
-                    "give the options that it was begun with, or name another file."
-                )
-
-    def lacks(self, row: str, asked: int | None) -> bool:
-        """Whether a row has no result yet; ``asked`` is its prompt's checksum.
+    def missing(self, prompts: Mapping[RowKey, int | None]) -> set[RowKey]:
+        """Rows without a result, out of rows with the checksums of their prompts.
 
         Raises:
-            ValueError: it has the result of another prompt.
+            ValueError: a row has the answer to another prompt, or the ids cannot be written.
         """
-        if row not in self._asked:
-            return True
-        # None where the row was no question.
-        if self._asked[row] not in (None, asked):
-            raise ValueError(
-                f"{self.path} holds the answer to another prompt for row {row!r}: "
-                "give the prompts that it was begun with, or name another file."
-            )
-        return False
+        return {key for key, checksum in prompts.items() if self._needs(key, checksum)}
 
-    @property
-    def results(self) -> int:
-        """How many results there are."""
-        return len(self._asked)
+    def _needs(self, key: RowKey, checksum: int | None) -> bool:
+        return key not in self.outcomes
 
     def append(self, results: Iterable[Result]) -> list[Result]:
-        """Put on disk those whose rows have no result yet, and return them.
+        """Write the results of rows that have none yet, and return these results once they are written.
 
         Raises:
             ValueError: they cannot be written.
         """
-        new = [result for result in results if result.id not in self._asked]
-        try:
-            if self._file is None:
-                self._file = open(self._lines, "a", encoding="utf-8")  # noqa: SIM115, it stays open for the run
-            append(self._file, [result.record() for result in new])
-        except OSError as error:
-            raise ValueError(f"Cannot write {self.path}: {error.strerror}.") from error
+        new = [result for result in results if result.key not in self.outcomes]
+        self._write([result.record() for result in new])
         for result in new:
-            self._count(result)
+            self._register(result)
         return new
 
-    def finish(self) -> None:
-        """Write the Parquet file, if it is one, from the JSON lines beside it.
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        """Append records, and return when they are written."""
+        raise NotImplementedError
 
-        Raises:
-            ValueError: it cannot be written; the results are still beside it.
-        """
-        if not self._is_parquet or not self._lines.exists():
-            return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            _write_parquet(temporary, self._records())
-            temporary.replace(self.path)
-            _sync_folder(self.path.parent)
-            self._lines.unlink()
-        except OSError as error:
-            raise ValueError(f"Cannot write {self.path}: {error.strerror}.") from error
+    def _register(self, result: Result) -> None:
+        self.outcomes[result.key] = result.error_kind
+        self._checksums[result.key] = result.prompt_checksum
+
+    def finish(self) -> None:
+        """Complete the output after the last result."""
+
+    def close(self) -> None:
+        """Release the output."""
 
     def __enter__(self) -> "Output":
         return self
 
     def __exit__(self, *error: object) -> None:
-        # What could not be written on a full disk is tried again, and has been said.
+        self.close()
+
+
+class StandardOutput(Output):
+    """Results as JSON lines on standard output, where no run continues them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Other code may redirect sys.stdout.
+        self._stream = sys.stdout
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        try:
+            self._stream.write("".join(json.dumps(record) + "\n" for record in records))
+            self._stream.flush()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                # Python flushes again at exit, and would complain.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise ValueError(f"Cannot write to standard output: {error.strerror}.") from error
+
+
+class OutputFile(Output):
+    """A file of results that a stopped run continues: JSON lines, or Parquet if its suffix is ``.parquet``.
+
+    Parquet cannot be appended to, so results are JSON lines in ``<name>.jsonl`` until :meth:`finish`. The settings that
+    all results share are in ``<name>.run.json``, so that a run with other settings does not continue the file.
+
+    Args:
+        path: the file; created if it does not exist.
+        settings: what all results have in common, JSON serializable.
+        keep: fields of the input that are copied into the results.
+        retry_errors: whether errors are dropped, so that their rows are answered again; those of :data:`RETRIED_KINDS`
+            always are.
+
+    Raises:
+        ValueError: the file cannot be written, holds something else or results with other settings, or another run is
+            writing it.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], keep: Iterable[str] = (), *, retry_errors: bool = False
+    ) -> None:
+        super().__init__()
+        check_output_path(path)
+        self.path, self._keep, self._retry_errors = path, tuple(keep), retry_errors
+        self._is_parquet = path.suffix.lower() == ".parquet"
+        self._lines = path.with_name(path.name + ".jsonl") if self._is_parquet else path
+        self._run_path = path.with_name(path.name + ".run.json")
+        self._file: TextIO | None = None
+        with self._writing():
+            self._open({**settings, "keep": list(self._keep)})
+
+    def _open(self, settings: Mapping[str, Any]) -> None:
+        if self._is_parquet:
+            parquet()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A file that is not ours is left alone, and no run file is put beside it.
+        if not self._run_path.exists():
+            self._check_empty()
+        self._run_file = open(self._run_path, "a+", encoding="utf-8")  # noqa: SIM115, stays open: it is the lock
+        _lock(self._run_file, self.path)
+        self._run_file.seek(0)
+        text = self._run_file.read()
+        # A run that was killed before its first result may have left an incomplete line.
+        if not text.endswith("\n"):
+            self._check_empty()
+        try:
+            existing = json.loads(text) if text.endswith("\n") else {}
+            dropped = False
+            for record in self._records():
+                result = Result.from_record(record, existing.get("keep", ()))
+                if self._is_retried(result.error_kind):
+                    dropped = True
+                else:
+                    self._register(result)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self} holds something other than results: name another file.") from error
+        if self.outcomes:
+            self._check_same(existing, settings)
+        if dropped:
+            self._drop_retried()
+        if not self.outcomes:
+            self._run_file.truncate(0)
+            append(self._run_file, [settings])
+
+    def __str__(self) -> str:
+        return printable(str(self.path))
+
+    def _is_retried(self, error_kind: str | None) -> bool:
+        return error_kind is not None and (self._retry_errors or error_kind in RETRIED_KINDS)
+
+    def _drop_retried(self) -> None:
+        """Remove results that are retried from the JSON lines; a Parquet file is written anew at the end."""
+        if not self._lines.exists():
+            return
+        temporary = self._lines.with_name(self._lines.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            kept = (record for record in recover(self._lines) if not self._is_retried(record.get("error_kind")))
+            while chunk := list(islice(kept, ROWS_IN_MEMORY)):
+                append(file, chunk)
+        temporary.replace(self._lines)
+        _sync_folder(self.path.parent)
+
+    def _check_empty(self) -> None:
+        """Raise ValueError if there is anything in the file already."""
+        if any(file.exists() and file.stat().st_size for file in (self.path, self._lines)):
+            raise ValueError(
+                f"{self} holds something, but there is no {printable(self._run_path.name)} for it: name another file."
+            )
+
+    def _check_same(self, existing: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Raise ValueError if the existing results have other settings."""
+        for name in (*settings, *existing):
+            if existing.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{self} holds results with {name} {_short(existing.get(name))}, not {_short(settings.get(name))}: "
+                    "give the options that it was started with, or name another file."
+                )
+
+    def missing(self, prompts: Mapping[RowKey, int | None]) -> set[RowKey]:
+        """Rows without a result, out of rows with the checksums of their prompts.
+
+        Raises:
+            ValueError: a row has the answer to another prompt, or the output is Parquet and ids are of two types.
+        """
+        if self._is_parquet and len(_id_types(chain(prompts, self.outcomes))) > 1:
+            raise ValueError(
+                f"{self} cannot be written: some ids are strings and some integers, but a Parquet column has one type; "
+                "name a .jsonl file."
+            )
+        return super().missing(prompts)
+
+    def _needs(self, key: RowKey, checksum: int | None) -> bool:
+        if key not in self.outcomes:
+            return True
+        # None if the row was malformed.
+        if self._checksums[key] not in (None, checksum):
+            raise ValueError(
+                f"{self} holds the answer to another prompt for row {quoted(key)}: "
+                "give the prompts that it was started with, or name another file."
+            )
+        return False
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        """Append records, and return when they are on disk."""
+        with self._writing():
+            if self._file is None:
+                self._file = open(self._lines, "a", encoding="utf-8")  # noqa: SIM115, stays open for the run
+            append(self._file, records)
+
+    def finish(self) -> None:
+        """If the output is Parquet, write it from the JSON lines beside it.
+
+        Raises:
+            ValueError: it cannot be written; the JSON lines are still there.
+        """
+        if not self._is_parquet or not self._lines.exists():
+            return
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with self._writing():
+            try:
+                _write_parquet(temporary, self._records(), self._schema())
+            # pyarrow's errors are of these types.
+            except (ValueError, TypeError, OverflowError) as error:
+                reason = printable(str(error)).rstrip(".")
+                raise ValueError(f"Cannot write {self}, the results are in {self._lines.name}: {reason}.") from error
+            temporary.replace(self.path)
+            _sync_folder(self.path.parent)
+            self._lines.unlink()
+
+    def close(self) -> None:
+        """Close the files and release the lock."""
+        # Closing writes again what a full disk refused, which has been reported.
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
-        self._claim.close()
+        self._run_file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"Cannot write {self}: {error.strerror or error}.") from error
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """What is on disk, every row once."""
-        there = _read_parquet(self.path) if self._is_parquet and self.path.exists() else ()
-        seen = set()
-        for record in chain(there, recover(self._lines)):
-            if record["id"] not in seen:
-                seen.add(record["id"])
-                yield record
+        """The results on disk, each row once."""
+        if self._is_parquet and self.path.exists():
+            # A row that was retried, or a run that was killed while it cleaned up, leaves a row in both files.
+            newer = {_identity(record) for record in recover(self._lines)}
+            for record in _read_parquet(self.path):
+                retried = self._lines.exists() and self._is_retried(record["error_kind"])
+                if not retried and _identity(record) not in newer:
+                    yield record
+        yield from recover(self._lines)
 
-    def _count(self, result: Result) -> None:
-        self._asked[result.id] = result.prompt_checksum
-        if result.error_kind is not None:
-            self.errors[result.error_kind] = self.errors.get(result.error_kind, 0) + 1
+    def _schema(self) -> Any:
+        """The Parquet schema: the types of :class:`Result`'s fields, of the ids, and of what was kept."""
+        import pyarrow
+
+        types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+        # Without the None of optional fields.
+        kinds = {name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(Result).items()}
+        fields = {name: types[kinds[name]] for name in NAMES}
+        fields["id"] = types[(_id_types(self.outcomes) or {str}).pop()]
+        kept = pyarrow.schema([])
+        records = ({name: record.get(name) for name in self._keep} for record in self._records())
+        while self._keep and (chunk := list(islice(records, ROWS_IN_MEMORY))):
+            schemas = [kept, pyarrow.Table.from_pylist(chunk).schema]
+            kept = pyarrow.unify_schemas(schemas, promote_options="permissive")
+        after_id = {name: fields.pop(name) for name in ("id", "row")} | {each.name: each.type for each in kept}
+        return pyarrow.schema(list((after_id | fields).items()))
+
+
+def check_output_path(path: Path) -> None:
+    """Raise ValueError if results cannot be written to a path, whatever it holds."""
+    name = printable(str(path))
+    if URL.match(str(path)):
+        raise ValueError(f"The output {name} is a URL: name a file.")
+    if path.is_dir():
+        raise ValueError(f"The output {name} is a folder: name a file.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"The output {name} is a device or a pipe: name a file, or - for standard output.")
+    if path.suffix.lower() not in (*JSON_SUFFIXES, ".parquet"):
+        raise ValueError(
+            f"The output {name} needs a suffix for its format: {', '.join(JSON_SUFFIXES)} (JSON lines) or .parquet."
+        )
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    return record.get("id"), record.get("row")
+
+
+def _id_types(keys: Iterable[RowKey]) -> set[type]:
+    """The types of the ids among some keys."""
+    return {type(key) for key in keys} - {tuple}
 
 
 def _short(value: Any) -> str:
-    """A value as JSON, in a sentence's length."""
+    """A value as JSON, short enough for a message."""
     text = json.dumps(value)
-    # Of a path every part matters.
+    # A shortened path would be ambiguous.
     return text if isinstance(value, str) else shorten(text, 80)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Return when the folder's names are on disk."""
-    # Windows opens no folders.
+    """Flush a folder's entries to disk."""
+    # Windows cannot open folders.
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         os.fsync(opened)
@@ -223,43 +332,32 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _lock(file: TextIO, path: Path) -> None:
-    """Keep others from writing ``path`` until ``file`` is closed.
+    """Lock ``path`` against other processes until ``file`` is closed.
 
     Raises:
-        ValueError: another process does.
+        ValueError: another process has the lock.
     """
-    # Windows has no such locks.
+    # Windows has no fcntl.
     with contextlib.suppress(ImportError):
         import fcntl
 
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"Another run is writing {path}.") from error
-
-
-def _schema() -> Any:
-    import pyarrow
-
-    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
-    # The type of a field, or of one that may be None.
-    kinds = {name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(Result).items()}
-    return pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()])
+            raise ValueError(f"Another run is writing {printable(str(path))}.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    for batch in parquet().ParquetFile(path).iter_batches(WRITTEN_ROWS):
+    for batch in parquet().ParquetFile(path).iter_batches(ROWS_IN_MEMORY):
         yield from batch.to_pylist()
 
 
-def _write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    writer, schema = parquet(), _schema()
+def _write_parquet(path: Path, records: Iterator[dict[str, Any]], schema: Any) -> None:
     import pyarrow
 
-    rest = iter(records)
     with open(path, "wb") as file:
-        with writer.ParquetWriter(file, schema) as table:
-            while some := list(islice(rest, WRITTEN_ROWS)):
-                table.write_table(pyarrow.Table.from_pylist(some, schema))
+        with parquet().ParquetWriter(file, schema) as writer:
+            while chunk := list(islice(records, ROWS_IN_MEMORY)):
+                writer.write_table(pyarrow.Table.from_pylist(chunk, schema))
         file.flush()
         os.fsync(file.fileno())

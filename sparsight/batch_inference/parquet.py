@@ -1,4 +1,4 @@
-"""pyarrow, which not everybody needs."""
+"""pyarrow, an optional dependency."""
 
 from types import ModuleType
 

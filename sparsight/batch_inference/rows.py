@@ -1,88 +1,70 @@
-"""What is asked: rows of pictures and a prompt, from JSON lines, a folder of pictures, or Parquet."""
+"""Rows of the input: a question about some images each."""
 
+import base64
+import binascii
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from sparsight.batch_inference.parquet import parquet
-from sparsight.models.images import FORMATS
+from sparsight.utils.text import quoted
 
 EXAMPLE = '{"id": "7", "image": "page.png", "prompt": "What is this?"}'
-READ_ROWS = 64
-"""Rows of a Parquet file that are in memory at a time."""
+URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/", re.IGNORECASE)
+"""Addresses that are easily mistaken for paths; a ``Path`` has one slash of the two."""
+
+RowKey = str | int | tuple[int]
+"""What identifies a row: its id, or, if it has none, its number in the input as a tuple."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question about some pictures.
+    """A question about some images.
 
     Args:
-        id: what tells it from all others.
-        images: files, or what files of pictures hold.
+        id: unique within the input; None if the row has no valid id, which makes it malformed.
+        images: paths of image files, their bytes, or open images.
         prompt: the question.
-        malformed: what is wrong with the row, if it is not a question at all.
+        malformed: why the row cannot be answered, in one sentence; empty if it can.
+        number: line of a JSON-lines file or row of a Parquet file, counted from 1, if there is no id.
+        fields: further fields of the input, which are copied into the result.
     """
 
-    id: str
-    images: tuple[Path | bytes, ...] = ()
+    id: str | int | None
+    images: tuple[Path | bytes | Image.Image, ...] = ()
     prompt: str = ""
     malformed: str = ""
+    number: int | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> RowKey:
+        """What identifies the row."""
+        return row_key(self.id, self.number)
 
     @property
     def checksum(self) -> int | None:
-        """The prompt's, None where there is no question."""
+        """The prompt's checksum, None for a malformed row."""
         return None if self.malformed else checksum(self.prompt)
 
 
-def read_rows(source: Path, prompt: str | None) -> Iterator[Row]:
-    """The rows of a file or folder; ``prompt`` is that of the rows that have none.
-
-    A JSON-lines file has a row a line, :data:`EXAMPLE`, with ``images`` for several; paths start at its folder. A
-    Parquet file has these columns, its pictures as bytes, or as ``{"bytes": ...}``. In a folder every picture at any
-    depth is a row, whose id is its path.
+def row_key(row_id: str | int | None, number: int | None) -> RowKey:
+    """The key of a row by its id and number.
 
     Raises:
-        ValueError: the source cannot be read, or lacks a column, or is a folder and there is no prompt.
+        ValueError: it has neither.
     """
-    try:
-        if source.is_dir():
-            yield from _of_folder(source, prompt)
-        elif source.suffix.lower() == ".parquet":
-            yield from _of_parquet(source, prompt)
-        else:
-            with open(source, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _of_line(line, _place("line", number), source.parent, prompt)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"Cannot read {source}: {reason}.") from error
-
-
-def read_ids(source: Path, prompt: str | None) -> dict[str, int | None]:
-    """The ids of all rows in their order, and the checksums of their prompts; pictures are not read.
-
-    Raises:
-        ValueError: as :func:`read_rows`, or there is no row, or two rows have the same id.
-    """
-    if source.suffix.lower() == ".parquet" and source.is_file():
-        found = _ids_of_parquet(source, prompt)
-    else:
-        found = ((row.id, row.checksum) for row in read_rows(source, prompt))
-    ids: dict[str, int | None] = {}
-    for row, asked in found:
-        if row in ids:
-            raise _twice(row)
-        ids[row] = asked
-    if not ids:
-        raise ValueError(f"{source} has no rows.")
-    return ids
+    if row_id is not None:
+        return row_id
+    if number is None:
+        raise ValueError("A row needs an id or a number.")
+    return (number,)
 
 
 def checksum(prompt: str) -> int:
@@ -90,83 +72,107 @@ def checksum(prompt: str) -> int:
     return zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
 
 
-def check_different(ids: Iterable[str]) -> None:
-    """Raise ValueError if an id comes twice."""
+def check_unique(keys: Iterable[RowKey]) -> None:
+    """Raise ValueError if two rows have the same id."""
     seen = set()
-    for each in ids:
-        if each in seen:
-            raise _twice(each)
-        seen.add(each)
+    for key in keys:
+        if key in seen:
+            raise duplicate(key)
+        seen.add(key)
 
 
-def _twice(row: str) -> ValueError:
-    return ValueError(f"Two rows have the id {row!r}: every row needs its own.")
+def duplicate(key: RowKey) -> ValueError:
+    """The error for two rows with the same id."""
+    return ValueError(f"Two rows have the id {quoted(key)}: ids must be unique.")
 
 
-def row_of(given: Any, place: str, folder: Path, prompt: str | None) -> Row:
-    """The row that a mapping such as :data:`EXAMPLE` stands for; ``place`` is its id if it has none."""
-    if not isinstance(given, Mapping):
-        return Row(place, malformed=f"{place.capitalize()} is not an object such as {EXAMPLE}.")
-    if not isinstance(given.get("id"), str | int):
-        return Row(place, malformed=f"{place.capitalize()} has no 'id', a text or a whole number.")
-    name, asked = str(given["id"]), given.get("prompt")
-    images: Any = given.get("image") if given.get("images") is None else given["images"]
-    images = images if isinstance(images, list | tuple) else [images]
-    held: list[Any] = [each.get("bytes") or each.get("path") if isinstance(each, Mapping) else each for each in images]
-    if not held or not all(image and isinstance(image, str | bytes | Path) for image in held):
-        return Row(name, malformed=f"Row {name!r} has no 'image' or 'images': files, or the bytes of files.")
-    asked = prompt if asked is None else asked
-    if not isinstance(asked, str):
-        return Row(name, malformed=f"Row {name!r} has no 'prompt', and none was given for all rows.")
-    return Row(name, tuple(image if isinstance(image, bytes) else folder / image for image in held), asked)
+def parse_row(values: Any, place: tuple[str, int], folder: Path, prompt: str | None, keep: Iterable[str] = ()) -> Row:
+    """The row of a mapping such as :data:`EXAMPLE`, malformed if anything in it is wrong.
 
-
-def _of_line(line: str, place: str, folder: Path, prompt: str | None) -> Row:
+    Args:
+        values: the mapping.
+        place: what a row is called and its number, such as ``("Line", 3)``.
+        folder: where relative paths start.
+        prompt: used if the row has none.
+        keep: fields that are copied into the result.
+    """
+    label, number = f"{place[0]} {place[1]}", place[1]
+    if not isinstance(values, Mapping):
+        return Row(None, malformed=f"{label} is not an object such as {EXAMPLE}.", number=number)
+    if problem := id_problem(values.get("id")):
+        return Row(None, malformed=f"{label} {problem}.", number=number)
+    row_id = values["id"] if isinstance(values["id"], str) else int(values["id"])
     try:
-        return row_of(json.loads(line), place, folder, prompt)
-    except json.JSONDecodeError:
-        return Row(place, malformed=f"{place.capitalize()} is not an object such as {EXAMPLE}.")
-
-
-def _of_folder(folder: Path, prompt: str | None) -> Iterator[Row]:
-    if prompt is None:
-        raise ValueError(f"{folder} is a folder of pictures: say with a prompt what is asked about them.")
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and not path.is_dir():
-            yield Row(path.relative_to(folder).as_posix(), (path,), prompt)
-
-
-def _of_parquet(source: Path, prompt: str | None) -> Iterator[Row]:
-    file = _parquet_file(source)
-    columns = [name for name in ("id", "image", "images", "prompt") if name in file.schema_arrow.names]
-    batches = file.iter_batches(READ_ROWS, columns=columns)
-    for number, given in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
-        yield row_of(given, _place("row", number), source.parent, prompt)
-
-
-def _ids_of_parquet(source: Path, prompt: str | None) -> Iterator[tuple[str, int | None]]:
-    file = _parquet_file(source)
-    columns = [name for name in ("id", "prompt") if name in file.schema_arrow.names]
-    rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(columns=columns))
-    for number, given in enumerate(rows, 1):
-        asked = prompt if given.get("prompt") is None else given["prompt"]
-        name = _place("row", number) if given["id"] is None else str(given["id"])
-        yield name, checksum(asked) if isinstance(asked, str) else None
-
-
-def _parquet_file(source: Path) -> Any:
-    """An open Parquet file, which must have ids."""
-    reader = parquet()
-    try:
-        file = reader.ParquetFile(source)
+        row_prompt = prompt if values.get("prompt") is None else values["prompt"]
+        if not isinstance(row_prompt, str):
+            raise ValueError("has no 'prompt', and none was given for all rows")
+        return Row(row_id, _images(values, folder), row_prompt, fields=_kept(values, keep))
     except ValueError as error:
-        raise ValueError(f"{source} is no Parquet file.") from error
-    if "id" not in file.schema_arrow.names:
-        raise ValueError(f"{source} has no column 'id', but {', '.join(file.schema_arrow.names)}.")
-    return file
+        return Row(row_id, malformed=f"Row {quoted(row_id)} {error}.")
 
 
-def _place(what: str, number: int) -> str:
-    """The id of a row that has none."""
-    return f"{what} {number}"
+def id_problem(row_id: Any) -> str:
+    """Why a value cannot be an id, as the rest of a sentence; empty if it can."""
+    if row_id is None:
+        return "has no 'id', a string or an integer"
+    if isinstance(row_id, str):
+        return "" if _is_unicode(row_id) else f"has the id {quoted(row_id)}, which is not valid Unicode"
+    if isinstance(row_id, float):
+        hint = "pandas makes integers floats where one is missing, its type Int64 keeps them"
+        return f"has the id {quoted(row_id)}, a float; ids are strings or integers ({hint})"
+    if not isinstance(row_id, Integral) or isinstance(row_id, bool):
+        return f"has the id {quoted(row_id)}, a {type(row_id).__name__}; ids are strings or integers"
+    return "" if -(2**63) <= int(row_id) < 2**63 else "has an integer 'id' of more than 64 bits"
+
+
+def _images(values: Mapping[str, Any], folder: Path) -> tuple[Path | bytes | Image.Image, ...]:
+    images = values.get("image") if values.get("images") is None else values["images"]
+    images = images if isinstance(images, list | tuple) else [images]
+    if not images:
+        raise ValueError("has no 'image' or 'images'")
+    return tuple(_image(image, folder) for image in images)
+
+
+def _image(image: Any, folder: Path) -> Path | bytes | Image.Image:
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and image.startswith("data:"):
+        return _data_url(image)
+    if isinstance(image, str) and URL.match(image):
+        raise ValueError(f"has the image {quoted(image)}: images are paths of files, URLs are not opened")
+    if isinstance(image, str | Path) and str(image):
+        return folder / image
+    if isinstance(image, Image.Image) or (isinstance(image, bytes) and image):
+        return image
+    raise ValueError("has no 'image' or 'images': paths of files, the files' bytes, or data: URLs")
+
+
+def _data_url(url: str) -> bytes:
+    header, _, data = url.partition(",")
+    try:
+        if not header.endswith(";base64"):
+            raise binascii.Error
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("has a data: URL that is not base64") from error
+
+
+def _kept(values: Mapping[str, Any], keep: Iterable[str]) -> dict[str, Any]:
+    """The fields to keep, as JSON has them; NaN and infinity, which it has not, are None."""
+    fields = {name: values[name] for name in keep if name in values}
+    try:
+        text = json.dumps(fields, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"has fields that cannot be kept, because JSON has no such values: {error}") from error
+    if not _is_unicode(text):
+        raise ValueError("has fields to keep that are not valid Unicode")
+    return json.loads(text, parse_constant=lambda _: None) if fields else {}
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,10 +1,11 @@
-"""``sparsight batch``: many questions about pictures, in batches, into a file that a stopped run goes on with."""
+"""``sparsight batch``: many questions about images, answered in batches, into a file that a stopped run continues."""
 
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, KeysView
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,91 +15,161 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsight.batch_inference.job import Job, results
-from sparsight.batch_inference.output import Output, Result
-from sparsight.batch_inference.ray_data import Cluster, results_on
-from sparsight.batch_inference.rows import read_ids, read_rows
+from sparsight.batch_inference.input import Input, open_input
+from sparsight.batch_inference.job import Job, run_job
+from sparsight.batch_inference.output import Output, OutputFile, StandardOutput, check_output_path
+from sparsight.batch_inference.ray_data import Cluster, run_job_on_ray
+from sparsight.batch_inference.result import Result, check_keep
+from sparsight.batch_inference.rows import RowKey
 from sparsight.cache.report import mebibytes
 from sparsight.cli import options
 from sparsight.cli.recipe_options import recipe_from_options
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.loading import load_checkpoint
+from sparsight.utils.text import printable
 
 
 def batch(
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="JSON lines, a folder of pictures, or Parquet with pictures' bytes.")
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="JSON lines (- for standard input), a folder of images, or Parquet with the images' bytes.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="JSON lines or .parquet; a stopped run goes on with it.")
+        Path,
+        typer.Argument(
+            metavar="OUTPUT",
+            help="JSON lines (- for standard output) or .parquet; the same command continues a stopped run.",
+        ),
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="The question of all rows that have none of their own.", metavar="TEXT")
+        str | None, typer.Option(help="The question for all rows that have none.", metavar="TEXT")
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of INPUT to copy into the results. Repeat for several.", metavar="FIELD"),
+    ] = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option(
+            "--retry-errors",
+            help="Answer rows again whose result is an error; those out of memory or malformed always are.",
+        ),
+    ] = False,
     model: options.Model = options.DEFAULT_MODEL,
     method: options.Method = options.DEFAULT_METHOD,
     budget: options.Budget = 0.1,
     heads: options.Heads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     batch_size: Annotated[
-        str, typer.Option(help="Rows that decode together; auto is as many as there is room for.", metavar="NUMBER")
+        str, typer.Option(help="Sequences that decode together; auto: as many as fit in memory.", metavar="NUMBER")
     ] = "auto",
     ray: Annotated[
         str | None,
-        typer.Option(help="Answer on a Ray cluster: its address, auto, or local to start one.", metavar="ADDRESS"),
+        typer.Option(help="Run on a Ray cluster: its address, auto, or local to start one.", metavar="ADDRESS"),
     ] = None,
-    replicas: Annotated[int, typer.Option(help="Models on the Ray cluster.", min=1)] = 1,
+    replicas: Annotated[int, typer.Option(help="Copies of the model on the Ray cluster.", min=1)] = 1,
     gpus_per_replica: Annotated[
         float | None,
-        typer.Option(help="GPUs of each; one if not given and there are any.", min=0, show_default=False),
+        typer.Option(help="GPUs per replica; by default one if the cluster has any.", min=0, show_default=False),
     ] = None,
     as_json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Ask a model about many pictures; exits with 1 if there was no answer for some of them."""
+    """Ask a model about many images; exits with 1 if some rows have no answer."""
     started = time.perf_counter()
     recipe = recipe_from_options(model, method, budget, heads)
     size = _batch_size(batch_size)
     if ray is None and (replicas != 1 or gpus_per_replica is not None):
         raise ValueError("--replicas and --gpus-per-replica are for --ray, which is not given.")
     cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
-    if source.resolve() == output.resolve():
-        raise ValueError(f"{source} cannot be both the input and the output.")
-    ids = read_ids(source, prompt)
-    job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
-    with Output(output, job.about) as written:
-        missing = {row for row, asked in ids.items() if written.lacks(row, asked)}
-        told = Totals(len(ids), written.results)
-        try:
-            if missing:
-                rows = (row for row in read_rows(source, prompt) if row.id in missing)
-                with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
-                    found = results(job, rows) if cluster is None else results_on(cluster, job, rows)
-                    for some in found:
-                        told.add(written.append(some))
-                        on_results(some)
-            written.finish()
-        except KeyboardInterrupt as stop:
-            print(
-                f"Stopped. What was answered is on disk; the same command goes on from there: {output}", file=sys.stderr
-            )
-            raise typer.Exit(130) from stop
-    summary = told.summary(written, time.perf_counter() - started)
-    if as_json:
-        print(json.dumps(summary))
-    else:
-        Console(highlight=False).print(table(summary), f"Wrote {output}", sep="\n")
-    if written.errors:
+    fields = tuple(dict.fromkeys(keep or ()))
+    _check_paths(source, output)
+    check_keep(fields)
+    with open_input(source, prompt, fields) as rows:
+        prompts = rows.scan()
+        job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
+        with _open_output(output, job.settings, fields, retry_errors) as results:
+            missing = results.missing(prompts)
+            totals = Totals(len(prompts) - len(missing))
+            try:
+                if missing:
+                    with _progress(len(prompts), totals.before, as_json) as on_results:
+                        for batch_results in _answer(job, cluster, rows, missing):
+                            totals.add(results.append(batch_results))
+                            on_results(batch_results)
+                results.finish()
+            except (KeyboardInterrupt, SystemExit) as stop:
+                _say_stopped(output)
+                code = stop.code if isinstance(stop, SystemExit) else None
+                raise typer.Exit(code if isinstance(code, int) else 130) from stop
+            summary = totals.summary(prompts.keys(), results, output, time.perf_counter() - started)
+            lacking = len(results.missing(prompts))
+    _print_summary(summary, output, as_json)
+    if lacking:
+        print(
+            f"Error: {lacking:,} rows have no result: the input changed during the run. Repeat the command.",
+            file=sys.stderr,
+        )
+    if lacking or summary["errors"]:
         raise typer.Exit(1)
+
+
+def _open_output(path: Path, settings: dict[str, Any], keep: tuple[str, ...], retry_errors: bool) -> Output:
+    return StandardOutput() if str(path) == "-" else OutputFile(path, settings, keep, retry_errors=retry_errors)
+
+
+def _say_stopped(output: Path) -> None:
+    rest = (
+        ""
+        if str(output) == "-"
+        else f" All results so far are in {printable(str(output))}; the same command continues."
+    )
+    print(f"Stopped.{rest}", file=sys.stderr)
+
+
+def _print_summary(summary: dict[str, Any], output: Path, as_json: bool) -> None:
+    """Print the summary to standard output, or to standard error if the results are there."""
+    to_stdout = str(output) == "-"
+    stream = sys.stderr if to_stdout else sys.stdout
+    if as_json:
+        print(json.dumps(summary), file=stream)
+        return
+    Console(file=stream, highlight=False).print(table(summary))
+    if not to_stdout and output.exists():
+        print(f"Wrote {printable(str(output))}")
+
+
+def _check_paths(source: Path, output: Path) -> None:
+    """Raise ValueError if the output cannot be one, or input and output are the same or swapped."""
+    if str(output) == "-":
+        return
+    check_output_path(output)
+    if source.resolve() == output.resolve():
+        raise ValueError(f"{printable(str(source))} cannot be both the input and the output.")
+    if str(source) != "-" and not source.exists() and output.exists():
+        raise ValueError(
+            f"There is no input {printable(str(source))}, but the output {printable(str(output))} exists: "
+            "INPUT comes first, then OUTPUT."
+        )
+
+
+def _answer(job: Job, cluster: Cluster | None, source: Input, missing: set[RowKey]) -> Iterator[list[Result]]:
+    """Results of the missing rows."""
+    rows = (row for row in source.rows() if row.key in missing)
+    # Closed at once when the run stops: the model's thread ends with it.
+    with closing(run_job(job, rows) if cluster is None else run_job_on_ray(cluster, job, rows)) as results:
+        yield from results
 
 
 @dataclass
 class Totals:
-    """What a run adds up to, without its results, which may be many."""
+    """Sums over the results of a run."""
 
-    rows: int
     before: int
     new: int = 0
     tokens: int = 0
@@ -106,44 +177,49 @@ class Totals:
     full_kv_bytes: int = 0
 
     def add(self, results: list[Result]) -> None:
-        """Take new results in."""
+        """Add new results."""
         self.new += len(results)
         self.tokens += sum(result.tokens or 0 for result in results)
         self.kv_bytes += sum(result.kv_bytes or 0 for result in results)
         self.full_kv_bytes += sum(result.full_kv_bytes or 0 for result in results)
 
-    def summary(self, written: Output, seconds: float) -> dict[str, Any]:
-        """The run as plain data."""
+    def summary(self, keys: KeysView[RowKey], results: Output, output: Path, seconds: float) -> dict[str, Any]:
+        """The run as plain data; ``keys`` are the rows of the input."""
+        errors = Counter(results.outcomes[key] for key in keys if key in results.outcomes)
+        answered = errors.pop(None, 0)
         return {
-            "rows": self.rows,
+            "rows": len(keys),
             "before": self.before,
-            "answered": written.results - sum(written.errors.values()),
-            "errors": written.errors,
+            "answered": answered,
+            "errors": dict(errors),
+            "not_in_input": len(results.outcomes.keys() - keys),
             "seconds": seconds,
             "rows_per_second": self.new / seconds,
             "new_tokens": self.tokens,
             "kv_bytes": self.kv_bytes,
             "full_kv_bytes": self.full_kv_bytes,
-            "output": str(written.path),
+            "output": str(output),
         }
 
 
-def table(told: dict[str, Any]) -> Table:
-    """A run for people."""
+def table(summary: dict[str, Any]) -> Table:
+    """A human-readable summary."""
     shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
     shown.add_column()
     shown.add_column(justify="right")
-    shown.add_row("rows", f"{told['rows']:,}")
-    shown.add_row("answered", f"{told['answered']:,}")
-    for kind, count in sorted(told["errors"].items()):
+    shown.add_row("rows", f"{summary['rows']:,}")
+    shown.add_row("answered", f"{summary['answered']:,}")
+    for kind, count in sorted(summary["errors"].items()):
         shown.add_row(kind, f"{count:,}", style="red")
-    if told["before"]:
-        shown.add_row("of them done before", f"{told['before']:,}")
-    shown.add_row("time", f"{told['seconds']:.1f} s")
-    shown.add_row("rows per second", f"{told['rows_per_second']:.2f}")
-    shown.add_row("new tokens", f"{told['new_tokens']:,}")
-    if told["full_kv_bytes"]:
-        share = told["kv_bytes"] / told["full_kv_bytes"]
+    if summary["before"]:
+        shown.add_row("of them done before", f"{summary['before']:,}")
+    if summary["not_in_input"]:
+        shown.add_row("results of rows not in the input", f"{summary['not_in_input']:,}")
+    shown.add_row("time", f"{summary['seconds']:.1f} s")
+    shown.add_row("rows per second", f"{summary['rows_per_second']:.2f}")
+    shown.add_row("new tokens", f"{summary['new_tokens']:,}")
+    if summary["full_kv_bytes"]:
+        share = summary["kv_bytes"] / summary["full_kv_bytes"]
         shown.add_row("KV memory after compression", f"{share:.1%} of the full cache")
     return shown
 
@@ -157,13 +233,13 @@ def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"--batch-size is a whole number above 0 or auto, not {text!r}.")
+        raise ValueError(f"--batch-size must be an integer above 0 or auto, not {text!r}.")
     return int(text)
 
 
 @contextmanager
 def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
-    """A bar on stderr with rate, time left and the memory of the newest batch, if there is somebody to see it."""
+    """A progress bar on stderr with rate, time left and the memory of the newest batch, if stderr is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -173,18 +249,20 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[memory]}"),
     )
-    # Rows come a batch at a time, which may take minutes.
+    # Results come a batch at a time, and a batch may take minutes.
     hidden = quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bar:
         shown = bar.add_task("Answering", total=total, completed=done, rate="", memory="")
         started, count = time.perf_counter(), 0
 
-        def on_results(some: list[Result]) -> None:
+        def on_results(results: list[Result]) -> None:
             nonlocal count
-            count += len(some)
+            count += len(results)
             rate = f"{count / (time.perf_counter() - started):.2f} rows/s"
-            held, full = (sum(getattr(result, name) or 0 for result in some) for name in ("kv_bytes", "full_kv_bytes"))
-            bar.update(shown, advance=len(some), rate=rate)
+            held, full = (
+                sum(getattr(result, name) or 0 for result in results) for name in ("kv_bytes", "full_kv_bytes")
+            )
+            bar.update(shown, advance=len(results), rate=rate)
             if full:
                 bar.update(shown, memory=f"KV {mebibytes(held)}, full cache {mebibytes(full)}")
 

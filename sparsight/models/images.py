@@ -76,7 +76,7 @@ def read_image(file: BinaryIO, name: str | Path, max_pixels: int = MAX_PIXELS) -
     with _allow(max_pixels):
         image = _identify(name, file, max_pixels)
         try:
-            return _rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
         # Decoders raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, IndexError and more.
         except Exception as error:
             raise _damaged(name, error) from error
@@ -111,7 +111,7 @@ def _identify(name: str, file: BinaryIO, max_pixels: int) -> Image.Image:
     return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to eight bits per channel, without transparency."""
     if image.mode.startswith("I;16"):
         # Pillow would clip 16 bits to 8.

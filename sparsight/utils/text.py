@@ -17,3 +17,8 @@ def first_sentence(error: BaseException) -> str:
     """The first sentence of an error's message, on one line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return printable(line.split(". ")[0].rstrip("."), 500) + "."
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A short form of a value for a message: strings in quotation marks, other values as Python writes them."""
+    return f"'{printable(value, limit)}'" if isinstance(value, str) else printable(repr(value), limit)

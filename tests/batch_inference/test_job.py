@@ -1,6 +1,8 @@
 """From Python, and what is said of every row: the text that it gets alone, or what is wrong with it."""
 
 import json
+import threading
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from PIL import Image
 
 import sparsight
 from sparsight import CompressedCache, Recipe, VLCache, recipe
-from sparsight.batch_inference import answerer
-from sparsight.batch_inference.output import Result
-from sparsight.batch_inference.preparation import Preparation, prepared
-from sparsight.batch_inference.rows import Row, checksum, read_rows
+from sparsight.batch_inference import generator
+from sparsight.batch_inference.input import Input
+from sparsight.batch_inference.preprocessing import Preprocessor, preprocess
+from sparsight.batch_inference.result import Result
+from sparsight.batch_inference.rows import Row, checksum
 from sparsight.models.images import open_image
 from sparsight.models.inputs import prepare
 from sparsight.models.loading import load_checkpoint, load_model
@@ -54,7 +57,7 @@ def lasting(result: Result) -> dict[str, Any]:
 
 @pytest.mark.parametrize("chosen", [VLCache(0.2), recipe("elastic", budget=0.5), recipe("adakv", budget=0.5, window=4)])
 def test_every_row_gets_the_result_that_it_gets_alone(llava: str, asked: Path, chosen: Recipe) -> None:
-    rows = {row.id: row for row in read_rows(asked, None)}
+    rows = {row.id: row for row in Input(asked).rows()}
     found = list(sparsight.batch(asked, model=llava, recipe=chosen, max_new_tokens=TOKENS))
     assert sorted(result.id for result in found) == sorted(rows)
     assert len({result.text for result in found}) > 4
@@ -117,15 +120,19 @@ def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pict
         "none": ({}, "malformed row", "Row 'none' has no 'image' or 'images'"),
         "placeholder": ({"image": "good.png", "prompt": "<image>?"}, "refused prompt", "must not spell '<image>'"),
         "surrogate": ({"image": "good.png", "prompt": "\udcff"}, "refused prompt", "refuses the question"),
-        "long": ({"image": "good.png", "prompt": "?" * 4096}, "prompt too long", "but the model takes 4,096 in all."),
+        "long": (
+            {"image": "good.png", "prompt": "?" * 4096},
+            "prompt too long",
+            "but the model's context is 4,096 tokens.",
+        ),
     }
     rows = [{"id": "first", "image": "good.png"}, *({"id": name, **row} for name, (row, _, _) in wrong.items())]
     source = tmp_path / "asked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "last", "image": "good.png"}]) + "{\n")
     found = {result.id: result for result in sparsight.batch(source, "What?", model=llava, max_new_tokens=2)}
-    assert set(found) == {"first", "last", "line 16", *wrong}
+    assert set(found) == {"first", "last", None, *wrong}
     assert found["first"].text == found["last"].text != ""
-    assert found["line 16"].error_kind == "malformed row"
+    assert (found[None].error_kind, found[None].row) == ("malformed row", 16)
     for name, (row, kind, sentence) in wrong.items():
         result = found[name]
         assert result.error is not None
@@ -144,7 +151,7 @@ def test_what_no_library_expects_of_a_picture_is_the_error_of_its_row(
             raise IndexError("list index out of range\nand more")
         return prepare(checkpoint, images, prompt)
 
-    monkeypatch.setattr("sparsight.batch_inference.preparation.prepare", picky)
+    monkeypatch.setattr("sparsight.batch_inference.preprocessing.prepare", picky)
     found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
     assert found["two"].error == "The processor failed, IndexError: list index out of range."
     assert found.pop("two").error_kind == "processor failed"
@@ -157,12 +164,12 @@ def test_a_prompt_as_long_as_the_model_takes_is_answered(llava: str, pictures: P
     found = {result.id: result for result in sparsight.batch(rows, model=llava, max_new_tokens=3)}
     assert (found["0"].prompt_tokens, found["0"].tokens) == (4093, 3)
     assert found["1"].error == (
-        "The prompt has 4,094 tokens and the answer may have 3, but the model takes 4,096 in all."
+        "The prompt has 4,094 tokens and the answer may have 3, but the model's context is 4,096 tokens."
     )
 
 
 def test_an_answer_that_the_model_ends_is_cut_there(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, finish = answerer.Answerer.__init__, answerer.Answerer._result
+    begin, finish = generator.BatchGenerator.__init__, generator.BatchGenerator._result
     ends: list[int] = []
     said: dict[str, list[int]] = {}
 
@@ -174,8 +181,8 @@ def test_an_answer_that_the_model_ends_is_cut_there(llava: str, asked: Path, mon
         said.setdefault(begun.row.id, tokens)
         return finish(self, begun, tokens, seconds)
 
-    monkeypatch.setattr(answerer.Answerer, "__init__", ending)
-    monkeypatch.setattr(answerer.Answerer, "_result", noted)
+    monkeypatch.setattr(generator.BatchGenerator, "__init__", ending)
+    monkeypatch.setattr(generator.BatchGenerator, "_result", noted)
     assert {result.tokens for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)} == {TOKENS}
     # Tokens that answers have at different places, one of them first.
     ends += [said["row-0"][0], said["row-1"][4]]
@@ -195,7 +202,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     expected = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
-    decode, sizes = answerer.Answerer._decode, []
+    decode, sizes = generator.BatchGenerator._decode, []
 
     def limited(self: Any, begun: Any) -> Any:
         sizes.append(len(begun))
@@ -205,7 +212,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return decode(self, begun)
 
-    monkeypatch.setattr(answerer.Answerer, "_decode", limited)
+    monkeypatch.setattr(generator.BatchGenerator, "_decode", limited)
     found = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
     assert found == expected
     assert max(sizes) > most
@@ -215,14 +222,14 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
 def test_a_prompt_for_which_there_is_no_memory_at_all_is_an_error(
     llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = answerer.Answerer._begin
+    begin = generator.BatchGenerator._prefill
 
     def limited(self: Any, row: Row, inputs: Any) -> Any:
         if row.id == "two":
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
         return begin(self, row, inputs)
 
-    monkeypatch.setattr(answerer.Answerer, "_begin", limited)
+    monkeypatch.setattr(generator.BatchGenerator, "_prefill", limited)
     found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
     assert found.pop("two").error_kind == "out of memory"
     assert all(result.text is not None for result in found.values())
@@ -234,21 +241,23 @@ def test_other_failures_of_the_model_are_not_taken_for_lack_of_memory(
     def broken(*_: Any) -> Any:
         raise RuntimeError("a kernel is broken")
 
-    monkeypatch.setattr(answerer.Answerer, "_decode", broken)
+    monkeypatch.setattr(generator.BatchGenerator, "_decode", broken)
     with pytest.raises(RuntimeError, match="a kernel is broken"):
         list(sparsight.batch(asked, model=llava, max_new_tokens=2))
 
 
 def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load_checkpoint(llava)
-    preparation = Preparation(checkpoint, TOKENS, 10**6)
+    preprocessor = Preprocessor(checkpoint, TOKENS, 10**6)
     rows = [Row(str(number), (asked.parent / "0.png",), "What?") for number in range(10)]
     sizes: dict[float, list[int]] = {}
     for room in (0.0, 2.5, 3.5, 1000.0):
-        worker = answerer.Answerer(load_model(checkpoint), preparation, VLCache(0.2))
-        (need,) = {worker._begin(*prepared(preparation, row)).need for row in rows[:2]}
-        monkeypatch.setattr(answerer, "_free_bytes", lambda device, room=room, need=need: room * need / answerer.SHARE)
-        some = worker.answer(prepared(preparation, row) for row in rows)
+        worker = generator.BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2))
+        (need,) = {worker._prefill(*preprocess(preprocessor, row)).final_bytes for row in rows[:2]}
+        monkeypatch.setattr(
+            generator, "_free_bytes", lambda device, room=room, need=need: room * need / generator.CACHE_MEMORY_FRACTION
+        )
+        some = worker.generate(preprocess(preprocessor, row) for row in rows)
         sizes[room] = [len(results) for results in some]
     # There is always room for one more: the row from which its need is known.
     assert sizes == {0.0: [1] * 10, 2.5: [4, 4, 2], 3.5: [5, 5], 1000.0: [10]}
@@ -256,11 +265,12 @@ def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, mon
 
 def test_rows_of_similar_length_decode_together(llava: str, pictures: Path) -> None:
     checkpoint = load_checkpoint(llava)
-    preparation = Preparation(checkpoint, 2, 10**6)
+    preprocessor = Preprocessor(checkpoint, 2, 10**6)
     rows = [Row(str(number), (pictures / "0.png",), "?" * [5, 200, 1000][number % 3]) for number in range(9)]
-    worker = answerer.Answerer(load_model(checkpoint), preparation, VLCache(0.2))
+    worker = generator.BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2))
     found = [
-        sorted(int(result.id) for result in some) for some in worker.answer(prepared(preparation, row) for row in rows)
+        sorted(int(result.id) for result in some)
+        for some in worker.generate(preprocess(preprocessor, row) for row in rows)
     ]
     assert sorted(found) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 
@@ -270,4 +280,115 @@ def test_a_picture_in_memory_is_called_by_its_row(llava: str) -> None:
     Image.new("RGB", (40, 40), "red").save(file, format="PNG")
     rows = [{"id": "a", "image": file.getvalue()[:60], "prompt": "x"}]
     (found,) = sparsight.batch(rows, model=llava)
-    assert found.error is not None and found.error.startswith("The picture of row 'a' is damaged or cut short")
+    assert found.error is not None and found.error.startswith("The image of row 'a' is damaged or cut short")
+
+
+def early_rows(pictures: Path, count: int = 3) -> list[Row]:
+    return [Row(number, (pictures / f"{number}.png",), "What?") for number in range(count)]
+
+
+class Watched(generator._FinishWatcher):
+    """Waits at a step of the decode until an event has happened."""
+
+    step = 0
+
+    def happened(self) -> bool:
+        raise NotImplementedError
+
+    def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
+        stop = super().__call__(input_ids, scores, **more)
+        type(self).step += 1
+        if self.step == 8:
+            assert self.happened(), "it must have happened at the latest now"
+            stop = torch.full_like(stop, self.stop)
+        return stop
+
+
+def ending_early(model: Any, rows: list[Row], preprocessor: Preprocessor) -> generator.BatchGenerator:
+    """A generator whose first row ends at its fourth token or sooner, but not at the first."""
+    worker = generator.BatchGenerator(model, preprocessor, VLCache(0.2))
+    tokens: dict[Any, list[int]] = {}
+    finish = worker._result
+
+    def noted(sequence: Any, new: list[int], seconds: float) -> Result:
+        tokens[sequence.row.id] = new
+        return finish(sequence, new, seconds)
+
+    worker._result = noted  # type: ignore[method-assign]
+    list(worker.generate(preprocess(preprocessor, row) for row in rows))
+    others = {token for row in rows[1:] for token in tokens[row.id]}
+    ends = [token for token in tokens[rows[0].id][1:] if token not in others and token != tokens[rows[0].id][0]]
+    assert ends and tokens[rows[0].id].index(ends[0]) < 7
+    worker._eos_token_ids = {ends[0]}
+    return worker
+
+
+def test_a_result_is_known_as_soon_as_its_row_is_done(
+    llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(llava)
+    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
+    worker = ending_early(load_model(checkpoint), rows, preprocessor)
+    received = threading.Event()
+    monkeypatch.setattr(Watched, "happened", lambda self: received.wait(60))
+    monkeypatch.setattr(Watched, "step", 0)
+    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
+    ids = []
+    for results in worker.generate(preprocess(preprocessor, row) for row in rows):
+        received.set()
+        ids.append([result.id for result in results])
+    assert ids == [[0], [1, 2]]
+    assert Watched.step == 19
+
+
+def test_a_run_that_is_closed_stops_decoding(llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(llava)
+    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
+    worker = ending_early(load_model(checkpoint), rows, preprocessor)
+
+    def stopped(self: Any) -> bool:
+        until = time.monotonic() + 60
+        while not self.stop and time.monotonic() < until:
+            time.sleep(0.001)
+        return bool(self.stop)
+
+    monkeypatch.setattr(Watched, "happened", stopped)
+    monkeypatch.setattr(Watched, "step", 0)
+    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
+    results = worker.generate(preprocess(preprocessor, row) for row in rows)
+    assert [result.id for result in next(results)] == [0]
+    results.close()
+    assert Watched.step <= 8
+
+
+def test_rows_that_are_done_stay_done_when_memory_runs_out_later(
+    llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(llava)
+    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
+    worker = ending_early(load_model(checkpoint), rows, preprocessor)
+    expected = {
+        result.id: lasting(result)
+        for results in worker.generate(preprocess(preprocessor, row) for row in rows)
+        for result in results
+    }
+
+    def full(self: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Watched, "happened", full)
+    monkeypatch.setattr(Watched, "step", 0)
+    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
+    found = [result for results in worker.generate(preprocess(preprocessor, row) for row in rows) for result in results]
+    assert [result.id for result in found] == [0, 1, 2]
+    assert {result.id: lasting(result) for result in found} == expected
+
+
+def test_a_prompt_too_large_for_memory_in_the_processor_is_out_of_memory(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("sparsight.batch_inference.preprocessing.prepare", large)
+    assert {result.error_kind for result in sparsight.batch(asked, model=llava)} == {"out of memory"}

@@ -1,110 +1,89 @@
-"""What is asked, from every kind of input."""
+"""Rows, from what a JSON line or a mapping in Python holds."""
 
-import json
+import base64
 from pathlib import Path
 from typing import Any
 
-import pyarrow
+import numpy as np
 import pytest
-from pyarrow import parquet
+from PIL import Image
 
-from sparsight.batch_inference.rows import Row, checksum, read_ids, read_rows, row_of
+from sparsight.batch_inference.rows import Row, parse_row
 
-
-def lines(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+PLACE = ("Line", 3)
 
 
-def test_json_lines_with_one_picture_or_several(tmp_path: Path) -> None:
-    source = lines(
-        tmp_path / "asked.jsonl",
-        {"id": "a", "image": "a.png", "prompt": "What?"},
-        "",
-        {"id": 7, "images": ["a.png", "/b.png"], "prompt": "Which?"},
-        {"id": "c", "image": "sub/c.png"},
-    )
-    assert list(read_rows(source, "Why?")) == [
-        Row("a", (tmp_path / "a.png",), "What?"),
-        Row("7", (tmp_path / "a.png", Path("/b.png")), "Which?"),
-        Row("c", (tmp_path / "sub/c.png",), "Why?"),
-    ]
-    assert list(read_ids(source, "Why?")) == ["a", "7", "c"]
+def parse(values: Any, **options: Any) -> Row:
+    return parse_row(values, PLACE, Path("folder"), None, **options)
+
+
+def test_images_are_paths_bytes_data_urls_or_open_images() -> None:
+    image = Image.new("RGB", (2, 2))
+    url = "data:image/png;base64," + base64.b64encode(b"bytes").decode()
+    images = ["a.png", "/b.png", Path("c.png"), b"bytes", url, image, {"bytes": None, "path": "d.png"}]
+    row = parse({"id": "a", "images": images, "prompt": "What?"})
+    paths = [Path("folder/a.png"), Path("/b.png"), Path("folder/c.png")]
+    assert row == Row("a", (*paths, b"bytes", b"bytes", image, Path("folder/d.png")), "What?")
 
 
 @pytest.mark.parametrize(
-    ("row", "name", "complaint"),
+    ("row_id", "complaint"),
     [
-        ("hello", "line 1", "Line 1 is not an object such as"),
-        ("[1]", "line 1", "Line 1 is not an object such as"),
-        ('{"image": "a.png", "prompt": "x"}', "line 1", "Line 1 has no 'id'"),
-        ('{"id": 1.5, "image": "a.png", "prompt": "x"}', "line 1", "Line 1 has no 'id'"),
-        ('{"id": "a", "prompt": "x"}', "a", "Row 'a' has no 'image' or 'images'"),
-        ('{"id": "a", "images": [], "prompt": "x"}', "a", "Row 'a' has no 'image' or 'images'"),
-        ('{"id": "a", "image": 3, "prompt": "x"}', "a", "Row 'a' has no 'image' or 'images'"),
-        ('{"id": "a", "image": "a.png"}', "a", "Row 'a' has no 'prompt', and none was given"),
-        ('{"id": "a", "image": "a.png", "prompt": 5}', "a", "Row 'a' has no 'prompt'"),
+        (None, "Line 3 has no 'id', a string or an integer."),
+        (1.0, "Line 3 has the id 1.0, a float; ids are strings or integers (pandas makes integers floats"),
+        (True, "Line 3 has the id True, a bool; ids are strings or integers."),
+        ([1], "Line 3 has the id [1], a list; ids are strings or integers."),
+        (2**63, "Line 3 has an integer 'id' of more than 64 bits."),
+        ("\udcff", "Line 3 has the id '\\udcff', which is not valid Unicode."),
     ],
 )
-def test_a_malformed_row_says_so_and_keeps_its_place(tmp_path: Path, row: str, name: str, complaint: str) -> None:
-    (found,) = read_rows(lines(tmp_path / "asked.jsonl", row), None)
-    assert found.id == name
-    assert found.malformed.startswith(complaint)
-    assert found.malformed.endswith(".")
+def test_a_row_without_a_valid_id_is_identified_by_its_number(row_id: Any, complaint: str) -> None:
+    row = parse({"id": row_id, "image": "a.png", "prompt": "x"})
+    assert (row.id, row.number, row.key, row.checksum) == (None, 3, (3,), None)
+    assert row.malformed.startswith(complaint)
+    assert row.malformed.endswith(".")
 
 
-def test_a_folder_is_its_pictures_at_any_depth(tmp_path: Path) -> None:
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name in ("b.PNG", "a.jpg", "deep/er/c.webp", "notes.txt", "deep/asked.jsonl"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "folder.png").mkdir()
-    names = ["a.jpg", "b.PNG", "deep/er/c.webp"]
-    assert list(read_rows(tmp_path, "What?")) == [Row(name, (tmp_path / name,), "What?") for name in names]
-    assert read_ids(tmp_path, "What?") == dict.fromkeys(names, checksum("What?"))
+@pytest.mark.parametrize("row_id", ["1", 1, -(2**63), 2**63 - 1, np.int64(7), ""])
+def test_ids_keep_their_type(row_id: Any) -> None:
+    row = parse({"id": row_id, "image": "a.png", "prompt": "x"})
+    assert row.malformed == ""
+    assert (row.id, row.key) == (row_id, row_id)
+    assert isinstance(row.id, str if isinstance(row_id, str) else int)
 
 
-def test_parquet_holds_bytes_alone_or_as_data_sets_have_them(tmp_path: Path) -> None:
-    source = tmp_path / "asked.parquet"
-    table = {
-        "id": [1, 2, None],
-        "image": [{"bytes": b"one", "path": None}, {"bytes": None, "path": "two.png"}, {"bytes": b"3", "path": None}],
-        "prompt": ["What?", None, "Who?"],
-        "more": [1, 2, 3],
-    }
-    parquet.write_table(pyarrow.table(table), source)
-    found = list(read_rows(source, "Why?"))
-    assert found[:2] == [Row("1", (b"one",), "What?"), Row("2", (tmp_path / "two.png",), "Why?")]
-    assert found[2].malformed == "Row 3 has no 'id', a text or a whole number."
-    assert read_ids(source, "Why?") == {row.id: checksum(row.prompt or "Who?") for row in found}
-    parquet.write_table(pyarrow.table({"id": ["a"], "images": [[b"one", b"two"]]}), source)
-    assert list(read_rows(source, "Why?")) == [Row("a", (b"one", b"two"), "Why?")]
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        (
+            "https://example.org/a.png",
+            "has the image 'https://example.org/a.png': images are paths of files, URLs are not",
+        ),
+        ("file:///a.png", "has the image 'file:///a.png': images are paths of files, URLs are not opened."),
+        ("data:image/png,abc", "has a data: URL that is not base64."),
+        ("data:image/png;base64,***", "has a data: URL that is not base64."),
+        ("", "has no 'image' or 'images': paths of files, the files' bytes, or data: URLs."),
+        (b"", "has no 'image' or 'images'"),
+        (3, "has no 'image' or 'images'"),
+        ([], "has no 'image' or 'images'"),
+    ],
+)
+def test_what_cannot_be_an_image(image: Any, complaint: str) -> None:
+    row = parse({"id": 7, "image": image, "prompt": "x"})
+    assert row.malformed.startswith(f"Row 7 {complaint}")
 
 
-def test_a_mapping_is_a_row() -> None:
-    given = {"id": "a", "image": b"bytes", "prompt": "What?"}
-    assert row_of(given, "row 1", Path(), None) == Row("a", (b"bytes",), "What?")
+def test_long_names_are_cut_and_control_characters_escaped() -> None:
+    row = parse({"id": "a\x1b[31m\u202e" + "b" * 10_000, "prompt": "x"})
+    assert row.id == "a\x1b[31m\u202e" + "b" * 10_000
+    assert row.malformed.startswith("Row 'a\\x1b[31m\\u202ebb")
+    assert len(row.malformed) < 250
 
 
-def test_inputs_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Cannot read .*nothing\.jsonl: No such file or directory\.$"):
-        read_ids(tmp_path / "nothing.jsonl", None)
-    with pytest.raises(ValueError, match=r"Cannot read .*nothing\.parquet: "):
-        read_ids(tmp_path / "nothing.parquet", None)
-    with pytest.raises(ValueError, match=r"asked\.jsonl has no rows\.$"):
-        read_ids(lines(tmp_path / "asked.jsonl"), None)
-    with pytest.raises(ValueError, match=r"has no rows\.$"):
-        read_ids(tmp_path, "What?")
-    with pytest.raises(ValueError, match="say with a prompt what is asked"):
-        read_ids(tmp_path, None)
-    row = {"id": "a", "image": "a.png", "prompt": "x"}
-    with pytest.raises(ValueError, match="Two rows have the id 'a'"):
-        read_ids(lines(tmp_path / "asked.jsonl", row, row), None)
-    (tmp_path / "text.parquet").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.parquet is no Parquet file\.$"):
-        read_ids(tmp_path / "text.parquet", None)
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="it is not text"):
-        read_ids(tmp_path / "bytes.jsonl", None)
-    parquet.write_table(pyarrow.table({"name": ["a"]}), tmp_path / "named.parquet")
-    with pytest.raises(ValueError, match="has no column 'id', but name"):
-        read_ids(tmp_path / "named.parquet", None)
+def test_fields_are_kept_as_json_has_them() -> None:
+    values = {"id": 1, "image": "a.png", "prompt": "x", "label": float("nan"), "tags": [1, "b"], "more": 1}
+    assert parse(values, keep=("label", "tags", "none")).fields == {"label": None, "tags": [1, "b"]}
+    assert (
+        "cannot be kept, because JSON has no such values" in parse({**values, "label": {1}}, keep=["label"]).malformed
+    )
+    assert "not valid Unicode" in parse({**values, "label": "\ud800"}, keep=["label"]).malformed

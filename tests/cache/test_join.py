@@ -6,7 +6,7 @@ import pytest
 from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight import RECIPES, CompressedCache, VLCache, recipe
-from sparsight.batch_inference.answerer import Answerer
+from sparsight.batch_inference.generator import BatchGenerator
 from sparsight.batch_inference.rows import Row
 from tests.support import models
 from tests.support.families import TINY
@@ -31,11 +31,11 @@ def alone(model, inputs, chosen):
 def check(family, chosen, prompts, batch_size=None):
     model = models.model(family)
     every = [models.inputs(family, prompt, seed=index) for index, prompt in enumerate(prompts)]
-    answerer = Answerer(model, PREPARATION, chosen(model), batch_size)
+    generator = BatchGenerator(model, PREPARATION, chosen(model), batch_size)
     # Rows of all lengths together: here it is the padding that is tested.
-    answerer._similar = lambda length: 0
+    generator._length_group = lambda length: 0
     given = ((Row(str(index)), BatchFeature(inputs)) for index, inputs in enumerate(every))
-    results = {result.id: result for some in answerer.answer(given) for result in some}
+    results = {result.id: result for some in generator.generate(given) for result in some}
     for index, inputs in enumerate(every):
         text, cache = alone(model, inputs, chosen(model))
         found = results[str(index)]

@@ -1,5 +1,6 @@
 """``sparsight batch``: every kind of file, and runs that are killed."""
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
+
+import sparsight
+from sparsight.reader import model_path
 
 Run = Callable[..., tuple[int, str, str]]
 TOKENS = 12
@@ -153,15 +158,15 @@ def test_errors_are_counted_by_kind_and_tell_by_the_exit_code(
 class Killed:
     """Runs of the command line that end when they are killed."""
 
-    def __init__(self, *arguments: object) -> None:
-        self.command = [sys.executable, "-c", "from sparsight.cli import main; main()", *map(str, arguments)]
+    def __init__(self, *arguments: object, before: str = "") -> None:
+        self.command = [sys.executable, "-c", f"{before}from sparsight.cli import main; main()", *map(str, arguments)]
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
     def start(self) -> "subprocess.Popen[bytes]":
         # A shell lets what it runs in the background ignore Ctrl-C, and the tests may be.
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.command, env=self.environment, preexec_fn=heard, **pipes)
+        return subprocess.Popen(self.command, env=self.environment, preexec_fn=heard, start_new_session=True, **pipes)
 
 
 @pytest.mark.parametrize(("name", "kills"), [("out.jsonl", 10), ("out.parquet", 4)])
@@ -198,7 +203,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     assert {path.name for path in tmp_path.iterdir()} == wrote
 
 
-def test_ctrl_c_says_how_to_go_on(asked: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_a_run_that_is_stopped_keeps_its_results_and_says_so(
+    asked: Path, options: tuple[Any, ...], tmp_path: Path, name: str, send: Callable[[int, int], None]
+) -> None:
     output = tmp_path / "out.jsonl"
     # So many rows that none of them can be the last one when the signal comes.
     many = asked.with_name("many.jsonl")
@@ -206,23 +215,28 @@ def test_ctrl_c_says_how_to_go_on(asked: Path, options: tuple[Any, ...], tmp_pat
     many.write_text(
         "".join(json.dumps(row | {"id": f"{turn}-{row['id']}"}) + "\n" for turn in range(200) for row in rows)
     )
-    process = Killed("batch", many, output, *options, "--batch-size", 1, "--max-new-tokens", 300).start()
+    # As the command line's entry point handles it.
+    before = "import signal; signal.signal(signal.SIGTERM, signal.default_int_handler); "
+    arguments = ("batch", many, output, *options, "--batch-size", 1, "--max-new-tokens", 300)
+    process = Killed(*arguments, before=before).start()
     while not output.exists() or not output.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    # A terminal and some supervisors signal all processes of the group.
+    send(process.pid, signal.Signals[name])
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.decode().startswith("Stopped. What was answered is on disk; the same command goes on from there:")
-    assert err.count(b"\n") == 1
+    assert process.returncode in (130, 143)
+    assert err.decode() == f"Stopped. All results so far are in {output}; the same command continues.\n"
+    results = output.read_text()
+    assert len(read(output)) == results.count("\n") > 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--batch-size", "0"], "--batch-size is a whole number above 0 or auto, not '0'."),
+        (["--batch-size", "0"], "--batch-size must be an integer above 0 or auto, not '0'."),
         (["--replicas", "2"], "--replicas and --gpus-per-replica are for --ray, which is not given."),
-        (["--batch-size", "many"], "--batch-size is a whole number above 0 or auto, not 'many'."),
+        (["--batch-size", "many"], "--batch-size must be an integer above 0 or auto, not 'many'."),
         (["--budget", "2"], "budget must be a number in (0, 1], got 2.0."),
         (["--method", "vlcache"], "Unknown method 'vlcache': did you mean 'vl-cache'?"),
         (["--model", "./nothing"], "There is no model folder ./nothing."),
@@ -258,7 +272,7 @@ def test_a_run_does_not_go_on_with_the_results_of_another(
     for change, difference in changes:
         code, out, err = run("batch", asked, output, *options, *change, "--json")
         assert (code, out) == (2, "")
-        end = "give the options that it was begun with, or name another file."
+        end = "give the options that it was started with, or name another file."
         assert err == f"Error: {output} holds results with {difference}: {end}\n"
     other = asked.with_name("other.jsonl")
     other.write_text(asked.read_text().replace(prompt_of(3), "Which?", 1))
@@ -279,7 +293,109 @@ def test_files_that_cannot_be_used(run: Run, asked: Path, folder: Path, llava: s
 
     assert refused(tmp_path / "no.jsonl", tmp_path / "out.jsonl").startswith(f"Cannot read {tmp_path / 'no.jsonl'}")
     assert refused(asked, asked) == f"{asked} cannot be both the input and the output."
-    assert "say with a prompt" in refused(folder, tmp_path / "out.jsonl")
-    (tmp_path / "notes.txt").write_text("hello")
-    assert "holds something, but no notes.txt.run.json says what" in refused(asked, tmp_path / "notes.txt")
-    assert (tmp_path / "notes.txt").read_text() == "hello"
+    assert "needs a prompt" in refused(folder, tmp_path / "out.jsonl")
+    (tmp_path / "notes.json").write_text("hello")
+    assert "holds something, but there is no notes.json.run.json" in refused(asked, tmp_path / "notes.json")
+    assert (tmp_path / "notes.json").read_text() == "hello"
+    assert "needs a suffix for its format: .jsonl" in refused(asked, tmp_path / "o.csv")
+    assert refused(asked, "/dev/null").startswith("The output /dev/null is a device or a pipe: name a file, or -")
+    assert refused(tmp_path / "new.jsonl", asked).endswith("INPUT comes first, then OUTPUT.")
+    assert refused(asked, tmp_path / "out.jsonl", "--keep", "text").startswith("The field 'text' cannot be kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.json"}
+
+
+def test_float_ids_are_errors_that_say_so_and_integers_stay_integers(
+    run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path
+) -> None:
+    images = [(folder / f"{number}.png").read_bytes() for number in range(2)]
+    source, output = tmp_path / "asked.parquet", tmp_path / "out.parquet"
+    arguments = ("batch", source, output, "--prompt", "What?", *options, "--json")
+    parquet.write_table(pyarrow.table({"id": [1.0, None], "image": images}), source)
+    code, out, err = run(*arguments)
+    assert (code, err, json.loads(out)["errors"]) == (1, "", {"malformed row": 2})
+    rows = parquet.read_table(output).to_pylist()
+    assert [(row["id"], row["row"]) for row in rows] == [(None, 1), (None, 2)]
+    assert rows[0]["error"].startswith("Row 1 has the id 1.0, a float;")
+    # Once the input is mended, the same command answers it.
+    parquet.write_table(pyarrow.table({"id": [1, 2**40], "image": images, "label": [3, 4]}), source)
+    code, out, err = run(*arguments)
+    assert (code, err, json.loads(out)["answered"], json.loads(out)["not_in_input"]) == (0, "", 2, 0)
+    table = parquet.read_table(output)
+    assert table.schema.field("id").type == pyarrow.int64()
+    assert sorted(table["id"].to_pylist()) == [1, 2**40]
+    (tmp_path / "kept").mkdir()
+    kept = tmp_path / "kept" / "out.jsonl"
+    assert run("batch", source, kept, "--prompt", "What?", "--keep", "label", *options)[0] == 0
+    assert {row["id"]: row["label"] for row in map(json.loads, kept.read_text().splitlines())} == {1: 3, 2**40: 4}
+
+
+def test_errors_are_retried_on_request(run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path, count=1), tmp_path / "out.jsonl"
+    code, out, _ = run("batch", source, output, *options, "--json")
+    assert (code, json.loads(out)["errors"]) == (1, {"unreadable file": 1})
+    shutil.copy(folder / "0.png", tmp_path)
+    assert run("batch", source, output, *options, "--json")[0] == 1
+    code, out, err = run("batch", source, output, *options, "--retry-errors", "--json")
+    summary = json.loads(out)
+    assert (code, err, summary["answered"], summary["before"], summary["errors"]) == (0, "", 1, 0, {})
+    assert read(output)["0"]["text"]
+
+
+def test_rows_without_a_result_are_said(
+    run: Run, asked: Path, options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsight.cli.batch._answer", lambda *_: iter(()))
+    code, out, err = run("batch", asked, tmp_path / "out.parquet", *options)
+    assert code == 1
+    assert err == (f"Error: {COUNT} rows have no result: the input changed during the run. Repeat the command.\n")
+    assert "Wrote" not in out
+
+
+def test_an_input_that_shrank_is_counted_alone(
+    run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path
+) -> None:
+    for count, rows, others in ((3, 3, 0), (2, 2, 1)):
+        source = write_rows(folder, count=count)
+        code, out, _ = run("batch", source, tmp_path / "out.jsonl", *options, "--json")
+        summary = json.loads(out)
+        assert (code, summary["rows"], summary["answered"], summary["not_in_input"]) == (0, rows, rows, others)
+    _, out, _ = run("batch", source, tmp_path / "out.jsonl", *options)
+    assert ["results", "of", "rows", "not", "in", "the", "input", "1"] in [line.split() for line in out.splitlines()]
+
+
+def test_standard_input_and_output(asked: Path, options: tuple[Any, ...], expected: dict[str, dict[str, Any]]) -> None:
+    process = Killed("batch", "-", "-", *options)
+    found = subprocess.run(
+        process.command, env=process.environment, input=asked.read_bytes(), cwd=asked.parent, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    records = [json.loads(line) for line in found.stdout.splitlines()]
+    assert {record["id"]: {**record, "seconds": None} for record in records} == expected
+    assert ["answered", str(COUNT)] in [line.split() for line in found.stderr.decode().splitlines()]
+    # A reader that has gone, as after `| head -1`.
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(
+        process.command, env=process.environment, input=asked.read_bytes(), cwd=asked.parent, stdout=writer,
+        stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stderr) == (2, b"Error: Cannot write to standard output: Broken pipe.\n")
+
+
+def test_the_run_file_names_the_shipped_model_and_the_version(run: Run, asked: Path, tmp_path: Path) -> None:
+    assert run("batch", asked, tmp_path / "out.jsonl", "--max-new-tokens", 1)[0] == 0
+    settings = json.loads((tmp_path / "out.jsonl.run.json").read_text())
+    weights = hashlib.sha256((model_path() / "model.safetensors").read_bytes()).hexdigest()
+    assert (settings["model"], settings["weights_sha256"]) == ("reader", weights)
+    assert settings["sparsight"] == version("sparsight")
+    assert str(model_path()) not in json.dumps(settings)
+
+
+def test_the_default_method_is_that_of_python(
+    run: Run, asked: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+    monkeypatch.setattr("sparsight.batch_inference.api.run_job", lambda job, *_: jobs.append(job) or ())
+    assert list(sparsight.batch(asked, model=llava)) == []
+    assert run("batch", asked, tmp_path / "out.jsonl", "--model", llava)[0] == 0
+    assert json.loads((tmp_path / "out.jsonl.run.json").read_text()) == {**jobs[0].settings, "keep": []}
