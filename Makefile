@@ -28,7 +28,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 tables: $(VENV)/.ready
-	$(BIN)/python -m docs.tables
+	$(BIN)/python -m docs.readme_tables
 
 performance: $(VENV)/.ready
 	$(BIN)/python -m docs.performance

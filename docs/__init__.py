@@ -1,1 +1,1 @@
-"""Pictures of the documentation, and the tables that it takes from the registries."""
+"""The parts of the documentation that are generated from registries and results."""

@@ -16,10 +16,10 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from sparsight.bench import machine, tables
+from sparsight.bench.benchmark import LIBRARIES, BenchmarkConfig, run_benchmark
 from sparsight.bench.kvpress import CannotRun, Kvpress
-from sparsight.bench.rounds import RIVALS, Plan, run
 from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
-from sparsight.bench.summarize import results
+from sparsight.bench.summary import summarize
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.cli.parsing import budget_list, count_list, names
@@ -46,7 +46,7 @@ def bench(
     ] = "full,vl-cache,elastic",
     budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = "0.1",
     against: Annotated[
-        str, typer.Option(help=f"Libraries to compare with: {', '.join(RIVALS)}, or none.", metavar="NAMES")
+        str, typer.Option(help=f"Libraries to compare with: {', '.join(LIBRARIES)}, or none.", metavar="NAMES")
     ] = "transformers",
     rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.", min=1)] = 5,
     minutes: Annotated[
@@ -64,11 +64,11 @@ def bench(
     dtype: options.Dtype = "auto",
 ) -> None:
     """Measure what methods cost at prefill and gain at decoding, in turns with plain transformers."""
-    rivals = [] if against == "none" else names(against, RIVALS)
+    rivals = [] if against == "none" else names(against, LIBRARIES)
     for name in rivals:
-        if name not in RIVALS:
-            raise unknown("comparison", name, RIVALS)
-    plan = Plan(
+        if name not in LIBRARIES:
+            raise unknown("comparison", name, LIBRARIES)
+    plan = BenchmarkConfig(
         contexts=count_list("--contexts", contexts),
         batches=count_list("--batch", batch),
         recipes=_recipes(names(methods, ()), budget_list(budgets)),
@@ -115,10 +115,10 @@ def bench(
         with _kvpress(rivals, loaded) as kvpress:
             if isinstance(kvpress, Kvpress):
                 about["kvpress"] = kvpress.versions
-            for size in run(plan, loaded, on_progress, kvpress):
+            for size in run_benchmark(plan, loaded, on_progress, kvpress):
                 measured.append(size)
                 measured.sort(key=lambda size: (size[0].context, size[0].batch))
-                found = {**about, "cells": results(measured, new_tokens, weights, free)}
+                found = {**about, "cells": summarize(measured, new_tokens, weights, free)}
                 # A run that is stopped leaves what it found.
                 tables.write(found, output)
     written = [tables.RESULTS, *(path.name for path in tables.draw(found, output))]

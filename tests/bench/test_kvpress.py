@@ -38,8 +38,8 @@ def test_settings_first_then_a_case_a_line(tmp_path):
         kvpress.measure(0.2, 80, 1, 3, 99)
     assert (tmp_path / "asked").read_text().splitlines() == [
         '{"dtype": "float32"}',
-        '{"budget": 0.1, "tokens": 40, "batch": 2, "new_tokens": 3, "room": 99}',
-        '{"budget": 0.2, "tokens": 80, "batch": 1, "new_tokens": 3, "room": 99}',
+        '{"budget": 0.1, "tokens": 40, "batch": 2, "new_tokens": 3, "reserve": 99}',
+        '{"budget": 0.2, "tokens": 80, "batch": 1, "new_tokens": 3, "reserve": 99}',
     ]
 
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_measured_is_refused(run: Run, tmp_path: Path, options: t
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(command, "run_benchmark", lambda *_: pytest.fail("measured"))
     taken = tmp_path / "taken"
     taken.write_text("")
     assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: Cannot write to {taken}: File exists.\n")

@@ -1,4 +1,4 @@
-"""README's tables of methods and model families, from the registries: ``python -m docs.tables`` rewrites them."""
+"""README's tables of methods and model families, from the registries; ``python -m docs.readme_tables`` writes them."""
 
 import inspect
 import re
@@ -14,13 +14,13 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def methods_table() -> str:
-    """Every recipe: its paper and year, its parts, and what it does in one line."""
+    """Every method: paper, year, parts and a one-line summary."""
     rows = []
     for name in RECIPES:
         method = methods.describe(name)
@@ -38,7 +38,7 @@ def methods_table() -> str:
 
 
 def families_table() -> str:
-    """Every family: its class, where its vision tokens are and which places they stand for, and what is left alone."""
+    """Every family: class, inputs, fields with vision tokens, layout, and layers that are not compressed."""
     rows = []
     for family in map(models.describe, FAMILIES.values()):
         tokens = ", ".join(f"`{field}`" for field in family["vision_tokens"])
@@ -57,7 +57,7 @@ def families_table() -> str:
 
 
 def layouts() -> str:
-    """What the layouts are."""
+    """The layouts with a one-line summary."""
     used: dict[Layout, None] = dict.fromkeys(family.layout for family in FAMILIES.values())
     return "\n".join(f"- `{layout.__name__}`: {_line(_summary(layout))}" for layout in used)
 
@@ -65,22 +65,22 @@ def layouts() -> str:
 PARTS = {"methods": methods_table, "families": families_table, "layouts": layouts}
 
 
-def written(readme: str) -> str:
-    """README with the parts between its markers as the registries say.
+def with_tables(readme: str) -> str:
+    """README with its generated parts replaced.
 
     Raises:
-        ValueError: a part has no markers.
+        ValueError: a part has no markers, or several pairs.
     """
     for name, write in PARTS.items():
-        readme = put(readme, name, "make tables", write())
+        readme = replace_part(readme, name, "make tables", write())
     return readme
 
 
-def put(page: str, name: str, command: str, text: str) -> str:
-    """A page with ``text`` as the part between the markers of ``name``, which ``command`` writes.
+def replace_part(page: str, name: str, command: str, text: str) -> str:
+    """A page with the part between the markers of ``name`` replaced; the markers name the ``command`` that does it.
 
     Raises:
-        ValueError: the part has no markers, or several.
+        ValueError: the page has no such markers, or several pairs.
     """
     marked = re.compile(rf"(<!-- {name}: written by {command} -->\n).*?(<!-- end -->)", re.DOTALL)
     page, found = marked.subn(lambda part: f"{part[1]}{text}\n{part[2]}", page)
@@ -98,16 +98,16 @@ def _paper(citation: str, arxiv: str | None) -> str:
 
 
 def _line(summary: str) -> str:
-    """What a summary says after the name."""
+    """A summary without the leading name."""
     text = summary.partition(": ")[2] or summary
     return text[0].upper() + text[1:].rstrip(".")
 
 
 def _summary(layout: Layout) -> str:
-    """The first sentence of a layout's docstring, without its examples."""
+    """The first sentence of a layout's docstring, without its example."""
     first = inspect.cleandoc(layout.__doc__ or "").split("\n\n")[0]
     return re.sub(r" \([^)]*\)\.$", ".", " ".join(first.split()))
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    README.write_text(with_tables(README.read_text()))

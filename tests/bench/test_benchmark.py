@@ -4,27 +4,37 @@ import pytest
 import torch
 
 from sparsight import CompressedCache, recipe
+from sparsight.bench import benchmark as module
 from sparsight.bench import machine
-from sparsight.bench import rounds as module
+from sparsight.bench.benchmark import (
+    INTERRUPTED,
+    TIME_UP,
+    WARM_UP_TOKENS,
+    BenchmarkConfig,
+    cases,
+    prefill_bytes,
+    run_benchmark,
+)
 from sparsight.bench.kvpress import CannotRun, Kvpress
 from sparsight.bench.measure import Sample
-from sparsight.bench.rounds import TIME_UP, WARM_UP_TOKENS, Plan, cells, prefill_bytes, run
 from tests.bench.conftest import ENTRY, TINY
 
 SAMPLE = Sample(1.0, 0.1, 0.1, 0.5, 2.0, 10, 10, None)
 
 
-def plan(**changes):
+def config(**changes):
     recipes = [recipe("full"), recipe("vl-cache", budget=0.1), recipe("elastic", budget=0.2)]
-    return Plan(**{"contexts": [40], "batches": [2], "recipes": recipes, "against": ["transformers"]} | changes)
+    return BenchmarkConfig(
+        **{"contexts": [40], "batches": [2], "recipes": recipes, "against": ["transformers"]} | changes
+    )
 
 
-def run_all(plan, model, kvpress=None):
-    return list(run(plan, model, lambda *_: None, kvpress))
+def run_all(chosen, model, kvpress=None):
+    return list(run_benchmark(chosen, model, lambda *_: None, kvpress))
 
 
 def test_cells_are_rivals_and_methods_with_their_prompts():
-    found = [(cell.method, cell.budget, cell.prompt_tokens) for cell in cells(plan(new_tokens=2, rounds=1), 40, 2)]
+    found = [(cell.method, cell.budget, cell.prompt_tokens) for cell in cases(config(new_tokens=2, rounds=1), 40, 2)]
     assert found == [
         ("transformers", 1.0, 40),
         ("kept-length", 0.1, 4),
@@ -34,8 +44,8 @@ def test_cells_are_rivals_and_methods_with_their_prompts():
         ("elastic", 0.2, 40),
     ]
     own = ["full", "vl-cache", "elastic"]
-    assert [cell.method for cell in cells(plan(against=[], new_tokens=2, rounds=1), 40, 2)] == own
-    asked = cells(plan(against=["kvpress"], new_tokens=2, rounds=1), 40, 2)
+    assert [cell.method for cell in cases(config(against=[], new_tokens=2, rounds=1), 40, 2)] == own
+    asked = cases(config(against=["kvpress"], new_tokens=2, rounds=1), 40, 2)
     assert [(cell.method, cell.budget) for cell in asked[:2]] == [("kvpress", 0.1), ("kvpress", 0.2)]
     assert [cell.method for cell in asked[2:]] == own
 
@@ -52,7 +62,9 @@ def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch)
     one = [recipe("vl-cache", budget=0.25)]
     done = []
     measured = list(
-        run(plan(recipes=one, batches=[1, 2], new_tokens=7, rounds=2), model, lambda *progress: done.append(progress))
+        run_benchmark(
+            config(recipes=one, batches=[1, 2], new_tokens=7, rounds=2), model, lambda *progress: done.append(progress)
+        )
     )
     turn = ["plain 40", "plain 10", "vl-cache"]
     rounds = [taken[start : start + 3] for start in range(0, len(taken), 3)]
@@ -68,7 +80,7 @@ def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch)
 def test_the_round_that_does_not_count_is_short_and_small_sizes_come_first(model, monkeypatch):
     taken = []
     monkeypatch.setattr(module, "measure", lambda model, ids, cache, new: taken.append((*ids.shape, new)) or SAMPLE)
-    asked = plan(contexts=[40, 60], batches=[1, 2], recipes=[recipe("full")], against=[], new_tokens=30, rounds=1)
+    asked = config(contexts=[40, 60], batches=[1, 2], recipes=[recipe("full")], against=[], new_tokens=30, rounds=1)
     run_all(asked, model)
     sizes = [(1, 40), (1, 60), (2, 40), (2, 60)]
     assert taken == [(*size, new) for size in sizes for new in (WARM_UP_TOKENS, 30)]
@@ -79,12 +91,31 @@ def test_when_the_time_is_up_only_whole_rounds_count_and_the_rest_is_said(model,
     # Every look at the clock is a minute later: two cases a round, three rounds and a half within seven minutes.
     ticks = count(0, 60)
     monkeypatch.setattr(module.time, "monotonic", lambda: next(ticks))
-    asked = plan(
+    asked = config(
         batches=[1, 2], recipes=[recipe("full"), recipe("h2o")], against=[], new_tokens=2, rounds=4, minutes=7.5
     )
     first, second = run_all(asked, model)
     assert [(len(cell.samples), cell.reason) for cell in first] == [(2, None)] * 2
     assert [(len(cell.samples), cell.reason) for cell in second] == [(0, TIME_UP)] * 2
+
+
+def test_an_interrupted_size_keeps_its_complete_rounds(model, monkeypatch):
+    measurements = count()
+
+    def interrupt(*_):
+        # Two cases: warm-up, a complete round, and one case of the next.
+        if next(measurements) == 5:
+            raise KeyboardInterrupt
+        return SAMPLE
+
+    monkeypatch.setattr(module, "measure", interrupt)
+    chosen = config(recipes=[recipe("full"), recipe("h2o")], against=[], new_tokens=2, rounds=4)
+    running = run_benchmark(chosen, model, lambda *_: None)
+    assert [(len(case.samples), case.reason) for case in next(running)] == [(1, None)] * 2
+    with pytest.raises(KeyboardInterrupt):
+        next(running)
+    monkeypatch.setattr(module, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert [case.reason for case in next(run_benchmark(chosen, model, lambda *_: None))] == [INTERRUPTED] * 2
 
 
 class Elsewhere(Kvpress):
@@ -103,7 +134,7 @@ class Elsewhere(Kvpress):
 def test_kvpress_takes_its_turns_and_what_it_cannot_run_is_said(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
     kvpress = Elsewhere()
-    (size,) = run_all(plan(against=["transformers", "kvpress"], new_tokens=30, rounds=2), model, kvpress)
+    (size,) = run_all(config(against=["transformers", "kvpress"], new_tokens=30, rounds=2), model, kvpress)
     assert sorted(kvpress.asked[:2]) == [(0.1, 40, 2, 8), (0.2, 40, 2, 8)]
     assert kvpress.asked[2:] == [(0.1, 40, 2, 30)] * 2
     assert [(cell.budget, len(cell.samples), cell.reason) for cell in size if cell.method == "kvpress"] == [
@@ -116,7 +147,7 @@ def test_kvpress_takes_its_turns_and_what_it_cannot_run_is_said(model, monkeypat
 def test_without_kvpress_its_cells_say_why(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
     refusal = CannotRun("kvpress cannot be installed: no matching distribution")
-    (size,) = run_all(plan(against=["kvpress"], new_tokens=2, rounds=1), model, refusal)
+    (size,) = run_all(config(against=["kvpress"], new_tokens=2, rounds=1), model, refusal)
     assert [cell.reason for cell in size] == [str(refusal)] * 2 + [None] * 3
 
 
@@ -125,7 +156,7 @@ def test_what_would_not_fit_is_not_tried(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda model, input_ids, *_: tried.append(input_ids.shape[1]) or SAMPLE)
     short = prefill_bytes(TINY, 4, 2, 2, 4)
     monkeypatch.setattr(machine, "available_bytes", lambda device: short)
-    (size,) = run_all(plan(new_tokens=2, rounds=3), model)
+    (size,) = run_all(config(new_tokens=2, rounds=3), model)
     assert tried == [4] * 4
     assert [len(cell.samples) for cell in size] == [0, 3, 0, 0, 0, 0]
     assert size[0].reason.startswith("does not fit: about 0.0 GiB needed")
@@ -139,7 +170,7 @@ def test_memory_that_runs_out_is_the_cells_own_affair(model, monkeypatch):
         return SAMPLE
 
     monkeypatch.setattr(module, "measure", fail)
-    (size,) = run_all(plan(new_tokens=2, rounds=2), model)
+    (size,) = run_all(config(new_tokens=2, rounds=2), model)
     assert {cell.method: cell.reason for cell in size if cell.reason} == {"elastic": "does not fit: memory ran out"}
     assert [len(cell.samples) for cell in size] == [2, 2, 2, 2, 2, 0]
 
@@ -150,7 +181,7 @@ def test_other_failures_are_not_hidden(model, monkeypatch):
 
     monkeypatch.setattr(module, "measure", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run_all(plan(new_tokens=2, rounds=1), model)
+        run_all(config(new_tokens=2, rounds=1), model)
 
 
 def test_the_full_cache_is_most_of_what_a_long_prompt_needs():
