@@ -1,6 +1,7 @@
-"""``sparsight analyze``: where a model's attention goes, and how well scores foresee it."""
+"""``sparsight analyze``: where a model's attention goes, and how well scores predict it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,13 +12,14 @@ from rich.table import Table
 
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
-from sparsight.eval.analysis import FRACTIONS, Findings, analyze, summarise
+from sparsight.eval.analysis import FRACTIONS, Statistics, analyze, summarize
 from sparsight.eval.analysis_plots import draw_analysis
-from sparsight.eval.prompt_sets import generated, read
+from sparsight.eval.prompt_sets import generate_prompts, read_prompts
 from sparsight.methods import Full
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.loading import load_checkpoint, load_model, prepare
 from sparsight.utils import checks
+from sparsight.utils.interrupt import sigterm_as_interrupt
 from sparsight.utils.plot_style import save
 
 
@@ -40,27 +42,35 @@ def analyze_model(
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Show sparsity, what decoding attends to, the hit rates of scores and the shares of layers."""
+    """Measure attention sparsity, what decoding attends to, how well scores predict it, and budgets by layer."""
     checks.fraction("budget", budget)
     checks.fraction("threshold", threshold)
-    asked = list(generated(seed, limit) if prompts is None else read(prompts, limit, max_pixels))
+    prompt_set = list(generate_prompts(seed, limit) if prompts is None else read_prompts(prompts, limit, max_pixels))
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
     console = Console(stderr=True)
-    findings: list[Findings] = []
+    statistics: list[Statistics] = []
     inputs: Any = None
-    for question in track(asked, "Analyzing", console=console, disable=as_json or not console.is_terminal):
-        inputs = prepare(checkpoint, question.images, question.prompt).to(loaded.device, loaded.dtype)
-        findings.append(analyze(loaded, inputs, budget, threshold, max_new_tokens))
+    stopped = False
+    try:
+        with sigterm_as_interrupt():
+            for each in track(prompt_set, "Analyzing", console=console, disable=as_json or not console.is_terminal):
+                inputs = prepare(checkpoint, each.images, each.prompt).to(loaded.device, loaded.dtype)
+                statistics.append(analyze(loaded, inputs, budget, threshold, max_new_tokens))
+    except KeyboardInterrupt as stop:
+        if not statistics:
+            print("Stopped before the first prompt was analyzed.", file=sys.stderr)
+            raise typer.Exit(130) from stop
+        stopped = True
     found = {
         "model": "the model that ships" if model == options.DEFAULT_MODEL else model,
-        "prompts": len(findings),
+        "prompts": len(statistics),
         "source": "generated pages" if prompts is None else str(prompts),
         "budget": budget,
         "threshold": threshold,
         "fractions": FRACTIONS,
         "layers": CompressedCache(loaded, Full(), inputs).report().layers,
-        **summarise(findings),
+        **summarize(statistics),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -68,6 +78,10 @@ def analyze_model(
     except OSError as error:
         raise ValueError(f"Cannot write to {output}: {error.strerror}.") from error
     save(draw_analysis(found), output / "analysis.png")
+    if stopped:
+        written = f"analysis.png and analysis.json in {output} are of the first {len(statistics)}"
+        print(f"Stopped. {written} of {len(prompt_set)} prompts.", file=sys.stderr)
+        raise typer.Exit(130)
     if as_json:
         print(json.dumps(found))
         return
@@ -77,12 +91,12 @@ def analyze_model(
 
 
 def table(found: dict[str, Any]) -> Table:
-    """Sparsity and attention of each layer."""
+    """Sparsity and attention by layer."""
     shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     shown.add_column("layer", justify="right", header_style="bold cyan")
     columns = [("sparsity", name) for name in found["sparsity"]] + [("attention", name) for name in found["attention"]]
     for statistic, name in columns:
-        title = f"{name}\nsparsity" if statistic == "sparsity" else f"looks at\n{name}"
+        title = f"{name}\nsparsity" if statistic == "sparsity" else f"attention\nto {name}"
         shown.add_column(title, justify="right", header_style="bold cyan")
     for place, layer in enumerate(found["layers"]):
         shown.add_row(

@@ -16,16 +16,27 @@ from sparsight.cli.recipe_options import with_scores
 from sparsight.compression import VisualHeads
 from sparsight.compression.recipe import Recipe
 from sparsight.eval import render
-from sparsight.eval.evaluate import Plan, run, weights_digest
-from sparsight.eval.store import Store
-from sparsight.eval.summary import results
+from sparsight.eval.aggregation import aggregate
+from sparsight.eval.evaluator import (
+    EvaluationConfig,
+    OnProgress,
+    measure_pace,
+    remaining_seconds,
+    results_done,
+    run_evaluation,
+    weights_digest,
+)
+from sparsight.eval.result_store import ResultStore
 from sparsight.eval.tasks import TASKS, task
 from sparsight.methods import RECIPES, recipe
 from sparsight.models.loading import load_checkpoint, load_model
+from sparsight.utils.interrupt import sigterm_as_interrupt
 from sparsight.utils.suggest import unknown
 
 HARNESSES = ("sparsight", "lmms-eval")
 BUDGETS = "0.01,0.05,0.1,0.2,0.4,1.0"
+LONG_SECONDS = 120
+"""A run that takes longer says so before it starts."""
 
 
 def evaluate(
@@ -38,56 +49,72 @@ def evaluate(
     ),
     budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = BUDGETS,
     heads: options.Heads = None,
-    limit: Annotated[int, typer.Option(help="Examples of each task.", min=2)] = 50,
+    limit: Annotated[int, typer.Option(help="Examples per task.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the examples.", min=0)] = 0,
-    batch: Annotated[
-        int, typer.Option(help="Examples that are worked on together; large models need fewer.", min=1)
-    ] = 64,
-    output: Annotated[Path, typer.Option(help="Folder of the run: resumed if it is there.", metavar="DIR")] = Path(
-        "runs/eval"
-    ),
+    batch: Annotated[int, typer.Option(help="Examples per batch; fewer where a batch would take long.", min=1)] = 16,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the run; an interrupted run in it is resumed.", metavar="DIR")
+    ] = Path("runs/eval"),
     harness: Annotated[
-        str, typer.Option(help="Who asks: sparsight's own tasks, or lmms-eval with its benchmarks.", metavar="NAME")
+        str, typer.Option(help="sparsight for its own tasks, or lmms-eval for public benchmarks.", metavar="NAME")
     ] = HARNESSES[0],
     include: Annotated[
-        Path | None, typer.Option(help="A folder of more tasks in lmms-eval's format.", metavar="DIR")
+        Path | None, typer.Option(help="A folder with more tasks in lmms-eval's format.", metavar="DIR")
     ] = None,
     as_json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Measure what methods keep of a model's accuracy at budgets; a stopped run goes on where it was."""
+    """Measure the accuracy of methods at budgets against the full cache; an interrupted run can be resumed."""
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
     recipes = _recipes(model, methods, budgets, heads)
     try:
-        with progress("Evaluating", quiet=as_json) as on_progress:
+        with sigterm_as_interrupt(), progress("Evaluating", quiet=as_json) as on_progress:
             if harness == "lmms-eval":
-                found = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
+                results = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
-                plan = Plan([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
-                found = _generated(model, plan, output, device, dtype, on_progress)
+                config = EvaluationConfig([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
+                results = _generated(model, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
-        print(f"Stopped. What was measured is in {output}; the same command goes on from there.", file=sys.stderr)
+        print(f"Stopped. The results so far are in {output}; the same command resumes the run.", file=sys.stderr)
         raise typer.Exit(130) from stop
-    written = render.write(found, output)
+    written = render.write(results, output)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(results))
         return
     console = Console(highlight=False)
-    for headline, table in render.tables(found):
+    for headline, table in render.tables(results):
         console.print(headline, style="bold")
         console.print(table, "")
     console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
 
 
-def _generated(model: str, plan: Plan, output: Path, device: str, dtype: str, on_progress: Any) -> dict[str, Any]:
+def _generated(
+    model: str, config: EvaluationConfig, output: Path, device: str, dtype: str, on_progress: OnProgress
+) -> dict[str, Any]:
     """Results on Sparsight's own tasks."""
+    on_progress("Loading the model", 0, config.total)
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
-    store = Store(output, {**_about(model, loaded), "seed": plan.seed})
-    run(plan, loaded, checkpoint.processor, store, on_progress)
-    return results(plan, store)
+    with ResultStore(output, {**_about(model, loaded), "seed": config.seed}) as store:
+        on_progress("Estimating the time", results_done(config, store), config.total)
+        measure_pace(config, loaded, checkpoint.processor, store)
+        seconds, missing = remaining_seconds(config, store), config.total - results_done(config, store)
+        if seconds > LONG_SECONDS:
+            print(
+                f"{missing:,} results to measure, about {_duration(seconds)}. Fewer --tasks, --methods or --budgets "
+                "or a lower --limit take less time; an interrupted run can be resumed.",
+                file=sys.stderr,
+            )
+        run_evaluation(config, loaded, checkpoint.processor, store, on_progress)
+        return aggregate(config, store)
+
+
+def _duration(seconds: float) -> str:
+    """Hours and minutes."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _benchmarks(
@@ -100,9 +127,9 @@ def _benchmarks(
     output: Path,
     device: str,
     dtype: str,
-    on_progress: Any,
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
-    """Results on lmms-eval's tasks."""
+    """Results on tasks of lmms-eval."""
     if tasks == "all":
         raise ValueError("lmms-eval has too many tasks for all of them: name some with --tasks, such as docvqa_val.")
     try:
@@ -113,12 +140,12 @@ def _benchmarks(
             f"lmms-eval cannot be used: {str(error).rstrip('.')}. Install it with pip install 'sparsight[lmms-eval]'."
         ) from error
     loaded = LmmsModel(model, batch_size=batch, device=device, dtype=dtype)
-    store = Store(output, {**_about(model, loaded.model), "examples": limit})
-    return run_harness(tasks.split(","), recipes, loaded, store, limit, include, on_progress)
+    with ResultStore(output, {**_about(model, loaded.model), "examples": limit}) as store:
+        return run_harness(tasks.split(","), recipes, loaded, store, limit, include, on_progress)
 
 
 def _about(model: str, loaded: Any) -> dict[str, Any]:
-    """What all figures of a run have in common."""
+    """What all results of a run have in common."""
     return {
         "model": "the one that ships" if model == options.DEFAULT_MODEL else model,
         "weights": weights_digest(loaded),
@@ -127,9 +154,9 @@ def _about(model: str, loaded: Any) -> dict[str, Any]:
 
 
 def _recipes(model: str, methods: str, budgets: str, heads: Path | None) -> list[Recipe]:
-    """Every method at every budget; the full cache, with which all are compared, is measured anyway."""
+    """Every method at every budget; the full cache is always measured, as the reference."""
     chosen = [name for name in names(methods, RECIPES) if name != "full"]
     made = [with_scores(recipe(name), model, heads) for name in chosen]
-    # Of all methods, one that needs head scores is left out where there are none.
+    # `all` leaves methods out that need head scores where there are none.
     lacking = [each for each in made if each.allocate == VisualHeads()] if methods == "all" else []
     return [replace(each, budget=budget) for each in made if each not in lacking for budget in budget_list(budgets)]

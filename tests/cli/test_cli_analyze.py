@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from sparsight.eval.analysis import analyze, summarise
+from sparsight.cli import analyze as command
+from sparsight.eval.analysis import analyze, summarize
 from sparsight.models.images import open_image
 from sparsight.models.loading import load_checkpoint, prepare
 from tests.support import tiny
@@ -29,11 +32,32 @@ def test_json_holds_the_analysis_of_the_prompts(
     assert found == json.loads((tmp_path / "out" / "analysis.json").read_text())
     checkpoint, model = load_checkpoint(llava), AutoModelForImageTextToText.from_pretrained(llava)
     findings = [analyze(model, prepare(checkpoint, [open_image(image)], each), 0.3, 0.02, 5) for each in questions]
-    expected = summarise(findings)
+    expected = summarize(findings)
     assert {name: found[name] for name in expected} == expected
     assert (found["prompts"], found["budget"], found["threshold"], found["layers"]) == (2, 0.3, 0.02, [0, 1, 2])
     picture = np.asarray(Image.open(tmp_path / "out" / "analysis.png").convert("L"))
     assert picture.std() > 10
+
+
+def test_an_interrupted_analysis_keeps_the_prompts_so_far(
+    run: Run, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analyzed = []
+
+    def interrupt_third(*arguments: Any) -> Any:
+        if len(analyzed) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        analyzed.append(analyze(*arguments))
+        return analyzed[-1]
+
+    monkeypatch.setattr(command, "analyze", interrupt_third)
+    code, out, err = run("analyze", "--model", llava, "--limit", 5, "--max-new-tokens", 3, "--output", tmp_path)
+    assert (code, out) == (130, "")
+    assert err == f"Stopped. analysis.png and analysis.json in {tmp_path} are of the first 2 of 5 prompts.\n"
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert found["prompts"] == 2
+    assert found["sparsity"] == summarize(analyzed)["sparsity"]
+    assert (tmp_path / "analysis.png").exists()
 
 
 def test_people_get_a_table_of_the_layers(run: Run, llava_next: str, tmp_path: Path) -> None:

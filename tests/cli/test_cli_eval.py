@@ -1,3 +1,4 @@
+import contextlib
 import json
 import multiprocessing
 import signal
@@ -13,7 +14,7 @@ from sparsight import RECIPES
 from sparsight.cli import eval as command
 from sparsight.cli import main
 from sparsight.cli.options import DEFAULT_MODEL
-from sparsight.eval.store import CELLS
+from sparsight.eval.result_store import CELLS, ResultStore
 from sparsight.reader import model_path
 from tests.support import tiny
 
@@ -51,7 +52,7 @@ def test_people_get_tables_and_the_names_of_the_files(run: Run, talker: str, tmp
     code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
     assert (code, err) == (0, "")
     assert "look-up:2, one record of a page: exact match, 4 examples, full cache" in out
-    assert "transcribe:2, the whole page, read out: ROUGE-L, 4 examples, full cache" in out
+    assert "transcribe:2, the complete page, read out: ROUGE-L, 4 examples, full cache" in out
     assert out.count("elastic") == 2
     for name in ("results.json", "report.md", "report.html", "accuracy.png"):
         assert name in out
@@ -84,16 +85,69 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(
     assert lines.read_bytes().count(b"\n") == (tmp_path / "whole" / CELLS).read_bytes().count(b"\n")
 
 
+def test_a_run_that_is_terminated_stops_as_by_ctrl_c(talker: str, tmp_path: Path) -> None:
+    arguments = ["eval", "--model", talker, "--tasks", "look-up:2", "--methods", "vl-cache", "--limit", "2000"]
+    process = multiprocessing.get_context("fork").Process(target=main, args=([*arguments, "--output", str(tmp_path)],))
+    process.start()
+    lines = tmp_path / CELLS
+    while process.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 130
+    assert all(json.loads(line) for line in lines.read_text().splitlines())
+
+
+def test_a_second_run_on_the_folder_is_refused(run: Run, talker: str, tmp_path: Path) -> None:
+    def other() -> None:
+        code, _, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
+        sys.exit(code if err == f"Error: Another run is writing {tmp_path}.\n" else 9)
+
+    code, _, _ = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
+    before = (tmp_path / CELLS).read_bytes()
+    about = json.loads((tmp_path / "run.json").read_text())
+    with ResultStore(tmp_path, about):
+        process = multiprocessing.get_context("fork").Process(target=other)
+        process.start()
+        process.join()
+    assert (code, process.exitcode) == (0, 2)
+    assert (tmp_path / CELLS).read_bytes() == before
+
+
+def test_the_total_is_known_before_the_model_is_loaded(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(command, "progress", lambda *_, **__: contextlib.nullcontext(lambda *call: calls.append(call)))
+    monkeypatch.setattr(command, "load_checkpoint", lambda *_: calls.append(("loading", 0, 0)) or pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception):
+        main(["eval", "--model", talker, *map(str, SMALL), "--output", str(tmp_path)])
+    # Two tasks, the full cache and two methods at two budgets, four examples.
+    assert calls == [("Loading the model", 0, 2 * 5 * 4), ("loading", 0, 0)]
+
+
+def test_a_long_run_says_how_long_it_takes(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "LONG_SECONDS", 0)
+    monkeypatch.setattr(command, "remaining_seconds", lambda *_: 9900.0)
+    code, _, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
+    assert code == 0
+    # One example of each task with the full cache and one recipe was measured for the estimate.
+    assert err.startswith("36 results to measure, about 2 h 45 min. Fewer --tasks, --methods or --budgets or a lower")
+    assert command._duration(150) == "2 min"
+
+
 def test_whoever_stops_a_run_is_told_how_it_goes_on(
     run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run", interrupted)
+    monkeypatch.setattr(command, "run_evaluation", interrupted)
     code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
     assert (code, out) == (130, "")
-    assert err == f"Stopped. What was measured is in {tmp_path}; the same command goes on from there.\n"
+    assert err == f"Stopped. The results so far are in {tmp_path}; the same command resumes the run.\n"
 
 
 def test_all_are_all_and_the_full_cache_is_always_there() -> None:
@@ -139,7 +193,7 @@ def test_a_folder_of_another_run_is_refused(run: Run, talker: str, tmp_path: Pat
     assert run("eval", "--model", talker, *small, "--output", tmp_path)[0] == 0
     code, out, err = run("eval", "--model", talker, *small, "--seed", 1, "--output", tmp_path)
     assert (code, out) == (2, "")
-    assert err == f"Error: {tmp_path} holds a run with seed 0, not 1: give --output another folder.\n"
+    assert err == f"Error: {tmp_path} has a run with seed 0, not 1: give --output another folder.\n"
 
 
 def test_a_template_without_turns_is_refused(run: Run, llava: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ImageChops
 
-from sparsight.eval.tasks import TASKS, needed, records, task
+from sparsight.eval.tasks import TASKS, answer_patch_share, record_count, task
 from sparsight.reader.page import is_held_out
 from sparsight.reader.skills import Example
 
@@ -32,7 +32,7 @@ def test_pages_are_held_out(name: str) -> None:
 def test_the_size_is_the_number_of_records(text: str, count: int) -> None:
     example = task(text).example(0, 1)
     assert all(len(page.records) == count for page in example.images)
-    assert records(example) == count
+    assert record_count(example) == count
     assert task(text).label == (text if ":" in text else f"{text}:{count}")
 
 
@@ -59,8 +59,8 @@ def test_two_pages_are_asked_about_one_record_of_the_one_that_is_named() -> None
 
 
 def test_growing_pages_grow_and_begin_again() -> None:
-    assert [records(task("growing:32").example(0, number)) for number in range(5)] == [8, 16, 24, 32, 8]
-    assert [records(task("growing:5").example(0, number)) for number in range(2)] == [5, 5]
+    assert [record_count(task("growing:32").example(0, number)) for number in range(5)] == [8, 16, 24, 32, 8]
+    assert [record_count(task("growing:5").example(0, number)) for number in range(2)] == [5, 5]
 
 
 @pytest.mark.parametrize("text", ["look-up", "look-up:5", "conversation", "two-pages", "transcribe"])
@@ -91,12 +91,12 @@ def test_the_needed_patches_are_where_the_ink_of_the_answers_is(text: str) -> No
             total += darkest.size
         assert asked
         # A character whose middle is in one patch may reach into the next ones.
-        assert inked / 4 <= needed(example) * total <= inked
+        assert inked / 4 <= answer_patch_share(example) * total <= inked
 
 
 def test_a_larger_share_of_the_page_matters_with_more_to_answer() -> None:
     def share(text: str) -> float:
-        return float(np.mean([needed(task(text).example(0, number)) for number in range(10)]))
+        return float(np.mean([answer_patch_share(task(text).example(0, number)) for number in range(10)]))
 
     assert share("look-up") < share("conversation:4") < share("conversation:16")
     assert share("transcribe:4") < share("transcribe:20")
@@ -105,8 +105,10 @@ def test_a_larger_share_of_the_page_matters_with_more_to_answer() -> None:
 
 def test_a_question_without_a_key_is_about_all_records() -> None:
     page = task("look-up").example(0, 0).images[0]
-    reading = needed(Example((page,), (("Read the page.", ""),)))
-    one_by_one = [needed(Example((page,), ((f"Find {key} on the page.", value),))) for key, value in page.records]
+    reading = answer_patch_share(Example((page,), (("Read the page.", ""),)))
+    one_by_one = [
+        answer_patch_share(Example((page,), ((f"Find {key} on the page.", value),))) for key, value in page.records
+    ]
     # Two records may share a patch.
     assert 0.8 * sum(one_by_one) < reading <= sum(one_by_one)
 
