@@ -147,7 +147,7 @@ def _benchmarks(
 def _about(model: str, loaded: Any) -> dict[str, Any]:
     """What all results of a run have in common."""
     return {
-        "model": "the one that ships" if model == options.DEFAULT_MODEL else model,
+        "model": "the model that ships" if model == options.DEFAULT_MODEL else model,
         "weights": weights_digest(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
 
-SIZE = 15.0, 9.6
+SIZE = 15.5, 9.6
 """Inches."""
 
 LEGENDS = {
@@ -49,7 +49,7 @@ def draw_analysis(found: Mapping[str, Any]) -> Figure:
     _lines(panels[2], f"Entries kept at a budget of {found['budget'] * 100:.3g} %", layers, kept, top=None)
     _lines(panels[3], "Hit rate of the highest scores", fractions, _over_layers(hits))
     _lines(panels[4], "Decoding's attention to the highest scores", fractions, _over_layers(covered))
-    _lines(panels[5], f"Decoding's attention to the highest {near} of the scores", layers, _at(covered, place))
+    _lines(panels[5], f"Decoding's attention to the highest {near}", layers, _at(covered, place))
     for panel in (panels[0], panels[1], panels[2], panels[5]):
         panel.set_xlabel("layer", size=9, color=MUTED)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))

@@ -168,7 +168,7 @@ def test_the_picture_draws_the_numbers(summary: dict[str, Any]) -> None:
     assert len(panels) == 6
     lines = {line.get_label(): line for line in panels["Sparsity of attention"].lines}
     assert list(lines["queries of decoding"].get_ydata()) == summary["sparsity"]["decoding"]["mean"]
-    near = {line.get_label(): line for line in panels["Decoding's attention to the highest 10 % of the scores"].lines}
+    near = {line.get_label(): line for line in panels["Decoding's attention to the highest 10 %"].lines}
     by_layer = [row[FRACTIONS.index(0.1)] for row in summary["covered"]["post-vision"]["mean"]]
     assert list(near["post-vision attention"].get_ydata()) == by_layer
     over = {line.get_label(): line for line in panels["Hit rate of the highest scores"].lines}
