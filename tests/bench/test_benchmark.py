@@ -87,12 +87,13 @@ def test_the_round_that_does_not_count_is_short_and_small_sizes_come_first(model
 
 
 def test_when_the_time_is_up_only_whole_rounds_count_and_the_rest_is_said(model, monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
-    # Every look at the clock is a minute later: two cases a round, three rounds and a half within seven minutes.
-    ticks = count(0, 60)
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(ticks))
+    # Every measurement takes a minute: two cases per round, so that three rounds and a half fit.
+    seconds = count(60, 60)
+    now = [0]
+    monkeypatch.setattr(module, "measure", lambda *_: now.append(next(seconds)) or SAMPLE)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[-1])
     asked = config(
-        batches=[1, 2], recipes=[recipe("full"), recipe("h2o")], against=[], new_tokens=2, rounds=4, minutes=7.5
+        batches=[1, 2], recipes=[recipe("full"), recipe("h2o")], against=[], new_tokens=2, rounds=4, minutes=6.5
     )
     first, second = run_all(asked, model)
     assert [(len(cell.samples), cell.reason) for cell in first] == [(2, None)] * 2

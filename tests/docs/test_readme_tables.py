@@ -17,11 +17,10 @@ def test_every_method_and_family_has_a_row():
 
 def test_a_row_holds_paper_year_parts_and_a_line():
     (row,) = [line for line in readme_tables.methods_table().splitlines() if line.startswith("| `elastic`")]
-    assert row == (
-        "| `elastic` | [Efficient Inference of Vision Instruction-Following Models with Elastic Cache, ECCV 2024]"
-        "(https://arxiv.org/abs/2407.18121) | 2024 | `accumulated` | `uniform` | `merge-nearest` | `fixed-point` | "
-        "Less important entries merge into the nearest important one; decoding drops at a fixed point |"
-    )
+    _, paper, *cells, summary = row.strip("| ").split(" | ")
+    assert paper.endswith("(https://arxiv.org/abs/2407.18121)")
+    assert cells == ["2024", "`accumulated`", "`uniform`", "`merge-nearest`", "`fixed-point`"]
+    assert summary and "`" not in summary
     (row,) = [line for line in readme_tables.methods_table().splitlines() if line.startswith("| `random`")]
     assert row.startswith("| `random` |  |  | `random` |")
 
