@@ -18,6 +18,8 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], N
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, disable=quiet or not console.is_terminal, speed_estimate_period=600
+    ) as bar:
         shown = bar.add_task(title, total=None)
         yield lambda text, done, total: bar.update(shown, description=text, completed=done, total=total)

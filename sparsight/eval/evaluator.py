@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -67,11 +67,10 @@ class EvaluationConfig:
 
 
 def measure_pace(config: EvaluationConfig, model: Any, processor: Any, store: ResultStore) -> None:
-    """Measure one example of each task with the full cache and one recipe: what :func:`remaining_seconds` goes by."""
+    """Measure an example and a batch of each task with the full cache and one recipe, for :func:`remaining_seconds`."""
     for task in config.tasks:
-        first = config.batches(task, processor.tokenizer)[0]
-        for lacking, _ in _missing(task, first, config.all_recipes[:2], store):
-            list(_measure(task, first, lacking, model, processor, store))
+        for batch in config.batches(task, processor.tokenizer)[:2]:
+            list(_measure_missing(config, task, batch, config.all_recipes[:2], model, processor, store))
 
 
 def remaining_seconds(config: EvaluationConfig, store: ResultStore) -> float:
@@ -100,17 +99,14 @@ def run_evaluation(
         on_progress: called after each batch.
     """
     done = results_done(config, store)
-    for task in config.tasks:
-        for batch in config.batches(task, processor.tokenizer):
-            for lacking, examples in _missing(task, batch, config.all_recipes, store):
-                numbers = list(examples)
-                while numbers:
-                    part = {number: examples[number] for number in numbers[: _batch_size(config, task, store)]}
-                    numbers = numbers[len(part) :]
-                    for recipe in _measure(task, part, lacking, model, processor, store):
-                        done += len(part)
-                        if on_progress is not None:
-                            on_progress(f"{task.label} {recipe.name} {recipe.budget:.3g}", done, config.total)
+    batches = [config.batches(task, processor.tokenizer) for task in config.tasks]
+    # Tasks are interleaved: some take longer than others, and the rate so far is to predict the time left.
+    for round_ in zip_longest(*batches, fillvalue={}):
+        for task, batch in zip(config.tasks, round_, strict=True):
+            for recipe, count in _measure_missing(config, task, batch, config.all_recipes, model, processor, store):
+                done += count
+                if on_progress is not None:
+                    on_progress(f"{task.label} {recipe.name} {recipe.budget:.3g}", done, config.total)
 
 
 def results_done(config: EvaluationConfig, store: ResultStore) -> int:
@@ -121,6 +117,25 @@ def results_done(config: EvaluationConfig, store: ResultStore) -> int:
 def _done(config: EvaluationConfig, task: Task, recipe: Recipe, store: ResultStore) -> int:
     """How many of a cell's results the store has; it may have more examples than the run."""
     return len(store.cell(task.label, recipe.to_json()).keys() & set(range(config.limit)))
+
+
+def _measure_missing(
+    config: EvaluationConfig,
+    task: Task,
+    batch: dict[int, Example],
+    recipes: Sequence[Recipe],
+    model: Any,
+    processor: Any,
+    store: ResultStore,
+) -> Iterator[tuple[Recipe, int]]:
+    """Measure the results of a batch that the store lacks; yields each recipe with the number of new results."""
+    for lacking, examples in _missing(task, batch, recipes, store):
+        numbers = list(examples)
+        while numbers:
+            part = {number: examples[number] for number in numbers[: _batch_size(config, task, store)]}
+            numbers = numbers[len(part) :]
+            for recipe in _measure(task, part, lacking, model, processor, store):
+                yield recipe, len(part)
 
 
 def _missing(

@@ -159,15 +159,18 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     assert progress[0][0] > calls[-1]
 
 
-def test_the_pace_is_measured_with_one_example_of_each_task(talker: Talker, tmp_path: Path) -> None:
+def test_the_pace_is_measured_with_an_example_and_a_batch_of_each_task(talker: Talker, tmp_path: Path) -> None:
     store = ResultStore(tmp_path, {})
     assert (remaining_seconds(config(), store), results_done(config(), store)) == (0, 0)
     measure_pace(config(), talker.model, talker.processor, store)
     lines = [json.loads(line) for line in (tmp_path / CELLS).read_text().splitlines()]
     assert [(line["task"], line["recipe"]["name"], list(line["examples"])) for line in lines] == [
-        (each.label, name, ["0"]) for each in TASKS for name in ("full", "vl-cache")
+        (each.label, name, [str(number) for number in batch])
+        for each in TASKS
+        for batch in config().batches(each, talker.processor.tokenizer)[:2]
+        for name in ("full", "vl-cache")
     ]
-    assert results_done(config(), store) == 6
+    assert lines[0]["examples"].keys() == {"0"}
     measure_pace(config(), talker.model, talker.processor, store)
     assert len((tmp_path / CELLS).read_text().splitlines()) == len(lines)
 
