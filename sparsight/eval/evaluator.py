@@ -26,6 +26,9 @@ FULL = Full()
 STEP_SECONDS = 30
 """Longest time without a result on disk, as far as batches can be made smaller."""
 
+PACE_EXAMPLES = 4
+"""Examples of a task's second batch, from which the time of larger ones is estimated."""
+
 OnProgress = Callable[[str, int, int], Any]
 """Receives what is being measured, the number of results so far, and their total."""
 
@@ -59,15 +62,16 @@ class EvaluationConfig:
         return len(self.tasks) * len(self.all_recipes) * self.limit
 
     def batches(self, task: Task, tokenizer: Any) -> list[dict[int, Example]]:
-        """The examples of a task by number, in batches; the first example is a batch of its own."""
+        """The examples of a task by number, in batches; the first two are small, to show soon how long batches take."""
         examples = {number: task.example(self.seed, number) for number in range(self.limit)}
         rest = {number: example for number, example in examples.items() if number > 0}
-        groups = [[0], *group_by_answer_length(tokenizer, rest, self.batch_size)]
-        return [{number: examples[number] for number in group} for group in groups]
+        second, *others = group_by_answer_length(tokenizer, rest, self.batch_size) or [[]]
+        groups = [[0], second[:PACE_EXAMPLES], second[PACE_EXAMPLES:], *others]
+        return [{number: examples[number] for number in group} for group in groups if group]
 
 
 def measure_pace(config: EvaluationConfig, model: Any, processor: Any, store: ResultStore) -> None:
-    """Measure an example and a batch of each task with the full cache and one recipe, for :func:`remaining_seconds`."""
+    """Measure two small batches of each task with the full cache and one recipe, for :func:`remaining_seconds`."""
     for task in config.tasks:
         for batch in config.batches(task, processor.tokenizer)[:2]:
             list(_measure_missing(config, task, batch, config.all_recipes[:2], model, processor, store))

@@ -33,8 +33,8 @@ def run_all(chosen, model, kvpress=None):
     return list(run_benchmark(chosen, model, lambda *_: None, kvpress))
 
 
-def test_cells_are_rivals_and_methods_with_their_prompts():
-    found = [(cell.method, cell.budget, cell.prompt_tokens) for cell in cases(config(new_tokens=2, rounds=1), 40, 2)]
+def test_cases_are_references_and_methods_with_their_prompts():
+    found = [(case.method, case.budget, case.prompt_tokens) for case in cases(config(new_tokens=2, rounds=1), 40, 2)]
     assert found == [
         ("transformers", 1.0, 40),
         ("kept-length", 0.1, 4),
@@ -44,13 +44,13 @@ def test_cells_are_rivals_and_methods_with_their_prompts():
         ("elastic", 0.2, 40),
     ]
     own = ["full", "vl-cache", "elastic"]
-    assert [cell.method for cell in cases(config(against=[], new_tokens=2, rounds=1), 40, 2)] == own
-    asked = cases(config(against=["kvpress"], new_tokens=2, rounds=1), 40, 2)
-    assert [(cell.method, cell.budget) for cell in asked[:2]] == [("kvpress", 0.1), ("kvpress", 0.2)]
-    assert [cell.method for cell in asked[2:]] == own
+    assert [case.method for case in cases(config(against=[], new_tokens=2, rounds=1), 40, 2)] == own
+    with_kvpress = cases(config(against=["kvpress"], new_tokens=2, rounds=1), 40, 2)
+    assert [(case.method, case.budget) for case in with_kvpress[:2]] == [("kvpress", 0.1), ("kvpress", 0.2)]
+    assert [case.method for case in with_kvpress[2:]] == own
 
 
-def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch):
+def test_cases_are_interleaved_and_the_first_round_is_not_measured(model, monkeypatch):
     taken = []
 
     def record(model, input_ids, cache, new_tokens):
@@ -71,33 +71,33 @@ def test_cells_take_turns_and_the_first_round_does_not_count(model, monkeypatch)
     expected = [sorted((method, batch, 7) for method in turn) for batch in (1, 2) for _ in range(3)]
     assert [sorted(each) for each in rounds] == expected
     assert len(set(map(tuple, rounds[:3]))) > 1
-    assert [len(cell.samples) for size in measured for cell in size] == [2] * 6
-    assert all(len(cell.bandwidths) == 2 and min(cell.bandwidths) > 0 for size in measured for cell in size)
+    assert [len(case.samples) for size in measured for case in size] == [2] * 6
+    assert all(len(case.bandwidths) == 2 and min(case.bandwidths) > 0 for size in measured for case in size)
     assert [step for _, step, _ in done] == [0, 1, 2, 3, 4, 5, 6]
     assert {total for *_, total in done} == {6}
 
 
-def test_the_round_that_does_not_count_is_short_and_small_sizes_come_first(model, monkeypatch):
+def test_the_warm_up_round_is_short_and_small_sizes_come_first(model, monkeypatch):
     taken = []
     monkeypatch.setattr(module, "measure", lambda model, ids, cache, new: taken.append((*ids.shape, new)) or SAMPLE)
-    asked = config(contexts=[40, 60], batches=[1, 2], recipes=[recipe("full")], against=[], new_tokens=30, rounds=1)
-    run_all(asked, model)
+    chosen = config(contexts=[40, 60], batches=[1, 2], recipes=[recipe("full")], against=[], new_tokens=30, rounds=1)
+    run_all(chosen, model)
     sizes = [(1, 40), (1, 60), (2, 40), (2, 60)]
     assert taken == [(*size, new) for size in sizes for new in (WARM_UP_TOKENS, 30)]
 
 
-def test_when_the_time_is_up_only_whole_rounds_count_and_the_rest_is_said(model, monkeypatch):
+def test_when_the_time_is_up_complete_rounds_count_and_the_rest_has_a_reason(model, monkeypatch):
     # Every measurement takes a minute: two cases per round, so that three rounds and a half fit.
     seconds = count(60, 60)
     now = [0]
     monkeypatch.setattr(module, "measure", lambda *_: now.append(next(seconds)) or SAMPLE)
     monkeypatch.setattr(module.time, "monotonic", lambda: now[-1])
-    asked = config(
+    chosen = config(
         batches=[1, 2], recipes=[recipe("full"), recipe("h2o")], against=[], new_tokens=2, rounds=4, minutes=6.5
     )
-    first, second = run_all(asked, model)
-    assert [(len(cell.samples), cell.reason) for cell in first] == [(2, None)] * 2
-    assert [(len(cell.samples), cell.reason) for cell in second] == [(0, TIME_UP)] * 2
+    first, second = run_all(chosen, model)
+    assert [(len(case.samples), case.reason) for case in first] == [(2, None)] * 2
+    assert [(len(case.samples), case.reason) for case in second] == [(0, TIME_UP)] * 2
 
 
 def test_an_interrupted_size_keeps_its_complete_rounds(model, monkeypatch):
@@ -119,52 +119,52 @@ def test_an_interrupted_size_keeps_its_complete_rounds(model, monkeypatch):
     assert [case.reason for case in next(run_benchmark(chosen, model, lambda *_: None))] == [INTERRUPTED] * 2
 
 
-class Elsewhere(Kvpress):
-    """Measures nothing but what it is asked for."""
+class RecordingKvpress(Kvpress):
+    """Records the requests and measures nothing."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
     def measure(self, budget, tokens, batch, new_tokens, needed):
-        self.asked.append((budget, tokens, batch, new_tokens))
+        self.requests.append((budget, tokens, batch, new_tokens))
         if budget == 0.2:
             raise CannotRun("kvpress: no such case")
         return SAMPLE
 
 
-def test_kvpress_takes_its_turns_and_what_it_cannot_run_is_said(model, monkeypatch):
+def test_kvpress_is_interleaved_and_cases_that_it_cannot_run_have_a_reason(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
-    kvpress = Elsewhere()
+    kvpress = RecordingKvpress()
     (size,) = run_all(config(against=["transformers", "kvpress"], new_tokens=30, rounds=2), model, kvpress)
-    assert sorted(kvpress.asked[:2]) == [(0.1, 40, 2, 8), (0.2, 40, 2, 8)]
-    assert kvpress.asked[2:] == [(0.1, 40, 2, 30)] * 2
-    assert [(cell.budget, len(cell.samples), cell.reason) for cell in size if cell.method == "kvpress"] == [
+    assert sorted(kvpress.requests[:2]) == [(0.1, 40, 2, 8), (0.2, 40, 2, 8)]
+    assert kvpress.requests[2:] == [(0.1, 40, 2, 30)] * 2
+    assert [(case.budget, len(case.samples), case.reason) for case in size if case.method == "kvpress"] == [
         (0.1, 2, None),
         (0.2, 0, "kvpress: no such case"),
     ]
-    assert all(len(cell.samples) == 2 for cell in size if cell.method != "kvpress")
+    assert all(len(case.samples) == 2 for case in size if case.method != "kvpress")
 
 
-def test_without_kvpress_its_cells_say_why(model, monkeypatch):
+def test_without_kvpress_its_cases_have_a_reason(model, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: SAMPLE)
     refusal = CannotRun("kvpress cannot be installed: no matching distribution")
     (size,) = run_all(config(against=["kvpress"], new_tokens=2, rounds=1), model, refusal)
-    assert [cell.reason for cell in size] == [str(refusal)] * 2 + [None] * 3
+    assert [case.reason for case in size] == [str(refusal)] * 2 + [None] * 3
 
 
-def test_what_would_not_fit_is_not_tried(model, monkeypatch):
+def test_cases_that_do_not_fit_are_not_measured(model, monkeypatch):
     tried = []
     monkeypatch.setattr(module, "measure", lambda model, input_ids, *_: tried.append(input_ids.shape[1]) or SAMPLE)
     short = prefill_bytes(TINY, 4, 2, 2, 4)
     monkeypatch.setattr(machine, "available_bytes", lambda device: short)
     (size,) = run_all(config(new_tokens=2, rounds=3), model)
     assert tried == [4] * 4
-    assert [len(cell.samples) for cell in size] == [0, 3, 0, 0, 0, 0]
+    assert [len(case.samples) for case in size] == [0, 3, 0, 0, 0, 0]
     assert size[0].reason.startswith("does not fit: about 0.0 GiB needed")
     assert size[1].reason is None
 
 
-def test_memory_that_runs_out_is_the_cells_own_affair(model, monkeypatch):
+def test_a_case_that_runs_out_of_memory_does_not_stop_the_others(model, monkeypatch):
     def fail(model, input_ids, cache, new_tokens):
         if isinstance(cache, CompressedCache) and cache.recipe.name == "elastic":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
@@ -172,8 +172,8 @@ def test_memory_that_runs_out_is_the_cells_own_affair(model, monkeypatch):
 
     monkeypatch.setattr(module, "measure", fail)
     (size,) = run_all(config(new_tokens=2, rounds=2), model)
-    assert {cell.method: cell.reason for cell in size if cell.reason} == {"elastic": "does not fit: memory ran out"}
-    assert [len(cell.samples) for cell in size] == [2, 2, 2, 2, 2, 0]
+    assert {case.method: case.reason for case in size if case.reason} == {"elastic": "does not fit: memory ran out"}
+    assert [len(case.samples) for case in size] == [2, 2, 2, 2, 2, 0]
 
 
 def test_other_failures_are_not_hidden(model, monkeypatch):

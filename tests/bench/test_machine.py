@@ -22,7 +22,7 @@ def test_the_peak_is_of_what_lived_since_the_reset():
     assert machine.peak_bytes(CPU) < before + 2**25
 
 
-def test_free_memory_is_some_of_what_there_is():
+def test_free_memory_is_less_than_the_machines():
     assert 2**20 < machine.available_bytes(CPU) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -66,7 +66,7 @@ def test_rates_limits_and_memory():
     assert found()[0]["batch_that_fits"] == 3
 
 
-def test_a_cell_without_samples_has_its_reason_and_nothing_else():
+def test_a_case_without_samples_has_only_a_reason():
     assert found()[3] == {
         "context": 100,
         "batch": 2,
@@ -77,13 +77,13 @@ def test_a_cell_without_samples_has_its_reason_and_nothing_else():
     }
 
 
-def test_stages_that_are_not_told_apart_are_none():
+def test_stages_that_are_not_measured_are_none():
     theirs = found()[4]
     assert theirs["seconds"]["statistics"] is theirs["seconds"]["compaction"] is None
     assert theirs["seconds"]["first_token"]["median"] == 2
 
 
-def test_without_something_to_compare_with_there_are_no_ratios():
+def test_without_a_reference_there_are_no_ratios():
     alone = summarize([size()[2:3]], new_tokens=6, weights=400, free=1900)[0]
     assert alone["of_full"] == alone["of_kvpress"] == dict.fromkeys(("first_token", "token", "end_to_end", "bytes"))
     assert alone["of_kept_length"] is None
@@ -96,7 +96,7 @@ def curves(figure: Figure) -> list[dict[str, list[tuple[float, float]]]]:
     ]
 
 
-def test_pictures_show_speed_up_and_growth_by_context():
+def test_figures_show_speed_up_and_growth_by_context():
     cells = [cell for context in (1024, 4096) for cell in found(context) if cell["reason"] is None]
     decoding, end_to_end = curves(draw_speed_up(cells))
     assert decoding["vl-cache 10 %"] == [(1024, 2), (4096, 2)]
@@ -122,7 +122,7 @@ def test_files_are_written_and_no_speed_up_without_plain_transformers(tmp_path):
     assert draw({"cells": found()[3:4]}, tmp_path) == []
 
 
-def test_tables_have_a_row_for_every_cell_that_was_measured_and_the_others_say_why():
+def test_tables_have_a_row_for_every_measured_case_and_reasons_for_the_others():
     headline, times, reason, _, costs, _, legend = tables({"cells": found()})
     assert headline.plain.startswith("prompt of 100 tokens, batch 2")
     assert legend.plain.startswith("vs short prompt: ")

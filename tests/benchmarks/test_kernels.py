@@ -1,4 +1,4 @@
-"""What of the kernels' benchmark runs without a GPU: its sizes, its sums, and that it says so."""
+"""The parts of the kernels' benchmark that run without a GPU."""
 
 import json
 from pathlib import Path

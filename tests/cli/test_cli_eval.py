@@ -134,7 +134,7 @@ def test_a_long_run_says_how_long_it_takes(
     monkeypatch.setattr(command, "remaining_seconds", lambda *_: 9900.0)
     code, _, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
     assert code == 0
-    # An example and a batch of each task with the full cache and one recipe were measured for the estimate.
+    # Two small batches of each task with the full cache and one recipe were measured for the estimate.
     assert re.match(
         r"\d\d results to measure, about 2 h 45 min\. Fewer --tasks, --methods or --budgets or a lower", err
     )

@@ -1,4 +1,4 @@
-"""The page about performance says what the results say, and what was not measured."""
+"""The performance page has the measured values, and marks what was not measured."""
 
 import json
 from pathlib import Path

@@ -95,7 +95,7 @@ def test_the_answers_are_what_the_model_generates_for_each_example_alone(
         assert found["rouge_l"] == rouge_l(text, answer)
 
 
-def test_loyalty_is_to_the_full_cache(store: ResultStore) -> None:
+def test_answers_are_compared_with_the_full_caches(store: ResultStore) -> None:
     for (label, name, budget), examples in cells(store).items():
         for number, found in examples.items():
             full = store.cell(label, FULL.to_json())[number]
@@ -121,7 +121,7 @@ def test_the_page_is_described_once(store: ResultStore) -> None:
         assert all(0 < found["needed"] < 0.2 for found in store.cell(label, FULL.to_json()).values())
 
 
-def test_batches_do_not_matter(store: ResultStore, talker: Talker, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_batch_size(store: ResultStore, talker: Talker, tmp_path: Path) -> None:
     single = cells(measured(talker, tmp_path, config(batch_size=1)))
     for key, examples in cells(store).items():
         for number, found in examples.items():
@@ -132,7 +132,7 @@ def test_batches_do_not_matter(store: ResultStore, talker: Talker, tmp_path: Pat
 
 
 @pytest.mark.parametrize("after", [1, 6])
-def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
+def test_an_interrupted_run_is_resumed_with_the_same_results(
     store: ResultStore, talker: Talker, tmp_path: Path, after: int
 ) -> None:
     calls: list[int] = []
@@ -150,7 +150,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     again = measured(talker, tmp_path, config(), lambda text, done, total: progress.append((done, total)))
     assert cells(again) == cells(store)
     assert (tmp_path / CELLS).read_text().splitlines()[:after] == lines
-    # What was done counts, and nothing is done twice.
+    # Earlier results count as done, and nothing is measured twice.
     measured_twice = [
         number for line in (tmp_path / CELLS).read_text().splitlines() for number in json.loads(line)["examples"]
     ]
@@ -159,7 +159,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     assert progress[0][0] > calls[-1]
 
 
-def test_the_pace_is_measured_with_an_example_and_a_batch_of_each_task(talker: Talker, tmp_path: Path) -> None:
+def test_the_pace_is_measured_with_two_small_batches_of_each_task(talker: Talker, tmp_path: Path) -> None:
     store = ResultStore(tmp_path, {})
     assert (remaining_seconds(config(), store), results_done(config(), store)) == (0, 0)
     measure_pace(config(), talker.model, talker.processor, store)
@@ -173,6 +173,14 @@ def test_the_pace_is_measured_with_an_example_and_a_batch_of_each_task(talker: T
     assert lines[0]["examples"].keys() == {"0"}
     measure_pace(config(), talker.model, talker.processor, store)
     assert len((tmp_path / CELLS).read_text().splitlines()) == len(lines)
+
+
+def test_every_example_is_in_one_batch_and_the_first_two_are_small(talker: Talker) -> None:
+    batches = config(limit=40, batch_size=16).batches(TASKS[0], talker.processor.tokenizer)
+    assert sorted(number for batch in batches for number in batch) == list(range(40))
+    assert [len(batch) for batch in batches[:2]] == [1, 4]
+    assert max(map(len, batches)) <= 16
+    assert [list(batch) for batch in config(limit=1).batches(TASKS[0], talker.processor.tokenizer)] == [[0]]
 
 
 def test_the_time_left_is_at_the_pace_of_what_was_measured(tmp_path: Path) -> None:
@@ -207,7 +215,7 @@ def test_an_example_that_has_results_is_not_measured_again_in_another_batch(talk
     assert len(numbers) == 6 * 4
 
 
-def test_a_finished_run_does_nothing(store: ResultStore, talker: Talker) -> None:
+def test_a_finished_run_measures_nothing(store: ResultStore, talker: Talker) -> None:
     before = (store.folder / CELLS).read_bytes()
     run_evaluation(config(), None, talker.processor, store)
     assert (store.folder / CELLS).read_bytes() == before
@@ -233,7 +241,7 @@ def test_a_batch_has_right_answers_of_the_same_length(talker: Talker) -> None:
     assert all(len({len(examples[number].turns[0][1]) for number in batch}) == 1 for batch in found)
 
 
-def test_a_conversation_in_the_models_words(talker: Talker) -> None:
+def test_a_conversation_in_the_models_chat_template(talker: Talker) -> None:
     example = TASKS[1].example(0, 0)
     given = conversations(talker.processor, [example], "cpu", torch.float32)
     ids = [*given.inputs["input_ids"][0].tolist(), *given.answers[0][0, :-1].tolist()]
@@ -266,7 +274,7 @@ def test_questions_of_different_lengths_are_padded_on_the_left(talker: Talker) -
         ),
     ],
 )
-def test_a_template_that_cannot_go_on_is_refused(
+def test_a_template_that_rewrites_turns_is_refused(
     talker: Talker, monkeypatch: pytest.MonkeyPatch, template: str | None, message: str
 ) -> None:
     monkeypatch.setattr(talker.processor, "chat_template", template)
@@ -281,7 +289,7 @@ def test_an_answer_ends_before_its_end(talker: Talker) -> None:
     assert talker.processor.tokenizer.eos_token_id in ends
 
 
-def test_the_digest_tells_weights_apart(talker: Talker) -> None:
+def test_different_weights_have_different_digests(talker: Talker) -> None:
     before = weights_digest(talker.model)
     assert weights_digest(talker.model) == before
     weight = talker.model.lm_head.weight

@@ -52,12 +52,12 @@ def test_kept_cells_are_marked_and_the_others_faded(scale: int) -> None:
     assert (is_marked == expected.repeat(scale, 0).repeat(scale, 1)).all()
 
 
-def test_the_marker_is_the_stronger_the_more_heads_keep_a_cell() -> None:
+def test_the_marker_is_stronger_where_more_heads_keep_a_cell() -> None:
     pixels = marked(white_tile(1, 5), torch.tensor([[0, 0.25, 0.5, 0.75, 1]]))
     assert (np.diff(distance_to_marker(pixels)[0, ::5]) < -0.1).all()
 
 
-def test_black_and_white_cells_can_both_be_told_kept_from_dropped() -> None:
+def test_kept_and_dropped_cells_differ_on_black_and_on_white() -> None:
     for colour in (0.0, 1.0):
         tile = Tile("", torch.full((4, 8, 3), colour), torch.arange(2).view(1, 2))
         pixels = marked(tile, torch.tensor([[0.0, 1.0]])).astype(int)
@@ -126,7 +126,7 @@ def test_bars_show_shares_and_sparsity() -> None:
     assert {"mean 20.0%", "mean 60.0%"} <= texts
 
 
-def test_layers_go_by_the_models_numbers() -> None:
+def test_layers_have_the_models_numbers() -> None:
     kept = Kept([5, 11, 17, 23, 24, 25, 40, 41], torch.zeros(8, 20), [0.1] * 8, None)
     figure = draw([white_tile()], kept, "title", "subtitle")
     figure.canvas.draw()

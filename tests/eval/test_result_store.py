@@ -1,4 +1,4 @@
-"""The folder of a run: everything that was finished is there, nothing that was not."""
+"""The folder of a run has every result that was written, and none that was cut short."""
 
 import json
 import multiprocessing

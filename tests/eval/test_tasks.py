@@ -1,4 +1,4 @@
-"""Tasks: the same for a seed, never seen in training, and honest about how much of the page they need."""
+"""Tasks: reproducible, held out from training, and with the right share of needed patches."""
 
 import re
 from dataclasses import replace
@@ -38,9 +38,9 @@ def test_the_size_is_the_number_of_records(text: str, count: int) -> None:
 
 def test_a_conversation_asks_for_as_many_records_as_its_size() -> None:
     example = task("conversation:6").example(0, 0)
-    asked = {(re.search(r"\b[A-Z]{2}\b", question)[0], answer) for question, answer in example.turns}
-    assert len(asked) == len(example.turns) == 6
-    assert asked <= set(example.images[0].records)
+    pairs = {(re.search(r"\b[A-Z]{2}\b", question)[0], answer) for question, answer in example.turns}
+    assert len(pairs) == len(example.turns) == 6
+    assert pairs <= set(example.images[0].records)
 
 
 def test_transcribing_asks_for_every_record_in_order() -> None:
@@ -67,8 +67,8 @@ def test_growing_pages_grow_and_begin_again() -> None:
 def test_the_needed_patches_are_where_the_ink_of_the_answers_is(text: str) -> None:
     for number in range(8):
         example = task(text).example(1, number)
-        # Without ink for what is not asked, every patch with ink on it is needed, and hardly another one.
-        asked = {answer for _, answer in example.turns}
+        # With ink for the wanted records alone, the patches with ink are the needed ones, up to overlaps.
+        answers = {answer for _, answer in example.turns}
         inked, total = 0, 0
         for page in example.images:
             plain = replace(page.style, noise=0.0, ink=(0, 0, 0), paper=(255, 255, 255))
@@ -89,7 +89,7 @@ def test_the_needed_patches_are_where_the_ink_of_the_answers_is(text: str) -> No
             darkest = picture.reshape(page.height // 14, 14, 24, 14).max((1, 3))
             inked += int((darkest > 20).sum())
             total += darkest.size
-        assert asked
+        assert answers
         # A character whose middle is in one patch may reach into the next ones.
         assert inked / 4 <= answer_patch_share(example) * total <= inked
 
