@@ -1,4 +1,4 @@
-"""The command line: ``sparsight`` and its commands."""
+"""The ``sparsight`` command and its subcommands."""
 
 import sys
 import warnings
@@ -28,10 +28,10 @@ app.command("calibrate")(calibrate.calibrate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line on ``arguments``, by default the process's, and exit: 2 after an error of the user's."""
+    """Run the command line on ``arguments``, by default ``sys.argv[1:]``, and exit: with 2 after a user error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # A picture over the limit is reported once, by Sparsight.
+    # Sparsight itself reports images over the limit.
     warnings.simplefilter("ignore", DecompressionBombWarning)
     try:
         app(arguments)

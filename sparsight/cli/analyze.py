@@ -1,4 +1,4 @@
-"""``sparsight analyze``: where a model's attention goes, and how well scores foresee it."""
+"""``sparsight analyze``: what a model attends to while decoding, and how well scores predict it."""
 
 import json
 from pathlib import Path
@@ -25,13 +25,18 @@ def analyze_model(
     model: options.Model = options.DEFAULT_MODEL,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='JSON lines of {"image": ..., "prompt": ...}; generated pages if not given.', metavar="FILE"),
+        typer.Option(
+            help='JSON lines such as {"image": "page.png", "prompt": "What is this?"}; without it, generated pages.',
+            metavar="FILE",
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Prompts.", min=1)] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the generated pages.", min=0)] = 0,
+    limit: Annotated[int, typer.Option(help="Number of prompts.", min=1)] = 20,
+    seed: options.Seed = 0,
     budget: options.Budget = 0.1,
-    threshold: Annotated[float, typer.Option(help="p of the threshold filter, in (0, 1].")] = 0.01,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 32,
+    threshold: Annotated[
+        float, typer.Option(help="p of the threshold filter (arXiv 2410.23317, equation 1), in (0, 1].")
+    ] = 0.01,
+    max_new_tokens: options.MaxNewTokens = 32,
     output: Annotated[Path, typer.Option(help="Folder for analysis.png and analysis.json.", metavar="DIR")] = Path(
         "runs/analysis"
     ),
@@ -40,20 +45,20 @@ def analyze_model(
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Show sparsity, what decoding attends to, the hit rates of scores and the shares of layers."""
+    """Measure attention sparsity, what decoding attends to, score hit rates and layer budgets."""
     checks.fraction("budget", budget)
     checks.fraction("threshold", threshold)
-    asked = list(generated(seed, limit) if prompts is None else read(prompts, limit, max_pixels))
+    prompt_set = list(generated(seed, limit) if prompts is None else read(prompts, limit, max_pixels))
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
     console = Console(stderr=True)
     findings: list[Findings] = []
     inputs: Any = None
-    for question in track(asked, "Analyzing", console=console, disable=as_json or not console.is_terminal):
+    for question in track(prompt_set, "Analyzing", console=console, disable=as_json or not console.is_terminal):
         inputs = prepare(checkpoint, question.images, question.prompt).to(loaded.device, loaded.dtype)
         findings.append(analyze(loaded, inputs, budget, threshold, max_new_tokens))
-    found = {
-        "model": "the model that ships" if model == options.DEFAULT_MODEL else model,
+    results = {
+        "model": "the bundled model" if model == options.DEFAULT_MODEL else model,
         "prompts": len(findings),
         "source": "generated pages" if prompts is None else str(prompts),
         "budget": budget,
@@ -64,28 +69,30 @@ def analyze_model(
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "analysis.json").write_text(json.dumps(found, indent=1) + "\n")
+        (output / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"Cannot write to {output}: {error.strerror}.") from error
-    save(draw_analysis(found), output / "analysis.png")
+    save(draw_analysis(results), output / "analysis.png")
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(results))
         return
-    shown = Console(highlight=False)
-    shown.print(table(found), "")
-    shown.print(f"Wrote analysis.png and analysis.json in {output}", markup=False)
+    console = Console(highlight=False)
+    console.print(table(results), "")
+    console.print(f"Wrote analysis.png and analysis.json in {output}", markup=False)
 
 
-def table(found: dict[str, Any]) -> Table:
-    """Sparsity and attention of each layer."""
-    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    shown.add_column("layer", justify="right", header_style="bold cyan")
-    columns = [("sparsity", name) for name in found["sparsity"]] + [("attention", name) for name in found["attention"]]
+def table(results: dict[str, Any]) -> Table:
+    """Sparsity and attention by layer."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("layer", justify="right", header_style="bold cyan")
+    columns = [("sparsity", name) for name in results["sparsity"]] + [
+        ("attention", name) for name in results["attention"]
+    ]
     for statistic, name in columns:
-        title = f"{name}\nsparsity" if statistic == "sparsity" else f"looks at\n{name}"
-        shown.add_column(title, justify="right", header_style="bold cyan")
-    for place, layer in enumerate(found["layers"]):
-        shown.add_row(
-            str(layer), *(f"{found[statistic][name]['mean'][place] * 100:.1f} %" for statistic, name in columns)
+        title = f"{name}\nsparsity" if statistic == "sparsity" else f"attention to\n{name}"
+        table.add_column(title, justify="right", header_style="bold cyan")
+    for index, layer in enumerate(results["layers"]):
+        table.add_row(
+            str(layer), *(f"{results[statistic][name]['mean'][index] * 100:.1f} %" for statistic, name in columns)
         )
-    return shown
+    return table

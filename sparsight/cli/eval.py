@@ -1,4 +1,4 @@
-"""``sparsight eval``: accuracy of methods at budgets, measured on tasks."""
+"""``sparsight eval``: accuracy of methods at several budgets, measured on tasks."""
 
 import json
 import sys
@@ -31,51 +31,51 @@ BUDGETS = "0.01,0.05,0.1,0.2,0.4,1.0"
 def evaluate(
     model: options.Model = options.DEFAULT_MODEL,
     tasks: Annotated[
-        str, typer.Option(help=f"{', '.join(TASKS)}, or all; with a size as in look-up:64.", metavar="NAMES")
+        str, typer.Option(help=f"Tasks: {', '.join(TASKS)}, or all; look-up:64 sets a task's size.", metavar="NAMES")
     ] = "all",
-    methods: Annotated[str, typer.Option(help="Methods that `sparsight methods` lists, or all.", metavar="NAMES")] = (
-        "all"
-    ),
-    budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = BUDGETS,
+    methods: Annotated[
+        str, typer.Option(help="Methods, comma-separated, or all; `sparsight methods` lists them.", metavar="NAMES")
+    ] = ("all"),
+    budgets: Annotated[
+        str, typer.Option(help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS")
+    ] = BUDGETS,
     heads: options.Heads = None,
-    limit: Annotated[int, typer.Option(help="Examples of each task.", min=2)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the examples.", min=0)] = 0,
-    batch: Annotated[
-        int, typer.Option(help="Examples that are worked on together; large models need fewer.", min=1)
-    ] = 64,
-    output: Annotated[Path, typer.Option(help="Folder of the run: resumed if it is there.", metavar="DIR")] = Path(
+    limit: Annotated[int, typer.Option(help="Number of examples of each task.", min=2)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the generated examples.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Examples per batch; lower it for large models.", min=1)] = 64,
+    output: Annotated[Path, typer.Option(help="Folder of the run; a stopped run resumes there.", metavar="DIR")] = Path(
         "runs/eval"
     ),
     harness: Annotated[
-        str, typer.Option(help="Who asks: sparsight's own tasks, or lmms-eval with its benchmarks.", metavar="NAME")
+        str, typer.Option(help="sparsight for its own tasks, lmms-eval for public benchmarks.", metavar="NAME")
     ] = HARNESSES[0],
     include: Annotated[
-        Path | None, typer.Option(help="A folder of more tasks in lmms-eval's format.", metavar="DIR")
+        Path | None, typer.Option(help="Folder with additional tasks in lmms-eval's format.", metavar="DIR")
     ] = None,
     as_json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Measure what methods keep of a model's accuracy at budgets; a stopped run goes on where it was."""
+    """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
     recipes = _recipes(model, methods, budgets, heads)
     try:
         with progress("Evaluating", quiet=as_json) as on_progress:
             if harness == "lmms-eval":
-                found = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
+                report = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
                 plan = Plan([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
-                found = _generated(model, plan, output, device, dtype, on_progress)
+                report = _generated(model, plan, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
-        print(f"Stopped. What was measured is in {output}; the same command goes on from there.", file=sys.stderr)
+        print(f"Stopped. Results so far are in {output}; run the same command again to resume.", file=sys.stderr)
         raise typer.Exit(130) from stop
-    written = render.write(found, output)
+    written = render.write(report, output)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return
     console = Console(highlight=False)
-    for headline, table in render.tables(found):
+    for headline, table in render.tables(report):
         console.print(headline, style="bold")
         console.print(table, "")
     console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
@@ -104,7 +104,7 @@ def _benchmarks(
 ) -> dict[str, Any]:
     """Results on lmms-eval's tasks."""
     if tasks == "all":
-        raise ValueError("lmms-eval has too many tasks for all of them: name some with --tasks, such as docvqa_val.")
+        raise ValueError("lmms-eval has too many tasks to run all of them: name some with --tasks, such as docvqa_val.")
     try:
         from sparsight.eval.lmms_harness import run_harness
         from sparsight.eval.lmms_model import LmmsModel
@@ -118,18 +118,18 @@ def _benchmarks(
 
 
 def _about(model: str, loaded: Any) -> dict[str, Any]:
-    """What all figures of a run have in common."""
+    """What all results of a run have in common."""
     return {
-        "model": "the one that ships" if model == options.DEFAULT_MODEL else model,
+        "model": "the bundled model" if model == options.DEFAULT_MODEL else model,
         "weights": weights_digest(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
 
 
 def _recipes(model: str, methods: str, budgets: str, heads: Path | None) -> list[Recipe]:
-    """Every method at every budget; the full cache, with which all are compared, is measured anyway."""
-    chosen = [name for name in names(methods, RECIPES) if name != "full"]
-    made = [with_scores(recipe(name), model, heads) for name in chosen]
-    # Of all methods, one that needs head scores is left out where there are none.
-    lacking = [each for each in made if each.allocate == VisualHeads()] if methods == "all" else []
-    return [replace(each, budget=budget) for each in made if each not in lacking for budget in budget_list(budgets)]
+    """Every method at every budget, except the full cache, which is always measured as the baseline."""
+    compressing = [name for name in names(methods, RECIPES) if name != "full"]
+    recipes = [with_scores(recipe(name), model, heads) for name in compressing]
+    # `all` leaves out methods whose head scores are missing.
+    lacking = [each for each in recipes if each.allocate == VisualHeads()] if methods == "all" else []
+    return [replace(each, budget=budget) for each in recipes if each not in lacking for budget in budget_list(budgets)]

@@ -1,4 +1,4 @@
-"""How far a long command has come."""
+"""The progress bar of a long-running command."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress(title: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with the time left, if there is somebody to see it: it is told a text, steps done and all."""
+    """Show a bar with the time left on stderr, if that is a terminal; yields ``update(description, done, total)``."""
     console = Console(stderr=True)
     columns: Sequence[Any] = (
         TextColumn("{task.description}"),
@@ -19,5 +19,5 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], N
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        shown = bar.add_task(title, total=None)
-        yield lambda text, done, total: bar.update(shown, description=text, completed=done, total=total)
+        task = bar.add_task(title, total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

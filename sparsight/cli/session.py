@@ -1,4 +1,4 @@
-"""From a command's options to a model that is ready to answer; weights are loaded last."""
+"""From a command's options to a loaded model and its inputs; the weights are loaded last."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from sparsight.models.prompt import locate
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with its pictures.
+    """A prompt with its images, preprocessed for a model.
 
     Args:
-        checkpoint: the model that is asked.
+        checkpoint: the model that is to answer.
         inputs: what its processor returned.
     """
 
@@ -28,12 +28,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Session:
-    """A model and a question for it.
+    """A loaded model and the inputs of one question.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        inputs: the question, on the model's device and in its type.
+        inputs: the question, on the model's device and in its dtype.
     """
 
     model: Any
@@ -42,24 +42,24 @@ class Session:
 
 
 def read_question(model: str, images: Sequence[Path], prompt: str, max_pixels: int) -> Question:
-    """Open the pictures and make a model's inputs of them and the prompt.
+    """Open the images and preprocess them and the prompt for a model.
 
     Raises:
-        ValueError: something is wrong with a picture, the model or the prompt.
+        ValueError: an image, the model or the prompt cannot be used.
     """
-    pictures = [open_image(path, max_pixels) for path in images]
+    opened = [open_image(path, max_pixels) for path in images]
     with _status(f"Reading {model}"):
         checkpoint = load_checkpoint(model)
-        inputs = prepare(checkpoint, pictures, prompt)
+        inputs = prepare(checkpoint, opened, prompt)
         locate(checkpoint.config, inputs)
     return Question(checkpoint, inputs)
 
 
 def open_session(question: Question, device: str, dtype: str) -> Session:
-    """Load the model that a question is for.
+    """Load the weights of the question's model.
 
     Raises:
-        ValueError: it cannot be loaded, or the device does not exist.
+        ValueError: they cannot be loaded, or the device does not exist.
     """
     checkpoint = question.checkpoint
     with _status(f"Loading {checkpoint.name}"):
@@ -69,5 +69,5 @@ def open_session(question: Question, device: str, dtype: str) -> Session:
 
 
 def _status(text: str) -> Any:
-    """A sign on stderr that something takes a while."""
+    """A spinner on stderr."""
     return Console(stderr=True).status(text)

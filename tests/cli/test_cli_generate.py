@@ -27,7 +27,7 @@ KEYS = {
 
 
 def from_python(model: str, images: list[str], cache_of: Callable[..., Any]) -> tuple[Any, str, int]:
-    """Cache, text and number of new tokens of the same question asked from Python, 12 tokens."""
+    """Cache, text and number of new tokens of the same question answered from Python, at most 12 tokens."""
     checkpoint = load_checkpoint(model)
     weights = AutoModelForImageTextToText.from_pretrained(model)
     inputs = prepare(checkpoint, [open_image(path) for path in images], "What is it?")
@@ -89,7 +89,7 @@ def test_compare_adds_the_full_cache(run_json: Callable[..., Any], llava: str, i
     assert 0 < result["agreement"] <= 1
 
 
-def test_the_whole_budget_agrees_with_the_full_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
+def test_the_full_budget_agrees_with_the_full_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
     result = run_json(
         "generate", "--model", llava, "--prompt", "hi", "--image", image, "--compare", "--budget", 1,
         "--max-new-tokens", 30,
@@ -99,7 +99,7 @@ def test_the_whole_budget_agrees_with_the_full_cache(run_json: Callable[..., Any
     assert result["kept_per_layer"] == result["full"]["kept_per_layer"]
 
 
-def test_a_bounded_prefill_of_a_whole_prompt_answers_as_without_the_bound(
+def test_a_prefill_bound_does_not_change_the_answer_to_an_unchunked_prompt(
     run_json: Callable[..., Any], llava: str, image: str
 ) -> None:
     arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--budget", 0.2)
@@ -107,7 +107,7 @@ def test_a_bounded_prefill_of_a_whole_prompt_answers_as_without_the_bound(
     assert all(plain[key] == bounded[key] for key in ("text", "kept_per_layer", "kv_bytes", "exact", "cut_short"))
 
 
-def test_chunks_of_the_prompt_change_the_answer_only_under_a_bound_and_that_is_said(
+def test_chunks_change_the_answer_only_under_a_bound_which_is_reported(
     run: Callable[..., tuple[int, str, str]], run_json: Callable[..., Any], llava: str, image: str
 ) -> None:
     arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--budget", 0.2)
@@ -144,11 +144,11 @@ def test_the_answer_is_shown_before_a_table_of_its_figures(
     assert out.startswith(text)
     rows = dict(line.split("  ", 1) for line in out[len(text) :].splitlines() if line.strip() and line[0] != " ")
     shown = {label: value.strip() for label, value in rows.items()}
-    # <s>, <|user|>, newline and <|assistant|> beside the picture and the 11 letters.
+    # 16 image tokens, 11 letters, <s>, <|user|>, newline and <|assistant|>.
     assert shown["prompt tokens"] == "31"
-    assert shown["of them vision tokens"] == "16"
+    assert shown["vision tokens"] == "16"
     mean = sum(cache.report().kept_per_layer()) / tiny.LAYERS
-    assert shown["entries kept, mean of the layers"] == f"{mean:.1f} ({mean / 31:.1%})"
+    assert shown["entries kept per layer, mean"] == f"{mean:.1f} ({mean / 31:.1%})"
     assert shown["new tokens"] == "12"
     assert shown["KV memory"].endswith("%)")
     assert float(shown["tokens per second"].replace(",", "")) > 0
@@ -164,7 +164,7 @@ def test_the_answer_is_streamed(
         llava, [image], lambda weights, inputs: CompressedCache(weights, recipe(DEFAULT_METHOD), inputs)
     )
     assert "".join(pieces) == text
-    # One piece a token, some of them empty: words are held back until they are complete.
+    # One piece per token, empty until a word is complete, and one at the end.
     assert len(pieces) == 13
 
 
@@ -177,12 +177,12 @@ def test_compare_shows_both_side_by_side(run: Callable[..., tuple[int, str, str]
     assert lines[0].split() == [f"{DEFAULT_METHOD},", "10%", "full", "cache"]
     kept = next(line for line in lines if line.startswith("entries kept"))
     assert kept.endswith("22.0 (100.0%)")
-    # There is no decoding speed with one token, which comes from the prefill.
+    # A single token comes from the prefill: there is no decoding speed.
     assert next(line for line in lines if line.startswith("tokens per second")).split()[-2:] == ["-", "-"]
     assert next(line for line in lines if line.startswith("agreement")).split()[-1] == "100%"
 
 
-def test_the_type_of_the_weights_is_the_type_of_the_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
+def test_the_cache_has_the_dtype_of_the_weights(run_json: Callable[..., Any], llava: str, image: str) -> None:
     arguments = ("generate", "--model", llava, "--prompt", "hi", "--image", image, "--max-new-tokens", 3)
     single, half = run_json(*arguments, "--dtype", "float32"), run_json(*arguments, "--dtype", "bfloat16")
     assert half["full_kv_bytes"] == single["full_kv_bytes"] / 2
