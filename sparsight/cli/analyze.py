@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
+from sparsight.cli.output import check_folder, writing
+from sparsight.cli.progress import tracked
+from sparsight.cli.terminal import printable, show
 from sparsight.eval.analysis import FRACTIONS, Findings, analyze, summarise
 from sparsight.eval.analysis_plots import draw_analysis
 from sparsight.eval.prompt_sets import generated, read
@@ -21,8 +22,7 @@ from sparsight.utils import checks
 from sparsight.utils.plot_style import save
 
 
-def analyze_model(
-    model: options.Model = options.DEFAULT_MODEL,
+def main(
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -32,29 +32,30 @@ def analyze_model(
     ] = None,
     limit: Annotated[int, typer.Option(help="Number of prompts.", min=1)] = 20,
     seed: options.Seed = 0,
-    budget: options.Budget = 0.1,
+    budget: Annotated[float, typer.Option(help="Budget at which allocations are compared, in (0, 1].")] = 0.1,
     threshold: Annotated[
         float, typer.Option(help="p of the threshold filter (arXiv 2410.23317, equation 1), in (0, 1].")
     ] = 0.01,
     max_new_tokens: options.MaxNewTokens = 32,
-    output: Annotated[Path, typer.Option(help="Folder for analysis.png and analysis.json.", metavar="DIR")] = Path(
-        "runs/analysis"
-    ),
-    as_json: options.Json = False,
+    model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
+    output: Annotated[Path, options.output("Folder for analysis.json and analysis.png", "DIR")] = Path("runs/analysis"),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure attention sparsity, what decoding attends to, score hit rates and layer budgets."""
     checks.fraction("budget", budget)
     checks.fraction("threshold", threshold)
+    check_folder(output, "analysis.json", replace=force)
     prompt_set = list(generated(seed, limit) if prompts is None else read(prompts, limit, max_pixels))
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
-    console = Console(stderr=True)
     findings: list[Findings] = []
     inputs: Any = None
-    for question in track(prompt_set, "Analyzing", console=console, disable=as_json or not console.is_terminal):
+    for question in tracked(prompt_set, "Analyzing", len(prompt_set), quiet=quiet or as_json):
         inputs = prepare(checkpoint, question.images, question.prompt).to(loaded.device, loaded.dtype)
         findings.append(analyze(loaded, inputs, budget, threshold, max_new_tokens))
     results = {
@@ -67,18 +68,14 @@ def analyze_model(
         "layers": CompressedCache(loaded, Full(), inputs).report().layers,
         **summarise(findings),
     }
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with writing(output / "analysis.json"):
         (output / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
-    except OSError as error:
-        raise ValueError(f"Cannot write to {output}: {error.strerror}.") from error
     save(draw_analysis(results), output / "analysis.png")
     if as_json:
         print(json.dumps(results))
         return
-    console = Console(highlight=False)
-    console.print(table(results), "")
-    console.print(f"Wrote analysis.png and analysis.json in {output}", markup=False)
+    show(table(results))
+    print(f"\nWrote analysis.json and analysis.png in {printable(output)}")
 
 
 def table(results: dict[str, Any]) -> Table:

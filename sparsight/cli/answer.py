@@ -20,12 +20,14 @@ class Answer:
     Args:
         text: the answer without special tokens.
         tokens: its token ids, including special ones.
+        finish_reason: ``stop`` if the model ended the answer, ``length`` if it reached the maximum length.
         prefill_seconds: time to the first token.
         decode_seconds: time from the first token to the last.
     """
 
     text: str
     tokens: tuple[int, ...]
+    finish_reason: str
     prefill_seconds: float
     decode_seconds: float
 
@@ -54,9 +56,11 @@ def answer(
         **capture_options(cache, stream),
     )
     tokens = tuple(output[0, session.inputs["input_ids"].shape[1] :].tolist())
+    end = session.model.generation_config.eos_token_id
     return Answer(
         text=session.tokenizer.decode(tokens, skip_special_tokens=True),
         tokens=tokens,
+        finish_reason="stop" if tokens[-1] in (end if isinstance(end, list) else [end]) else "length",
         prefill_seconds=stream.times[0] - started,
         decode_seconds=stream.times[-1] - stream.times[0],
     )

@@ -1,7 +1,6 @@
 """``sparsight batch``: answer many questions about images into a file; a stopped run resumes."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -20,12 +18,15 @@ from sparsight.batch_inference.ray_data import Cluster, results_on
 from sparsight.batch_inference.rows import read_ids, read_rows
 from sparsight.cache.report import mebibytes
 from sparsight.cli import options
+from sparsight.cli.output import check_file
 from sparsight.cli.recipe_options import recipe_from_options
+from sparsight.cli.session import read_prompt
+from sparsight.cli.terminal import console, printable, show, stopped
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.loading import load_checkpoint
 
 
-def batch(
+def main(
     source: Annotated[
         Path, typer.Argument(metavar="INPUT", help="JSON lines, a folder of images, or Parquet with encoded images.")
     ],
@@ -34,13 +35,20 @@ def batch(
         typer.Argument(metavar="OUTPUT", help="JSON-lines or .parquet file to write; a stopped run resumes there."),
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Question for the rows that have none of their own.", metavar="TEXT")
+        str | None,
+        typer.Option(
+            help="Question for the rows that have none of their own; - reads it from standard input.", metavar="TEXT"
+        ),
     ] = None,
-    model: options.Model = options.DEFAULT_MODEL,
-    method: options.Method = options.DEFAULT_METHOD,
-    budget: options.Budget = 0.1,
-    heads: options.Heads = None,
+    prompt_file: options.PromptFile = None,
     max_new_tokens: options.MaxNewTokens = 100,
+    method: options.Method = options.DEFAULT_METHOD,
+    budget: options.Budget = None,
+    score: options.Score = None,
+    allocate: options.Allocate = None,
+    reduce: options.Reduce = None,
+    decode: options.Decode = None,
+    heads: options.Heads = None,
     batch_size: Annotated[
         str, typer.Option(help="Sequences decoded together; auto is as many as fit in memory.", metavar="NUMBER")
     ] = "auto",
@@ -53,20 +61,23 @@ def batch(
         float | None,
         typer.Option(help="GPUs of each replica; by default one if the cluster has any.", min=0, show_default=False),
     ] = None,
-    as_json: options.Json = False,
+    model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Answer questions about many images; exits with 1 if some rows failed."""
     started = time.perf_counter()
-    recipe = recipe_from_options(model, method, budget, heads)
+    parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
+    recipe = recipe_from_options(model, method, budget, heads, **parts)
     size = _batch_size(batch_size)
     if ray is None and (replicas != 1 or gpus_per_replica is not None):
         raise ValueError("--replicas and --gpus-per-replica need --ray.")
     cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
-    if source.resolve() == output.resolve():
-        raise ValueError(f"{source} cannot be both the input and the output.")
+    _check_paths(source, output)
+    prompt = read_prompt(prompt, prompt_file)
     ids = read_ids(source, prompt)
     job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
     with Output(output, job.about) as results_file:
@@ -75,20 +86,20 @@ def batch(
         try:
             if missing:
                 rows = (row for row in read_rows(source, prompt) if row.id in missing)
-                with _progress(len(ids), len(ids) - len(missing), as_json) as on_results:
+                with _progress(len(ids), len(ids) - len(missing), quiet or as_json) as on_results:
                     batches = results(job, rows) if cluster is None else results_on(cluster, job, rows)
                     for batch_results in batches:
                         totals.add(results_file.append(batch_results))
                         on_results(batch_results)
             results_file.finish()
         except KeyboardInterrupt as stop:
-            print(f"Stopped. Answers so far are in {output}; run the same command again to resume.", file=sys.stderr)
-            raise typer.Exit(130) from stop
+            raise stopped(output) from stop
     summary = totals.summary(results_file, time.perf_counter() - started)
     if as_json:
         print(json.dumps(summary))
     else:
-        Console(highlight=False).print(table(summary), f"Wrote {output}", sep="\n")
+        show(table(summary))
+        print(f"Wrote {printable(output)}")
     if results_file.errors:
         raise typer.Exit(1)
 
@@ -147,6 +158,15 @@ def table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def _check_paths(source: Path, output: Path) -> None:
+    """Raise ValueError if the output cannot be written, or is the input, or if the two seem to be swapped."""
+    if source.resolve() == output.resolve():
+        raise ValueError(f"{source} cannot be both the input and the output.")
+    if not source.exists() and output.exists():
+        raise ValueError(f"There is no input {source}, but {output} exists: name the input first, then the output.")
+    check_file(output, replace=True)
+
+
 def _batch_size(text: str) -> int | None:
     """The number, or None for ``auto``.
 
@@ -163,7 +183,7 @@ def _batch_size(text: str) -> int | None:
 @contextmanager
 def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
     """Show a bar with the rate, the time left and the memory of the last batch on stderr, if that is a terminal."""
-    console = Console(stderr=True)
+    terminal = console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -173,8 +193,8 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
         TextColumn("{task.fields[memory]}"),
     )
     # Rows finish a batch at a time, which may take minutes.
-    hidden = quiet or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bar:
+    hidden = quiet or not terminal.is_terminal
+    with Progress(*columns, console=terminal, disable=hidden, speed_estimate_period=600) as bar:
         task = bar.add_task("Answering", total=total, completed=done, rate="", memory="")
         started, count = time.perf_counter(), 0
 

@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from sparsight.bench import machine, tables
@@ -22,8 +21,11 @@ from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_mod
 from sparsight.bench.summarize import results
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
+from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, count_list, names
 from sparsight.cli.progress import progress
+from sparsight.cli.recipe_options import with_scores
+from sparsight.cli.terminal import printable, show
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.model_runner import static_capacity
 from sparsight.methods import recipe
@@ -31,7 +33,7 @@ from sparsight.models.loading import DTYPES, find_device, load_checkpoint, load_
 from sparsight.utils.suggest import unknown
 
 
-def bench(
+def main(
     model: Annotated[
         str | None,
         typer.Option(
@@ -64,12 +66,15 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step on a CPU; doubles the memory for weights.")
     ] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for bench.json, growth.png and speed-up.png.", metavar="DIR")
-    ] = Path("runs/bench"),
-    as_json: options.Json = False,
+    heads: options.Heads = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    output: Annotated[Path, options.output("Folder for bench.json, growth.png and speed-up.png", "DIR")] = Path(
+        "runs/bench"
+    ),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure the speed and memory of methods, interleaved with plain transformers."""
     baselines = [] if against == "none" else names(against, RIVALS)
@@ -79,13 +84,14 @@ def bench(
     plan = Plan(
         contexts=count_list("--contexts", contexts),
         batches=count_list("--batch", batch),
-        recipes=_recipes(names(methods, ()), budget_list(budgets)),
+        recipes=[with_scores(each, model, heads) for each in _recipes(names(methods, ()), budget_list(budgets))],
         against=baselines,
         new_tokens=new_tokens,
         rounds=rounds,
         minutes=inf if minutes is None else minutes,
         compiled=compiled,
     )
+    check_folder(output, tables.RESULTS, replace=force)
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = _random(shape, device, dtype) if model is None else load_model(load_checkpoint(model), device, dtype)
@@ -117,7 +123,7 @@ def bench(
         "weight_bytes": weights,
     }
     measured = []
-    with progress("Measuring", quiet=as_json) as on_progress:
+    with progress("Measuring", quiet=quiet or as_json) as on_progress:
         if "kvpress" in baselines:
             on_progress("setting up kvpress", 0, 1)
         with _kvpress(baselines, loaded) as kvpress:
@@ -133,11 +139,9 @@ def bench(
     if as_json:
         print(json.dumps(report))
         return
-    console = Console(highlight=False)
-    console.print(f"{report['model']}, {report['dtype']}, {report['machine']}, {new_tokens} tokens, {rounds} rounds\n")
-    for part in tables.tables(report):
-        console.print(part)
-    console.print(f"Wrote {', '.join(written)} in {output}", markup=False)
+    about_run = f"{report['model']}, {report['dtype']}, {report['machine']}, {new_tokens} tokens, {rounds} rounds\n"
+    show(printable(about_run, keep="\n"), *tables.tables(report))
+    print(f"Wrote {', '.join(written)} in {printable(output)}")
 
 
 def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:

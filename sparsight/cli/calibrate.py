@@ -6,44 +6,44 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from sparsight.cli import options
+from sparsight.cli.output import check_file, writing
+from sparsight.cli.progress import tracked
+from sparsight.cli.terminal import printable, show
 from sparsight.eval.calibration import head_scores
 from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader.transcript import random_transcript
 
 
-def calibrate(
-    model: options.Model = options.DEFAULT_MODEL,
+def main(
     pages: Annotated[int, typer.Option(help="Number of generated pages to read.", min=1)] = 50,
     seed: options.Seed = 0,
-    output: Annotated[Path, typer.Option(help="JSON file to write.", metavar="FILE")] = Path("heads.json"),
-    as_json: options.Json = False,
+    model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    output: Annotated[Path, options.output("JSON file to write", "FILE")] = Path("heads.json"),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure head scores for the method sparsemm: how often each KV head attends to the text to be read next."""
-    if not output.parent.is_dir():
-        raise ValueError(f"--output must be a file in a folder that exists, got {output}.")
+    check_file(output, replace=force)
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
     transcripts = (random_transcript(np.random.default_rng([seed, page])) for page in range(pages))
-    console = Console(stderr=True)
-    tracked = track(
-        transcripts, "Reading pages", pages, console=console, transient=True, disable=not console.is_terminal
-    )
-    scores = head_scores(loaded, checkpoint, tracked)
+    scores = head_scores(loaded, checkpoint, tracked(transcripts, "Reading pages", pages, quiet=quiet or as_json))
     name = "the bundled model" if model == options.DEFAULT_MODEL else model
     result = {"model": name, "pages": pages, "seed": seed, "scores": scores}
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    with writing(output):
+        output.write_text(json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps({**result, "output": str(output)}))
     else:
-        Console(highlight=False).print(table(scores))
-        print(f"\nWrote {output}; use it with `sparsight generate --method sparsemm --heads {output}`.")
+        show(table(scores))
+        print(f"\nWrote {printable(output)}; use it with --method sparsemm --heads {printable(output)}")
 
 
 def table(scores: list[list[float]]) -> Table:
@@ -55,6 +55,6 @@ def table(scores: list[list[float]]) -> Table:
     for head in range(len(scores[0])):
         table.add_column(f"head {head}", justify="right", header_style="bold cyan")
     for index, layer in enumerate(scores):
-        cells = [f"[bold]{score:.2f}[/bold]" if score >= best > 0 else f"{score:.2f}" for score in layer]
+        cells = [Text(f"{score:.2f}", "bold" if score >= best > 0 else "") for score in layer]
         table.add_row(str(index), *cells)
     return table

@@ -1,18 +1,19 @@
 """``sparsight eval``: accuracy of methods at several budgets, measured on tasks."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from sparsight.cli import options
+from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, names
 from sparsight.cli.progress import progress
 from sparsight.cli.recipe_options import with_scores
+from sparsight.cli.terminal import printable, show, stopped
 from sparsight.compression import VisualHeads
 from sparsight.compression.recipe import Recipe
 from sparsight.eval import render
@@ -28,8 +29,7 @@ HARNESSES = ("sparsight", "lmms-eval")
 BUDGETS = "0.01,0.05,0.1,0.2,0.4,1.0"
 
 
-def evaluate(
-    model: options.Model = options.DEFAULT_MODEL,
+def main(
     tasks: Annotated[
         str, typer.Option(help=f"Tasks: {', '.join(TASKS)}, or all; look-up:64 sets a task's size.", metavar="NAMES")
     ] = "all",
@@ -43,42 +43,40 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Number of examples of each task.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the generated examples.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Examples per batch; lower it for large models.", min=1)] = 64,
-    output: Annotated[Path, typer.Option(help="Folder of the run; a stopped run resumes there.", metavar="DIR")] = Path(
-        "runs/eval"
-    ),
     harness: Annotated[
         str, typer.Option(help="sparsight for its own tasks, lmms-eval for public benchmarks.", metavar="NAME")
     ] = HARNESSES[0],
     include: Annotated[
         Path | None, typer.Option(help="Folder with additional tasks in lmms-eval's format.", metavar="DIR")
     ] = None,
-    as_json: options.Json = False,
+    model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    output: Annotated[Path, options.output("Folder of the run", "DIR", resumes=True)] = Path("runs/eval"),
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
     recipes = _recipes(model, methods, budgets, heads)
+    check_folder(output, "results.json", replace=True)
     try:
-        with progress("Evaluating", quiet=as_json) as on_progress:
+        with progress("Evaluating", quiet=quiet or as_json) as on_progress:
             if harness == "lmms-eval":
                 report = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
                 plan = Plan([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
                 report = _generated(model, plan, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
-        print(f"Stopped. Results so far are in {output}; run the same command again to resume.", file=sys.stderr)
-        raise typer.Exit(130) from stop
+        raise stopped(output) from stop
     written = render.write(report, output)
     if as_json:
         print(json.dumps(report))
         return
-    console = Console(highlight=False)
     for headline, table in render.tables(report):
-        console.print(headline, style="bold")
-        console.print(table, "")
-    console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
+        show(Text(headline, "bold"), table, "")
+    print(f"Wrote {', '.join(path.name for path in written)} in {printable(output)}")
 
 
 def _generated(model: str, plan: Plan, output: Path, device: str, dtype: str, on_progress: Any) -> dict[str, Any]:

@@ -5,29 +5,28 @@ import json
 import re
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sparsight.cli import options
+from sparsight.cli.terminal import show
 from sparsight.compression.recipe import KINDS
 from sparsight.methods import RECIPES
 
 
-def methods(as_json: options.Json = False) -> None:
+def main(as_json: options.Json = False) -> None:
     """List the compression methods with their parts, default budgets and papers."""
     listing = [describe(name) for name in RECIPES]
     if as_json:
         print(json.dumps(listing))
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("method", *KINDS, "budget"):
         table.add_column(column, header_style="bold cyan")
     for method in listing:
         table.add_row(method["name"], *(method[role]["kind"] for role in KINDS), f"{method['budget'] * 100:.3g}%")
-    console = Console(highlight=False)
-    console.print(table)
+    show(table)
     for method in listing:
-        console.print(f"\n{method['name']}: {method['citation']}", markup=False)
+        show(f"\n{method['name']}: {method['citation']}")
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sparsight.cli import options
+from sparsight.cli.terminal import show
 from sparsight.models.families import CROSS_ATTENTION, FAMILIES, Family
 
 SUFFIX = "ForConditionalGeneration"
 
 
-def models(as_json: options.Json = False) -> None:
+def main(as_json: options.Json = False) -> None:
     """List the supported model families."""
     families = [describe(family) for family in FAMILIES.values()]
     if as_json:
@@ -29,9 +29,8 @@ def models(as_json: options.Json = False) -> None:
             family["layout"].replace("_", " "),
             family["left_alone"],
         )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
+    show(table)
+    show(
         f"\nClass names end in {SUFFIX}. Uncompressed layers hold a state of bounded size already. From Python, "
         "text-only models with full attention, such as Llama, Qwen3 and Mistral, are supported too. Not supported: "
         f"{', '.join(CROSS_ATTENTION)}, whose text attends to images through cross-attention layers."

@@ -11,19 +11,24 @@ from sparsight.eval.calibration import read_scores
 from sparsight.reader import head_scores_path
 
 
-def recipe_from_options(model: str, method: str, budget: float, heads: Path | None, **kinds: str | None) -> Recipe:
+def recipe_from_options(
+    model: str, method: str, budget: float | None, heads: Path | None, **kinds: str | None
+) -> Recipe:
     """A method's recipe with the parts that ``kinds`` replaces, and with the model's head scores if it needs them.
+
+    Without ``budget`` it has the method's own.
 
     Raises:
         ValueError: there is no such method or part, the parts cannot be combined, or the head scores cannot be read.
     """
-    combined = methods.recipe(method, budget=budget).combined(**kinds)
+    numbers = {} if budget is None else {"budget": budget}
+    combined = methods.recipe(method, **numbers).combined(**kinds)
     if heads is not None and not isinstance(combined.allocate, VisualHeads):
         raise ValueError(f"--heads is for the allocation {VisualHeads.kind!r}, which {combined.name} does not have.")
     return with_scores(combined, model, heads)
 
 
-def with_scores(recipe: Recipe, model: str, heads: Path | None) -> Recipe:
+def with_scores(recipe: Recipe, model: str | None, heads: Path | None) -> Recipe:
     """A recipe with head scores if its allocation uses them: those of ``heads``, or those of the bundled model."""
     if heads is None and model == DEFAULT_MODEL:
         heads = head_scores_path()

@@ -161,7 +161,7 @@ class Killed:
         # Background jobs of a shell ignore Ctrl-C, and the tests may be one.
         reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.command, env=self.environment, preexec_fn=reset, **pipes)
+        return subprocess.Popen(self.command, env=self.environment, preexec_fn=reset, start_new_session=True, **pipes)
 
 
 @pytest.mark.parametrize(("name", "kills"), [("out.jsonl", 10), ("out.parquet", 4)])
@@ -198,7 +198,10 @@ def test_a_run_that_is_killed_repeatedly_gives_the_results_of_an_uninterrupted_o
     assert {path.name for path in tmp_path.iterdir()} == wrote
 
 
-def test_ctrl_c_says_how_to_resume(questions: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_resume(
+    questions: Path, options: tuple[Any, ...], tmp_path: Path, stop: signal.Signals
+) -> None:
     output = tmp_path / "out.jsonl"
     # More rows than can be answered before the signal.
     many = questions.with_name("many.jsonl")
@@ -210,10 +213,11 @@ def test_ctrl_c_says_how_to_resume(questions: Path, options: tuple[Any, ...], tm
     while not output.exists() or not output.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    # To its processes as well, as a terminal or a service manager sends it.
+    os.killpg(process.pid, stop)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.decode().startswith(f"Stopped. Answers so far are in {output}; run the same command again to resume.")
+    assert err.decode().startswith(f"Stopped. Results so far are saved; run the same command again to resume {output}.")
     assert err.count(b"\n") == 1
 
 
@@ -280,6 +284,32 @@ def test_unusable_files_are_refused(run: Run, questions: Path, folder: Path, lla
     assert refused(tmp_path / "no.jsonl", tmp_path / "out.jsonl").startswith(f"Cannot read {tmp_path / 'no.jsonl'}")
     assert refused(questions, questions) == f"{questions} cannot be both the input and the output."
     assert "say with a prompt" in refused(folder, tmp_path / "out.jsonl")
+    assert refused(questions, tmp_path) == f"{tmp_path} is a folder: name a file."
+    assert refused(questions, "/dev/null") == "/dev/null is a device, not a file: name a file."
+    assert refused(tmp_path / "no.jsonl", questions) == (
+        f"There is no input {tmp_path / 'no.jsonl'}, but {questions} exists: name the input first, then the output."
+    )
     (tmp_path / "notes.txt").write_text("hello")
     assert "holds something, but no notes.txt.run.json says what" in refused(questions, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "hello"
+
+
+def test_parts_of_a_method_are_replaced_as_in_generate(
+    run: Run, run_json: Callable[..., Any], questions: Path, folder: Path, options: tuple[Any, ...], tmp_path: Path
+) -> None:
+    parts = ("--score", "recency", "--allocate", "pyramid", "--reduce", "merge-nearest", "--decode", "fixed-point")
+    output = tmp_path / "new" / "out.jsonl"
+    assert run("batch", questions, output, *options, *parts)[0] == 0
+    result = read(output)["0"]
+    single = run_json("generate", "--image", folder / "0.png", "--prompt", prompt_of(0), *options, *parts)
+    assert single["method"] == "vl-cache + recency + pyramid + merge-nearest + fixed-point"
+    assert (result["text"], result["finish_reason"]) == (single["text"], single["finish_reason"])
+    assert result["kept"] == pytest.approx(sum(single["kept_per_layer"]) / len(single["kept_per_layer"]))
+
+
+def test_the_prompt_is_read_from_a_file(run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("What is it?\n")
+    given = {"read": ("--prompt-file", tmp_path / "prompt.txt"), "written": ("--prompt", "What is it?")}
+    for name, prompt in given.items():
+        assert run("batch", folder, tmp_path / name, *prompt, *options)[0] == 0
+    assert read(tmp_path / "read") == read(tmp_path / "written")

@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
     taken = tmp_path / "taken"
     taken.write_text("")
-    assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: Cannot write to {taken}: File exists.\n")
+    assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: {taken} is not a folder: name a folder.\n")
 
 
 def test_weights_that_do_not_fit_are_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_kvpress_is_set_up_only_when_requested_and_its_failure_is_reported(
         "transformers": None, "kept-length": None, "kvpress": "kvpress cannot be installed: no network", "snapkv": None
     }  # fmt: skip
     monkeypatch.setattr(kvpress, "environment", lambda: pytest.fail("set up"))
-    assert len(run_json("bench", *options)["cells"]) == 3
+    assert len(run_json("bench", *options, "--force")["cells"]) == 3
 
 
 def test_the_token_limit_counts_the_weights_once_and_the_entries_of_every_sequence(
@@ -166,3 +166,11 @@ def test_a_method_named_twice_runs_once(run_json: Callable[..., Any], tmp_path: 
     report = run_json("bench", *options, "--methods", "full, h2o,full", "--output", tmp_path)
     assert [cell["method"] for cell in report["cells"]] == ["full", "h2o"]
     assert set(RECIPES) >= {"full", "h2o"}
+
+
+def test_head_scores_are_passed_to_sparsemm(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    heads = tmp_path / "heads.json"
+    heads.write_text(json.dumps({"scores": [[1.0, 0.0], [0.0, 0.0]]}))
+    options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--against", "none", "--methods", "sparsemm")
+    report = run_json("bench", *options, "--heads", heads, "--output", tmp_path / "run")
+    assert [(cell["method"], cell["reason"]) for cell in report["cells"]] == [("sparsemm", None)]

@@ -54,6 +54,11 @@ def test_sparsemm_needs_head_scores_for_other_models(run: Run, llava: str, image
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(run: Run, tmp_path: Path) -> None:
-    code, _, err = run("calibrate", "--output", tmp_path / "none" / "heads.json")
-    assert code == 2
-    assert "folder that exists" in err
+    heads = tmp_path / "heads.json"
+    heads.write_text("{}")
+    assert run("calibrate", "--output", heads) == (
+        2,
+        "",
+        f"Error: {heads} exists: give --force to replace it, or another --output.\n",
+    )
+    assert heads.read_text() == "{}"

@@ -103,14 +103,12 @@ def test_a_prompt_that_is_not_valid_text(refused: Callable[..., str], command: s
 def test_an_output_that_is_a_folder(refused: Callable[..., str], tmp_path: Path) -> None:
     taken = tmp_path / "taken.png"
     taken.mkdir()
-    assert refused("inspect", "--output", taken).startswith(f"Cannot write {taken}")
+    assert refused("inspect", "--output", taken) == f"{taken} is a folder: name a file."
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate"],
-        ["generate", "--model", "x"],
         ["generate", "--model", "x", "--prompt", "hi", "--max-new-tokens", "0"],
         ["generate", "--model", "x", "--prompt", "hi", "--budget", "much"],
         ["generate", "--model", "x", "--prompt", "hi", "--wrong"],
@@ -120,7 +118,7 @@ def test_an_output_that_is_a_folder(refused: Callable[..., str], tmp_path: Path)
 def test_wrong_usage(run: Run, arguments: list[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert "Usage: sparsight" in err or "Usage: " in err
+    assert "Usage: " in err
 
 
 def test_the_console_script_exits_with_two_and_without_a_traceback(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_stopped_run_says_how_to_resume(
     monkeypatch.setattr(command, "run", interrupted)
     code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
     assert (code, out) == (130, "")
-    assert err == f"Stopped. Results so far are in {tmp_path}; run the same command again to resume.\n"
+    assert err == f"Stopped. Results so far are saved; run the same command again to resume {tmp_path}.\n"
 
 
 def test_all_methods_exclude_the_full_cache_and_those_without_head_scores() -> None:

@@ -1,11 +1,12 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from sparsight import CompressedCache, recipe
-from sparsight.cli import generate
+from sparsight.cli import generate, session
 from sparsight.cli.answer import Answer, agreement
 from sparsight.cli.options import DEFAULT_METHOD
 from sparsight.models.images import open_image
@@ -14,6 +15,7 @@ from tests.support import tiny
 
 KEYS = {
     "text",
+    "finish_reason",
     "prompt_tokens",
     "vision_tokens",
     "layers",
@@ -24,6 +26,7 @@ KEYS = {
     "decode_seconds",
     "new_tokens",
 }
+RUN_KEYS = {"model", "method", "budget", "exact", "cut_short"}
 
 
 def from_python(model: str, images: list[str], cache_of: Callable[..., Any]) -> tuple[Any, str, int]:
@@ -57,8 +60,9 @@ def test_json_holds_what_the_cache_reports(
         model, [image] * images, lambda weights, inputs: CompressedCache(weights, recipe(method, budget=budget), inputs)
     )
     report = cache.report()
-    assert set(result) == KEYS | {"exact", "cut_short"}
+    assert set(result) == KEYS | RUN_KEYS
     assert (result["exact"], result["cut_short"]) == (True, [])
+    assert (result["model"], result["method"], result["budget"]) == (model, method, budget)
     assert result["text"] == text
     assert result["prompt_tokens"] == report.prompt_tokens[0]
     assert result["vision_tokens"] == report.vision_tokens[0]
@@ -77,7 +81,7 @@ def test_compare_adds_the_full_cache(run_json: Callable[..., Any], llava: str, i
     )
     _, text, count = from_python(llava, [image], lambda weights, inputs: DynamicCache())
     full = result["full"]
-    assert set(result) == KEYS | {"exact", "cut_short", "full", "agreement"}
+    assert set(result) == KEYS | RUN_KEYS | {"full", "agreement"}
     assert set(full) == KEYS
     assert full["text"] == text
     assert full["new_tokens"] == count
@@ -125,7 +129,7 @@ def test_chunks_change_the_answer_only_under_a_bound_which_is_reported(
 
 def test_agreement_counts_equal_tokens_over_the_longer_answer() -> None:
     def answer(*tokens: int) -> Answer:
-        return Answer("", tokens, 0, 0)
+        return Answer("", tokens, "stop", 0, 0)
 
     assert agreement(answer(1, 2, 3), answer(1, 2, 3)) == 1
     assert agreement(answer(1, 2, 3, 4), answer(1, 9, 3)) == 0.5
@@ -186,3 +190,45 @@ def test_the_cache_has_the_dtype_of_the_weights(run_json: Callable[..., Any], ll
     arguments = ("generate", "--model", llava, "--prompt", "hi", "--image", image, "--max-new-tokens", 3)
     single, half = run_json(*arguments, "--dtype", "float32"), run_json(*arguments, "--dtype", "bfloat16")
     assert half["full_kv_bytes"] == single["full_kv_bytes"] / 2
+
+
+def test_the_budget_is_the_methods_own_unless_given(run_json: Callable[..., Any], llava: str) -> None:
+    arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--max-new-tokens", 1)
+    for method, options, budget in (("vl-cache", (), 0.1), ("full", (), 1), ("vl-cache", ("--budget", 0.4), 0.4)):
+        result = run_json(*arguments, "--method", method, *options)
+        assert (result["method"], result["budget"]) == (method, budget)
+    assert run_json(*arguments, "--score", "recency")["method"] == "vl-cache + recency"
+
+
+def test_the_finish_reason_says_whether_the_model_ended_the_answer(run_json: Callable[..., Any]) -> None:
+    # The bundled model reads out what stands next to the name.
+    question = ("generate", "--image", "examples/receipt-1.png", "--prompt", "How much is JU?")
+    assert run_json(*question)["finish_reason"] == "stop"
+    assert run_json(*question, "--max-new-tokens", 1)["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_prompt_longer_than_the_context_is_refused_before_the_weights_are_loaded(
+    run: Callable[..., tuple[int, str, str]],
+    llava: str,
+    image: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+) -> None:
+    monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
+    limit = load_checkpoint(llava).config.text_config.max_position_embeddings
+    (tmp_path / "long.txt").write_text("a" * 100_000)
+    arguments = ["--model", llava, "--image", image, "--prompt-file", tmp_path / "long.txt"]
+    code, out, err = run(command, *arguments)
+    # 20 tokens stand for the image and the template.
+    tokens = 100 if command == "generate" else 1
+    assert (code, out) == (2, "")
+    lengths = f"The prompt has 100,020 tokens and the answer may have {tokens}"
+    assert err == f"Error: {lengths}, but the model takes {limit:,} in all.\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "long.txt"]
+
+
+def test_control_characters_of_an_answer_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    generate._write("a\x1b[2J\n\tb")
+    assert capsys.readouterr().out == "a\\x1b[2J\n\tb"

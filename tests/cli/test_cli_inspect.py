@@ -129,7 +129,7 @@ def test_qwen_is_inspected_like_the_others() -> None:
     ids = torch.tensor([[1, 2] + [model.config.image_token_id] * 15 + [3] * 6])
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).int(), **pixels}
     checkpoint = Checkpoint("qwen", model.config, SimpleNamespace(image_processor=image_processor))
-    (tile,) = command.tiles_of(Question(checkpoint, BatchFeature(inputs)))
+    (tile,) = command.tiles_of(Question("What?", checkpoint, BatchFeature(inputs)))
     assert tile.tokens.tolist() == [[2 + 3 * row + column for column in range(3)] for row in range(5)]
     assert tile.pixels.shape == (140, 84, 3)
     cache = CompressedCache(model, recipe("vl-cache", budget=0.3), inputs)
@@ -144,14 +144,14 @@ def test_heads_share_their_positions() -> None:
     assert command.share_of_heads(positions, 5).tolist() == [0.25, 0.25, 1, 0.5, 0]
 
 
-@pytest.mark.parametrize("output", ["kept.jpg", "kept", "nowhere/kept.png"])
+@pytest.mark.parametrize("output", ["kept.jpg", "kept"])
 def test_an_unwritable_output_is_refused_before_the_model_is_loaded(
     run: Callable[..., tuple[int, str, str]], image: str, tmp_path: Path, output: str
 ) -> None:
     path = tmp_path / output
     code, out, err = run("inspect", "--model", "/nowhere", "--image", image, "--prompt", "hi", "--output", path)
     assert (code, out) == (2, "")
-    assert err == f"Error: --output must be a .png file in a folder that exists, got {path}.\n"
+    assert err == f"Error: --output must be a .png file, got {path}.\n"
 
 
 def test_there_is_nothing_to_inspect_without_an_image(run: Callable[..., tuple[int, str, str]], llava: str) -> None:
