@@ -39,18 +39,23 @@ _MODULES = {
 """Where the public names are defined: their modules import torch, which takes seconds, when a name is first used."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, or look up ``__version__``, on first use."""
-    if name == "__version__":
-        from importlib.metadata import version
+__version__: str
 
-        value: Any = version("sparsight")
-    elif name in _MODULES:
-        value = getattr(import_module(_MODULES[name]), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+# Type checkers read the imports above; with this function they would accept any name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or look up ``__version__``, on first use."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value: Any = version("sparsight")
+        elif name in _MODULES:
+            value = getattr(import_module(_MODULES[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -61,7 +61,7 @@ def test_the_package_imports_its_names_on_first_use() -> None:
 
 
 def test_the_package_has_its_public_names_and_no_others() -> None:
-    assert {*sparsight.__all__, "__version__"} <= set(dir(sparsight))
+    assert set(sparsight._MODULES) == set(sparsight.__all__) <= set(dir(sparsight))
     assert all(getattr(sparsight, name).__module__.startswith("sparsight.") for name in sparsight.__all__[1:])
     with pytest.raises(AttributeError, match="module 'sparsight' has no attribute 'compress'"):
         sparsight.compress  # noqa: B018
@@ -193,3 +193,24 @@ def test_a_prompt_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> No
     assert refused("--prompt-file", tmp_path / "no") == f"{reading} {tmp_path / 'no'}: No such file or directory."
     assert refused("--prompt-file", tmp_path) == f"{reading} {tmp_path}: Is a directory."
     assert refused("--prompt-file", tmp_path / "latin.txt") == f"{reading} {tmp_path}/latin.txt: it is not UTF-8 text."
+
+
+def test_progress_is_shown_on_a_terminal_unless_quiet(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    arguments = ("calibrate", "--pages", 1, "--force", "--output", tmp_path / "heads.json")
+    code, _, err = run(*arguments)
+    assert code == 0
+    assert "Reading pages" in err
+    for option in ("--quiet", "-q", "--json"):
+        code, _, err = run(*arguments, option)
+        assert (code, err) == (0, "")
+
+
+def test_the_status_shows_the_name_of_a_model_literally(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, _, err = run("generate", "--model", "/[red]no\x1b[2Jwhere", "--prompt", "hi")
+    assert code == 2
+    assert "Reading /[red]no\\x1b[2Jwhere" in err
+    assert "Reading" not in run("generate", "--model", "/nowhere", "--prompt", "hi", "--quiet")[2]
