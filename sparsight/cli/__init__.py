@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Errors of a file that was opened, such as standard output."""
+"""Failures of a write, whose OSError names no file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     The exit code is 2 after a user error, 1 if the output cannot be written, and 130 after Ctrl-C or SIGTERM.
     """
-    # While modules are imported there is nothing to save: a signal ends the process at once, without a traceback.
+    # During imports there is nothing to save: a signal ends the process at once, without a traceback.
     set_stop_signals(signal.SIG_DFL)
     from sparsight.cli.app import app
     from sparsight.cli.terminal import printable

@@ -1,6 +1,7 @@
 """``sparsight batch``: answer many questions about images into a file; a stopped run resumes."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,10 @@ def main(
     ],
     output: Annotated[
         Path,
-        typer.Argument(metavar="OUTPUT", help="JSON-lines or .parquet file to write; a stopped run resumes there."),
+        typer.Argument(
+            metavar="OUTPUT",
+            help="JSON-lines or .parquet file to write; missing folders are created, a stopped run resumes there.",
+        ),
     ],
     prompt: Annotated[
         str | None,
@@ -159,10 +163,10 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def _check_paths(source: Path, output: Path) -> None:
-    """Raise ValueError if the output cannot be written, or is the input, or if the two seem to be swapped."""
+    """Raise ValueError if the output cannot be written or is the input, or if the two seem to be swapped."""
     if source.resolve() == output.resolve():
         raise ValueError(f"{source} cannot be both the input and the output.")
-    if not source.exists() and output.exists():
+    if not os.path.exists(source) and os.path.exists(output):
         raise ValueError(f"There is no input {source}, but {output} exists: name the input first, then the output.")
     check_file(output, replace=True)
 

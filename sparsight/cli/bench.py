@@ -39,10 +39,16 @@ def main(
         typer.Option(
             help="Vision-language model to measure instead of a shape: a folder or a Hugging Face Hub id.",
             metavar="MODEL",
+            rich_help_panel=options.MODEL,
         ),
     ] = None,
     shape: Annotated[
-        str, typer.Option(help=f"Language model with random weights: {', '.join(SHAPES)}.", metavar="NAME")
+        str,
+        typer.Option(
+            help=f"Language model with random weights, in bfloat16 on a GPU and float32 on a CPU: {', '.join(SHAPES)}.",
+            metavar="NAME",
+            rich_help_panel=options.MODEL,
+        ),
     ] = "small",
     contexts: Annotated[
         str, typer.Option(help="Prompt lengths in tokens, comma-separated; 2k is 2048.", metavar="NUMBERS")
@@ -60,7 +66,8 @@ def main(
     ] = "transformers",
     rounds: Annotated[int, typer.Option(help="Measured rounds, after one warm-up round.", min=1)] = 5,
     minutes: Annotated[
-        float | None, typer.Option(help="Skip the sizes not started after this time; the largest come last.", min=0)
+        float | None,
+        typer.Option(help="Skip the sizes not started after this many minutes; the largest come last.", min=0),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's default if not given.", min=1)] = None,
     compiled: Annotated[

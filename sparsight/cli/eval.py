@@ -35,7 +35,7 @@ def main(
     ] = "all",
     methods: Annotated[
         str, typer.Option(help="Methods, comma-separated, or all; `sparsight methods` lists them.", metavar="NAMES")
-    ] = ("all"),
+    ] = "all",
     budgets: Annotated[
         str, typer.Option(help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS")
     ] = BUDGETS,

@@ -103,4 +103,6 @@ Json = Annotated[
 def output(results: str, metavar: str, *, resumes: bool = False) -> typer.models.OptionInfo:
     """``--output`` of a command; all follow :mod:`sparsight.cli.output`."""
     rule = "a stopped run resumes there" if resumes else "existing results are kept unless --force is given"
-    return typer.Option(help=f"{results}; {rule}.", metavar=metavar, rich_help_panel=OUTPUT)
+    return typer.Option(
+        help=f"{results}; missing folders are created, {rule}.", metavar=metavar, rich_help_panel=OUTPUT
+    )

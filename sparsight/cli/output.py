@@ -31,7 +31,7 @@ def check_folder(folder: Path, name: str, *, replace: bool) -> None:
     Raises:
         ValueError: the file cannot be written, or exists with content and without ``replace``.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder: name a folder.")
     check_file(folder / name, replace=replace)
 

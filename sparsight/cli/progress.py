@@ -29,6 +29,7 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], N
 def tracked(items: Iterable[Item], title: str, total: int, *, quiet: bool) -> Iterator[Item]:
     """``items``, with a bar of how many have been processed."""
     with progress(title, quiet=quiet) as update:
-        for done, item in enumerate(items):
-            update(title, done, total)
+        update(title, 0, total)
+        for done, item in enumerate(items, 1):
             yield item
+            update(title, done, total)

@@ -284,6 +284,7 @@ def test_unusable_files_are_refused(run: Run, questions: Path, folder: Path, lla
     assert refused(tmp_path / "no.jsonl", tmp_path / "out.jsonl").startswith(f"Cannot read {tmp_path / 'no.jsonl'}")
     assert refused(questions, questions) == f"{questions} cannot be both the input and the output."
     assert "say with a prompt" in refused(folder, tmp_path / "out.jsonl")
+    assert refused("a" * 300, tmp_path / "out.jsonl").startswith(f"Cannot read {'a' * 300}: File name too long")
     assert refused(questions, tmp_path) == f"{tmp_path} is a folder: name a file."
     assert refused(questions, "/dev/null") == "/dev/null is a device, not a file: name a file."
     assert refused(tmp_path / "no.jsonl", questions) == (
