@@ -135,6 +135,7 @@ def _begin(preparation: Preparation) -> None:
     _preparation = preparation
     # Who presses Ctrl-C stops the model's process, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Threads of torch do not survive a fork.
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

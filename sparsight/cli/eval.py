@@ -1,4 +1,4 @@
-"""``sparsight eval``: accuracy of methods at budgets, measured on tasks."""
+"""``sparsight eval``: accuracy of methods at several budgets, measured on tasks."""
 
 import json
 import sys
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from sparsight.cli import options
+from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, names
 from sparsight.cli.progress import progress
 from sparsight.cli.recipe_options import with_scores
+from sparsight.cli.terminal import printable, show, stopped
 from sparsight.compression import VisualHeads
 from sparsight.compression.recipe import Recipe
 from sparsight.eval import render
@@ -30,7 +32,6 @@ from sparsight.eval.result_store import ResultStore
 from sparsight.eval.tasks import TASKS, task
 from sparsight.methods import RECIPES, recipe
 from sparsight.models.loading import load_checkpoint, load_model
-from sparsight.utils.interrupt import sigterm_as_interrupt
 from sparsight.utils.suggest import unknown
 
 HARNESSES = ("sparsight", "lmms-eval")
@@ -39,55 +40,54 @@ LONG_SECONDS = 120
 """A run that takes longer says so before it starts."""
 
 
-def evaluate(
-    model: options.Model = options.DEFAULT_MODEL,
+def main(
     tasks: Annotated[
-        str, typer.Option(help=f"{', '.join(TASKS)}, or all; with a size as in look-up:64.", metavar="NAMES")
+        str, typer.Option(help=f"Tasks: {', '.join(TASKS)}, or all; look-up:64 sets a task's size.", metavar="NAMES")
     ] = "all",
-    methods: Annotated[str, typer.Option(help="Methods that `sparsight methods` lists, or all.", metavar="NAMES")] = (
-        "all"
-    ),
-    budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = BUDGETS,
+    methods: Annotated[
+        str, typer.Option(help="Methods, comma-separated, or all; `sparsight methods` lists them.", metavar="NAMES")
+    ] = "all",
+    budgets: Annotated[
+        str, typer.Option(help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS")
+    ] = BUDGETS,
     heads: options.Heads = None,
-    limit: Annotated[int, typer.Option(help="Examples per task.", min=2)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the examples.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Examples per batch; fewer where a batch would take long.", min=1)] = 16,
-    output: Annotated[
-        Path, typer.Option(help="Folder of the run; an interrupted run in it is resumed.", metavar="DIR")
-    ] = Path("runs/eval"),
+    limit: Annotated[int, typer.Option(help="Number of examples of each task.", min=2)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the generated examples.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Examples per batch; lower it for large models.", min=1)] = 16,
     harness: Annotated[
-        str, typer.Option(help="sparsight for its own tasks, or lmms-eval for public benchmarks.", metavar="NAME")
+        str, typer.Option(help="sparsight for its own tasks, lmms-eval for public benchmarks.", metavar="NAME")
     ] = HARNESSES[0],
     include: Annotated[
-        Path | None, typer.Option(help="A folder with more tasks in lmms-eval's format.", metavar="DIR")
+        Path | None, typer.Option(help="Folder with additional tasks in lmms-eval's format.", metavar="DIR")
     ] = None,
-    as_json: options.Json = False,
+    model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    output: Annotated[Path, options.output("Folder of the run", "DIR", resumes=True)] = Path("runs/eval"),
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Measure the accuracy of methods at budgets against the full cache; an interrupted run can be resumed."""
+    """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
     recipes = _recipes(model, methods, budgets, heads)
+    check_folder(output, "results.json", replace=True)
     try:
-        with sigterm_as_interrupt(), progress("Evaluating", quiet=as_json) as on_progress:
+        with progress("Evaluating", quiet=quiet or as_json) as on_progress:
             if harness == "lmms-eval":
-                results = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
+                report = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
                 config = EvaluationConfig([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
-                results = _generated(model, config, output, device, dtype, on_progress)
+                report = _generated(model, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
-        print(f"Stopped. The results so far are in {output}; the same command resumes the run.", file=sys.stderr)
-        raise typer.Exit(130) from stop
-    written = render.write(results, output)
+        raise stopped(output) from stop
+    written = render.write(report, output)
     if as_json:
-        print(json.dumps(results))
+        print(json.dumps(report))
         return
-    console = Console(highlight=False)
-    for headline, table in render.tables(results):
-        console.print(headline, style="bold")
-        console.print(table, "")
-    console.print(f"Wrote {', '.join(path.name for path in written)} in {output}", markup=False)
+    for headline, table in render.tables(report):
+        show(Text(headline, "bold"), table, "")
+    print(f"Wrote {', '.join(path.name for path in written)} in {printable(output)}")
 
 
 def _generated(
@@ -129,9 +129,9 @@ def _benchmarks(
     dtype: str,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    """Results on tasks of lmms-eval."""
+    """Results on lmms-eval's tasks."""
     if tasks == "all":
-        raise ValueError("lmms-eval has too many tasks for all of them: name some with --tasks, such as docvqa_val.")
+        raise ValueError("lmms-eval has too many tasks to run all of them: name some with --tasks, such as docvqa_val.")
     try:
         from sparsight.eval.lmms_harness import run_harness
         from sparsight.eval.lmms_model import LmmsModel
@@ -147,16 +147,16 @@ def _benchmarks(
 def _about(model: str, loaded: Any) -> dict[str, Any]:
     """What all results of a run have in common."""
     return {
-        "model": "the model that ships" if model == options.DEFAULT_MODEL else model,
+        "model": "the bundled model" if model == options.DEFAULT_MODEL else model,
         "weights": weights_digest(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
 
 
 def _recipes(model: str, methods: str, budgets: str, heads: Path | None) -> list[Recipe]:
-    """Every method at every budget; the full cache is always measured, as the reference."""
-    chosen = [name for name in names(methods, RECIPES) if name != "full"]
-    made = [with_scores(recipe(name), model, heads) for name in chosen]
-    # `all` leaves methods out that need head scores where there are none.
-    lacking = [each for each in made if each.allocate == VisualHeads()] if methods == "all" else []
-    return [replace(each, budget=budget) for each in made if each not in lacking for budget in budget_list(budgets)]
+    """Every method at every budget, except the full cache, which is always measured as the baseline."""
+    compressing = [name for name in names(methods, RECIPES) if name != "full"]
+    recipes = [with_scores(recipe(name), model, heads) for name in compressing]
+    # `all` leaves out methods whose head scores are missing.
+    lacking = [each for each in recipes if each.allocate == VisualHeads()] if methods == "all" else []
+    return [replace(each, budget=budget) for each in recipes if each not in lacking for budget in budget_list(budgets)]

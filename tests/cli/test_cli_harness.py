@@ -1,4 +1,4 @@
-"""lmms-eval asks the shipped model a local task, and finds what the built-in evaluation finds."""
+"""A local lmms-eval task gives the same results as the built-in evaluation."""
 
 import json
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def test_lmms_eval_finds_what_the_built_in_evaluation_finds(
         assert (theirs_cell["method"], theirs_cell["budget"]) == (ours_cell["method"], ours_cell["budget"])
         assert theirs_cell["metrics"]["exact_match"] == ours_cell["metrics"]["exact"]
         assert theirs_cell["metrics"]["anls"] == ours_cell["metrics"]["anls"]
-    # A second run finds everything there.
+    # A second run has nothing left to do.
     lines = (tmp_path / "theirs" / "cells.jsonl").read_bytes()
     again = run_json(
         "eval", "--harness", "lmms-eval", "--include", folder, "--tasks", "pages", *OPTIONS, "--batch", 3,
