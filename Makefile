@@ -9,7 +9,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "How much is JU?" --method vl-cache --compare
-	$(BIN)/sparsight inspect --image examples/receipt-1.png --prompt "How much is JU?" --method sparsight --output demo.png
+	$(BIN)/sparsight inspect --image examples/receipt-1.png --prompt "How much is JU?" --method sparsight --output demo.png --force
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --cov=sparsight --cov-fail-under=90
@@ -34,7 +34,7 @@ performance: $(VENV)/.ready
 	$(BIN)/python -m docs.performance
 
 # The prompt's token and 64 more.
-BENCH := --shape small --new-tokens 65 --methods vl-cache,elastic,snapkv --against transformers,kvpress --device cpu --dtype float32
+BENCH := --force --shape small --new-tokens 65 --methods vl-cache,elastic,snapkv --against transformers,kvpress --device cpu --dtype float32
 
 bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output benchmarks/results/small-cpu-1-thread
@@ -44,13 +44,13 @@ bench: $(VENV)/.ready
 
 # Weights of 6 GiB, held twice.
 bench-compiled: $(VENV)/.ready
-	$(BIN)/sparsight bench --shape qwen2.5-vl-3b --contexts 512 --methods full,vl-cache --new-tokens 33 --rounds 4 --threads 2 --device cpu --dtype bfloat16 --compile --output benchmarks/results/qwen2.5-vl-3b-cpu-compiled
+	$(BIN)/sparsight bench --force --shape qwen2.5-vl-3b --contexts 512 --methods full,vl-cache --new-tokens 33 --rounds 4 --threads 2 --device cpu --dtype bfloat16 --compile --output benchmarks/results/qwen2.5-vl-3b-cpu-compiled
 
 # On an NVIDIA GPU: what of docs/performance.md needs one. GPU_MINUTES bound each shape, small sizes first.
 RESULTS := benchmarks/results
 GPU_MINUTES := 3
 GPU_SHAPES := llava-1.5-7b llava-next-mistral-7b
-GPU := --contexts 2k,8k,32k --batch 1,4,16,64 --new-tokens 100 --rounds 1 --device cuda --dtype bfloat16
+GPU := --force --contexts 2k,8k,32k --batch 1,4,16,64 --new-tokens 100 --rounds 1 --device cuda --dtype bfloat16
 
 bench-gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.kernels --output $(RESULTS)/kernels-gpu.json
@@ -60,9 +60,9 @@ bench-gpu: $(VENV)/.ready
 # Stopped, it goes on where it was; what is in runs/ is as good as new.
 accuracy: $(VENV)/.ready
 	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --budgets 0.01,0.05,0.1,0.2,0.4 --batch 100 --limit 500 --seed 1 --output runs/accuracy
-	$(BIN)/sparsight analyze --limit 100 --seed 1 --output runs/analysis
+	$(BIN)/sparsight analyze --force --limit 100 --seed 1 --output runs/analysis
 	$(BIN)/python -m benchmarks.task_prompts transcribe:4 runs/lists --limit 50 --seed 1
-	$(BIN)/sparsight analyze --prompts runs/lists/asked.jsonl --limit 50 --max-new-tokens 80 --output runs/analysis-lists
+	$(BIN)/sparsight analyze --force --prompts runs/lists/asked.jsonl --limit 50 --max-new-tokens 80 --output runs/analysis-lists
 	$(BIN)/python -m benchmarks.accuracy runs/accuracy runs/analysis docs/accuracy.md
 	for kind in json png; do cp runs/analysis-lists/analysis.$$kind docs/accuracy/lists.$$kind; done
 

@@ -1,1 +1,1 @@
-"""Measurements that the documentation quotes, with their committed results."""
+"""Benchmarks that the documentation quotes, with their results."""

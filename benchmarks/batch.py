@@ -1,8 +1,8 @@
-"""`sparsight batch` at 10 % against a plain transformers loop with the full cache: rows a second and peak memory.
+"""`sparsight batch` at 10 % against a plain transformers loop with the full cache: rows per second and peak memory.
 
-Both read the same pages out with the same number of new tokens each, the loop at its best batch size. They take turns,
-each turn in a process of its own, so that a machine whose speed drifts slows both, and memory is that of one alone.
-What children take besides is watched in turns that are not timed.
+Both transcribe the same pages with the same number of new tokens, the loop at its best batch size. Their turns are
+interleaved, each in a process of its own, so that changes of the machine's speed affect both, and memory is measured
+per process. Memory of child processes is polled in separate turns that are not timed.
 
     python -m benchmarks.batch measure --pages 2000 --output benchmarks/results/batch-cpu.json
     python -m benchmarks.batch memory benchmarks/results/batch-cpu.json
@@ -53,15 +53,15 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def measure(
-    pages: Annotated[int, typer.Option(help="Pages that are read out.")] = 2000,
-    turn: Annotated[int, typer.Option(help="Pages that one of the two reads before it is the other's turn.")] = 250,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 100,
-    sizes: Annotated[str, typer.Option(help="Batch sizes that the loop is tried with.")] = "4,8,16,32,64",
-    tried: Annotated[int, typer.Option(help="Pages that each of them is tried on.")] = 64,
+    pages: Annotated[int, typer.Option(help="Pages to transcribe.")] = 2000,
+    turn: Annotated[int, typer.Option(help="Pages per turn.")] = 250,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 100,
+    sizes: Annotated[str, typer.Option(help="Batch sizes to try for the loop.")] = "4,8,16,32,64",
+    tried: Annotated[int, typer.Option(help="Pages to try each batch size on.")] = 64,
     method: Annotated[str, typer.Option(help="A method that `sparsight methods` lists.")] = "vl-cache",
     budget: Annotated[float, typer.Option(help="Fraction of the prompt's KV entries.")] = 0.1,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
     """Run the benchmark and print its table: ``python -m benchmarks.batch measure``."""
     with tempfile.TemporaryDirectory() as name:
@@ -70,7 +70,7 @@ def measure(
         turns = [draw(folder, first, min(turn, pages - first)) for first in range(0, pages, turn)]
         sample = draw(folder, pages, tried)
         chosen = [new_tokens, threads, method, budget]
-        # The loop's best batch size is found on pages of their own.
+        # Pages for the search of the batch size are not measured later.
         speeds = {
             size: tried / run("loop", sample, size, *chosen)["seconds"]
             for size in track([int(each) for each in sizes.split(",")], description="batch sizes")
@@ -107,14 +107,14 @@ def measure(
 
 
 def endless_model(folder: Path) -> None:
-    """The model that ships, but that no token ends an answer: so both do the same work."""
+    """The bundled model without an end-of-sequence token, so that both generate the same number of tokens."""
     shutil.copytree(model_path(), folder)
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
 
 
 def draw(folder: Path, first: int, count: int) -> Path:
-    """A file of ``count`` rows whose pages are drawn next to it."""
+    """A JSON-lines file of ``count`` rows, with their pages as images beside it."""
     lines = []
     for number in range(first, first + count):
         example = read_out(np.random.default_rng([SEED, number]), "heldout", RECORDS)
@@ -126,27 +126,27 @@ def draw(folder: Path, first: int, count: int) -> Path:
 
 
 def run(side: str, rows: Path, size: int, *chosen: object) -> dict[str, Any]:
-    """One side's turn in a process of its own: its seconds, rows, tokens, and that process's peak of memory."""
+    """One side's turn in a process of its own: seconds, rows, tokens, and the peak memory of the process."""
     with started(side, rows, size, *chosen) as process:
         out, _ = process.communicate()
     if process.returncode:
         raise SystemExit(process.returncode)
-    told: dict[str, Any] = json.loads(out)
-    return told
+    measured: dict[str, Any] = json.loads(out)
+    return measured
 
 
 def started(*arguments: object) -> "subprocess.Popen[str]":
-    """A process that takes one side's turn."""
+    """A process that runs one side's turn."""
     command = [sys.executable, "-m", "benchmarks.batch", "side", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 @app.command()
 def memory(
-    result: Annotated[Path, typer.Argument(help="What `measure` wrote, to which the peaks are added.")],
-    pages: Annotated[int, typer.Option(help="Pages that are read out.")] = 256,
+    result: Annotated[Path, typer.Argument(help="The result of `measure`, to which the peaks are added.")],
+    pages: Annotated[int, typer.Option(help="Pages to transcribe.")] = 256,
 ) -> None:
-    """Add each side's peak of private memory with its children, from a turn of its own: watching it takes time."""
+    """Add each side's peak of private memory with its children, from separate turns, since polling takes time."""
     found = json.loads(result.read_text())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -164,9 +164,9 @@ def memory(
 
 
 class Peak:
-    """Most private memory that a process took together with its children, from polling.
+    """Peak of the private memory of a process and its children, by polling.
 
-    Libraries that this process has loaded as well are nobody's private memory: they count for neither side.
+    Libraries that this process has loaded too are shared memory, and count for neither side.
     """
 
     def __init__(self, pid: int) -> None:
@@ -188,44 +188,44 @@ class Peak:
                 every = [self._process, *self._process.children(recursive=True)]
                 self._bytes = max(self._bytes, sum(each.memory_full_info().uss for each in every))
             except (psutil.Error, OSError):
-                # It has ended, or one of its children has.
+                # The process or a child has ended.
                 continue
 
 
 @app.command()
 def side(which: str, rows: Path, size: int, new_tokens: int, threads: int, method: str, budget: float) -> None:
-    """One side's turn, for the other command: prints its figures as JSON."""
+    """One side's turn, run by the other commands: prints its measurements as JSON."""
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     checkpoint = load_checkpoint(str(rows.parent / MODEL))
-    asked = list(Input(rows).rows())
-    begun = time.perf_counter()
+    rows_to_answer = list(Input(rows).rows())
+    start = time.perf_counter()
     if which == "loop":
-        tokens = list(loop(checkpoint, asked, size, new_tokens))
+        tokens = list(loop(checkpoint, rows_to_answer, size, new_tokens))
     else:
         job = Job(checkpoint, recipe(method, budget=budget), new_tokens)
-        found = [result for some in run_job(job, asked) for result in some]
+        found = [result for some in run_job(job, rows_to_answer) for result in some]
         tokens = [result.tokens or 0 for result in found]
-    seconds = time.perf_counter() - begun
-    assert tokens == [new_tokens] * len(asked), "both must do the same work"
-    told = {"seconds": seconds, "rows": len(tokens), "tokens": sum(tokens)}
+    seconds = time.perf_counter() - start
+    assert tokens == [new_tokens] * len(rows_to_answer), "both must do the same work"
+    measured = {"seconds": seconds, "rows": len(tokens), "tokens": sum(tokens)}
     # Linux counts in KiB.
-    print(json.dumps({**told, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({**measured, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-def loop(checkpoint: Any, asked: list[Row], size: int, new_tokens: int) -> Iterator[int]:
-    """New tokens of each row, by what one would write with transformers alone."""
+def loop(checkpoint: Any, rows: list[Row], size: int, new_tokens: int) -> Iterator[int]:
+    """The number of new tokens of each row, with plain transformers."""
     model, processor = load_model(checkpoint), checkpoint.processor
     processor.tokenizer.padding_side = "left"
-    for start in range(0, len(asked), size):
+    for start in range(0, len(rows), size):
         messages = [
             [
                 {
                     "role": "user",
-                    "content": [{"type": "image", "image": picture(row)}, {"type": "text", "text": row.prompt}],
+                    "content": [{"type": "image", "image": image_of(row)}, {"type": "text", "text": row.prompt}],
                 }
             ]
-            for row in asked[start : start + size]
+            for row in rows[start : start + size]
         ]
         inputs = processor.apply_chat_template(
             messages,
@@ -240,15 +240,15 @@ def loop(checkpoint: Any, asked: list[Row], size: int, new_tokens: int) -> Itera
         yield from [output.shape[1] - inputs["input_ids"].shape[1]] * len(answers)
 
 
-def picture(row: Row) -> Any:
-    """A row's only picture."""
+def image_of(row: Row) -> Any:
+    """The only image of a row."""
     (image,) = row.images
     assert isinstance(image, Path)
     return open_image(image)
 
 
 def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One side's turns together."""
+    """The total of one side's turns."""
     rows, seconds = sum(part["rows"] for part in parts), sum(part["seconds"] for part in parts)
     return {
         "rows_per_second": rows / seconds,
@@ -262,7 +262,7 @@ def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the result as a table."""
     table = Table(title=f"{result['pages']} pages, {result['new_tokens']} new tokens each, {result['threads']} threads")
-    for column in ("", "rows a second", "peak MiB", "private, with children"):
+    for column in ("", "rows per second", "peak MiB", "private MiB, with children"):
         table.add_column(column, justify="right" if column else "left")
     for label, case in result["cases"].items():
         peaks = [

@@ -1,4 +1,4 @@
-"""How often the model that ships is right where its prefill is bounded: whole, and in chunks that are cut.
+"""Accuracy of the bundled model with a bounded prefill: unchunked, and in chunks after each of which layers are cut.
 
 python -m benchmarks.bounded --output benchmarks/results/bounded.json
 """
@@ -26,14 +26,14 @@ from sparsight.reader import model_path
 METHODS = ("sparsight", "snapkv", "h2o")
 BUDGET = 0.1
 CASES = ((None, None), (3, None), (3, 300), (3, 128), (3, 64), (8, 128))
-"""Bound, and tokens of a chunk."""
+"""Prefill bound and tokens per chunk."""
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the JSON result goes.")],
+    output: Annotated[Path, typer.Option(help="JSON file for the result.")],
     limit: Annotated[int, typer.Option(help="Pages.", min=1)] = 60,
 ) -> None:
-    """Ask about pages in every way."""
+    """Count the right answers about pages in every case."""
     checkpoint = load_checkpoint(str(model_path()))
     model: Any = load_model(checkpoint, "cpu", "auto")
     right = {(method, *case): 0 for method in METHODS for case in CASES}
@@ -45,12 +45,12 @@ def main(
         tokens = inputs["input_ids"].shape[1]
         for method, bound, chunk in right:
             cache = CompressedCache(model, recipe(method, budget=BUDGET), inputs, prefill_bound=bound)
-            told = model.generate(
+            output_ids = model.generate(
                 **inputs, past_key_values=cache, max_new_tokens=8, do_sample=False, prefill_chunk_size=chunk
             )
-            text = checkpoint.processor.tokenizer.decode(told[0, tokens:], skip_special_tokens=True)
+            text = checkpoint.processor.tokenizer.decode(output_ids[0, tokens:], skip_special_tokens=True)
             right[method, bound, chunk] += text.strip() == answer.strip()
-    found = {
+    result = {
         "command": "python -m benchmarks.bounded " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine.describe(model.device),
@@ -65,11 +65,11 @@ def main(
         ],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=1) + "\n")
-    shown = Table("bound", "chunk", *METHODS, title=f"right, of {limit} pages of {tokens} tokens, {BUDGET:.0%}")
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    shown = Table("bound", "chunk", *METHODS, title=f"right answers, of {limit} pages of {tokens} tokens, {BUDGET:.0%}")
     for bound, chunk in CASES:
         counts = (str(right[method, bound, chunk]) for method in METHODS)
-        shown.add_row(str(bound or "none"), str(chunk or "whole"), *counts)
+        shown.add_row(str(bound or "none"), str(chunk or "unchunked"), *counts)
     Console().print(shown)
 
 

@@ -1,7 +1,7 @@
-"""The decode kernel beside the copy bandwidth, and how many kernels prefill and decoding launch, on an NVIDIA GPU.
+"""The decode kernel's share of the copy bandwidth, and kernel launches of prefill and decoding, on an NVIDIA GPU.
 
-Rows differ in length, as where every KV head keeps its own number of entries; each layer has storage of its own, as in
-decoding, so that no cache of the GPU's holds what the next call reads.
+KV heads have different numbers of entries. Each layer has storage of its own, as in decoding, so that the GPU's caches
+do not contain what the next call reads.
 
     python -m benchmarks.kernels --output benchmarks/results/kernels-gpu.json
 """
@@ -38,11 +38,11 @@ METHODS = ("full", "vl-cache", "elastic", "snapkv", "adakv")
 PROMPT = 2900
 ROUNDS = 5
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
-"""How calls begin by which the CPU gives the GPU something to do."""
+"""Prefixes of the calls with which the CPU launches work on the GPU."""
 
 
-def main(output: Annotated[Path, typer.Option(help="Where the JSON result goes.")]) -> None:
-    """Measure what needs a GPU, or say that there is none."""
+def main(output: Annotated[Path, typer.Option(help="JSON file for the result.")]) -> None:
+    """Measure the kernels; without a GPU the result says so."""
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": "python -m benchmarks.kernels " + " ".join(sys.argv[1:]), "torch": torch.__version__}
     if not torch.cuda.is_available():
@@ -57,7 +57,7 @@ def main(output: Annotated[Path, typer.Option(help="Where the JSON result goes."
 
 @torch.inference_mode()
 def measured(device: torch.device) -> dict[str, Any]:
-    """The decode kernel at every size, and launches."""
+    """The decode kernel at every size, and launch counts."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine.describe(device),
@@ -67,16 +67,16 @@ def measured(device: torch.device) -> dict[str, Any]:
 
 
 def decode_case(shape: str, context: int, batch: int, device: torch.device) -> dict[str, Any]:
-    """One token's attention in every layer of a shape, at a tenth of the context on average."""
+    """Attention of one token in every layer of a shape, with entries for a tenth of the context on average."""
     config = SHAPES[shape]
     size = config.hidden_size // config.num_attention_heads
     held = lengths(round(BUDGET * context), batch * config.num_key_value_heads)
     about = {"shape": shape, "context": context, "batch": batch, "reason": None}
-    # Room to grow is a small part of it.
+    # With a margin for unused capacity.
     if 1.2 * config.num_hidden_layers * sum(held) * 2 * size * 2 > machine.available_bytes(device):
         return {**about, "reason": "does not fit"}
     like = torch.empty(batch, config.num_key_value_heads, 0, size, dtype=torch.bfloat16, device=device)
-    layers = [storage(held, like) for _ in range(config.num_hidden_layers)]
+    layers = [random_store(held, like) for _ in range(config.num_hidden_layers)]
     query = torch.randn(batch, config.num_attention_heads, 1, size, dtype=torch.bfloat16, device=device)
     read = len(layers) * sum(held) * 2 * size * like.itemsize
 
@@ -85,47 +85,47 @@ def decode_case(shape: str, context: int, batch: int, device: torch.device) -> d
             layer.attend(query, None, None)
 
     attend()
-    busy, launched, whole, bandwidths = [], 0, [], []
+    gpu_seconds, launched, total_seconds, bandwidths = [], 0, [], []
     for _ in range(ROUNDS):
         bandwidths.append(machine.copy_bandwidth(device))
         machine.synchronize(device)
         start = time.perf_counter()
         attend()
         machine.synchronize(device)
-        whole.append(time.perf_counter() - start)
-        seconds, launched = watched(attend)
-        busy.append(seconds)
+        total_seconds.append(time.perf_counter() - start)
+        seconds, launched = profiled(attend)
+        gpu_seconds.append(seconds)
     return {
         **about,
         "bytes": read,
-        "kernel_seconds": statistics.median(busy),
-        "seconds": statistics.median(whole),
+        "kernel_seconds": statistics.median(gpu_seconds),
+        "seconds": statistics.median(total_seconds),
         "launches_per_layer": launched / len(layers),
         "copy_bandwidth": max(bandwidths),
-        "of_bandwidth": read / statistics.median(busy) / max(bandwidths),
+        "of_bandwidth": read / statistics.median(gpu_seconds) / max(bandwidths),
     }
 
 
-def lengths(mean: int, rows: int) -> list[int]:
-    """Lengths from half of the mean to one and a half, as many above as below."""
-    half = torch.linspace(0, mean // 2, (rows + 1) // 2).round().int().tolist()
-    both = [mean + sign * each for each in half for sign in (1, -1)][:rows]
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
+def lengths(mean: int, count: int) -> list[int]:
+    """``count`` lengths from 0.5 to 1.5 times the mean, in random order."""
+    half = torch.linspace(0, mean // 2, (count + 1) // 2).round().int().tolist()
+    both = [mean + sign * each for each in half for sign in (1, -1)][:count]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     return [both[place] for place in order]
 
 
-def storage(held: list[int], like: Tensor) -> RaggedStore:
-    """Random entries, ``held[r]`` in each row; heads, dtype and device are those of ``like`` ``[B, H_kv, 0, D]``."""
+def random_store(held: list[int], like: Tensor) -> RaggedStore:
+    """Random entries, ``held[b * H_kv + h]`` for each sequence and KV head; ``like`` is ``[B, H_kv, 0, D]``."""
     entries = RaggedStore.allocate(held, like, like)
     entries.keys.normal_()
     entries.values.normal_()
-    # Which position an entry has makes no difference, as long as it has one.
+    # Any valid positions will do.
     entries.flat_positions.zero_()
     return entries
 
 
 def launch_counts(device: torch.device) -> list[dict[str, Any]]:
-    """Launches of a prefill, of one further token, and for methods of one that is replayed."""
+    """Launches of a prefill, of a decoded token, and of a token with a replayed CUDA graph."""
     model = random_model(SHAPES["small"], device, torch.bfloat16)
     inputs = random_inputs(model, PROMPT, 1)
     prompt, token = inputs["input_ids"], inputs["input_ids"][:, :1]
@@ -134,22 +134,24 @@ def launch_counts(device: torch.device) -> list[dict[str, Any]]:
         chosen = None if method is None else recipe(method, **({} if method == "full" else {"budget": BUDGET}))
         counts = {}
         for _ in range(2):
-            # The first time kernels are compiled.
+            # Kernels are compiled in the first pass.
             cache: Any = CompressedCache(model, chosen, inputs) if chosen else DynamicCache(config=model.config)
             for stage, tokens in (("prefill", prompt), ("decode", token)):
-                _, counts[stage] = watched(partial(model, input_ids=tokens, past_key_values=cache, logits_to_keep=1))
+                _, counts[stage] = profiled(partial(model, input_ids=tokens, past_key_values=cache, logits_to_keep=1))
         if chosen:
             cache = CompressedCache(model, chosen, inputs, max_new_tokens=3)
             model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
             step = ModelRunner(model)
             for _ in range(3):
-                _, counts["replayed"] = watched(partial(step, input_ids=token, past_key_values=cache, logits_to_keep=1))
+                _, counts["replayed"] = profiled(
+                    partial(step, input_ids=token, past_key_values=cache, logits_to_keep=1)
+                )
         found.append({"method": method or "transformers", "layers": model.config.num_hidden_layers, **counts})
     return found
 
 
-def watched(work: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds that a GPU is busy with something, and how often it is told to do something."""
+def profiled(work: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds that the GPU is busy with some work, and the number of launches."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
@@ -157,7 +159,7 @@ def watched(work: Callable[[], Any]) -> tuple[float, int]:
 
 
 def totals(events: Iterable[Any]) -> tuple[float, int]:
-    """Seconds of all that ran on the GPU, and the number of launches, of a profiler's events."""
+    """Seconds of work on the GPU and the number of launches in a profiler's events."""
     events = list(events)
     seconds = sum(each.time_range.elapsed_us() for each in events if each.device_type.name == "CUDA") / 1e6
     return seconds, sum(each.name.startswith(LAUNCHES) for each in events if each.device_type.name == "CPU")
@@ -166,7 +168,16 @@ def totals(events: Iterable[Any]) -> tuple[float, int]:
 def show(found: dict[str, Any]) -> None:
     """Print the results as two tables."""
     table = Table(title=f"Ragged decode kernel, {found['machine']}, bfloat16, {BUDGET:.0%} of the context")
-    for column in ("shape", "context", "batch", "us a layer", "with launches", "GB/s", "of copy", "launches a layer"):
+    for column in (
+        "shape",
+        "context",
+        "batch",
+        "us per layer",
+        "with launches",
+        "GB/s",
+        "of copy bandwidth",
+        "launches per layer",
+    ):
         table.add_column(column, justify="left" if column == "shape" else "right")
     for case in found["decode"]:
         sizes = [case["shape"], str(case["context"]), str(case["batch"])]
@@ -178,7 +189,7 @@ def show(found: dict[str, Any]) -> None:
         speed = f"{case['bytes'] / case['kernel_seconds'] / 1e9:,.0f}"
         table.add_row(*sizes, *times, speed, f"{case['of_bandwidth']:.1%}", f"{case['launches_per_layer']:g}")
     launches = Table(title=f"Launches, {found['launches'][0]['layers']} layers, {PROMPT} tokens")
-    for column in ("", "prefill", "a token", "replayed"):
+    for column in ("", "prefill", "per token", "per replayed token"):
         launches.add_column(column, justify="right" if column else "left")
     for row in found["launches"]:
         launches.add_row(row["method"], *(str(row.get(stage, "")) for stage in ("prefill", "decode", "replayed")))

@@ -1,8 +1,8 @@
-"""What our own recipe is made of: candidates that differ in one thing each, on the training split's pages.
+"""Candidates for the `sparsight` recipe, which differ in one parameter each, on pages of the training split.
 
     python -m benchmarks.recipe_candidates --output benchmarks/results/own
 
-A stopped run goes on; the table is printed, and written as ``candidates.json``.
+An interrupted run can be resumed. The table is printed, and written to ``candidates.json``.
 """
 
 import json
@@ -21,8 +21,8 @@ from sparsight import Recipe
 from sparsight.compression import AcrossHeads, Evict, Grow, PostVision, SparsityAware, Uniform
 from sparsight.compression.layer_statistics import KeepRatio, LayerStatistics
 from sparsight.compression.score import Window
-from sparsight.eval.evaluate import Plan, run, weights_digest
-from sparsight.eval.store import Store
+from sparsight.eval.evaluator import EvaluationConfig, run_evaluation, weights_digest
+from sparsight.eval.result_store import ResultStore
 from sparsight.eval.tasks import Task
 from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader import model_path
@@ -32,7 +32,7 @@ BUDGETS = (0.03, 0.05, 0.1)
 
 
 def task(name: str, make: Callable[[np.random.Generator], Example]) -> Task:
-    """A task on the training split, judged by exact match; reading by loyalty to the full cache's tokens."""
+    """A task on the training split."""
     return Task(name, "", 1, "", 1, "exact", lambda rng, _size, _number: make(rng))
 
 
@@ -47,18 +47,18 @@ TASKS = (
 
 @dataclass(frozen=True)
 class PartlyEqual(SparsityAware):
-    """Sparsity budgets of which a part is shared equally: a floor for every layer."""
+    """Budgets by sparsity, a part of which is the same for every layer."""
 
     equal: float = 0.75
 
     def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
-        """Share of the prompt's entries that each layer keeps."""
+        """Fraction of the prompt's entries that each layer keeps."""
         by_sparsity: list[Any] = super().shares(layers, budget)
         return [self.equal * budget + (1 - self.equal) * share for share in by_sparsity]
 
 
 def candidates() -> list[Recipe]:
-    """A first guess, and recipes that differ from it in one thing each."""
+    """A base recipe, and recipes that differ from it in one parameter each."""
 
     def made(name: str, pool: Window = (1, 5), allocate: Any = None, reduce: Any = None) -> Recipe:
         return Recipe(name, 0.1, PostVision(pool=pool), allocate or Uniform(), reduce or Evict(recent=0.2), Grow())
@@ -82,30 +82,29 @@ def candidates() -> list[Recipe]:
 
 def main(
     output: Annotated[Path, typer.Option()],
-    limit: Annotated[int, typer.Option(help="Examples of each task.")] = 200,
+    limit: Annotated[int, typer.Option(help="Examples per task.")] = 200,
     seed: int = 0,
     threads: int = 2,
 ) -> None:
-    """Measure the candidates."""
+    """Measure the candidates: exact match; for reading, equality with the full cache's tokens."""
     torch.set_num_threads(threads)
     checkpoint = load_checkpoint(str(model_path()))
     model = load_model(checkpoint)
     recipes = [replace(one, budget=budget) for one in candidates() for budget in BUDGETS]
-    store = Store(output, {"weights": weights_digest(model), "seed": seed, "split": "train"})
-    run(Plan(TASKS, recipes, limit, seed, 32), model, checkpoint.processor, store, lambda *done: print(*done))
-    found = {}
+    store = ResultStore(output, {"weights": weights_digest(model), "seed": seed, "split": "train"})
+    config = EvaluationConfig(TASKS, recipes, limit, seed, 32)
+    run_evaluation(config, model, checkpoint.processor, store, lambda *done: print(*done))
+    means = {}
     for one in recipes:
         cells = {each.name: store.cell(each.label, one.to_json()) for each in TASKS}
-        found[f"{one.name} @ {one.budget}"] = {
-            name: float(
-                np.mean([figures["same_tokens" if "reading" in name else "exact"] for figures in cell.values()])
-            )
+        means[f"{one.name} @ {one.budget}"] = {
+            name: float(np.mean([result["same_tokens" if "reading" in name else "exact"] for result in cell.values()]))
             for name, cell in cells.items()
         }
-    (output / "candidates.json").write_text(json.dumps(found, indent=1) + "\n")
+    (output / "candidates.json").write_text(json.dumps(means, indent=1) + "\n")
     shown = Table("recipe", *(each.name for each in TASKS), "mean", box=None)
-    for name, figures in found.items():
-        shown.add_row(name, *(f"{value:.3f}" for value in figures.values()), f"{np.mean(list(figures.values())):.3f}")
+    for name, values in means.items():
+        shown.add_row(name, *(f"{value:.3f}" for value in values.values()), f"{np.mean(list(values.values())):.3f}")
     Console().print(shown)
 
 

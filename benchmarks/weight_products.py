@@ -1,6 +1,6 @@
-"""How fast torch reads weights on a CPU when it multiplies them by a single row, as decoding does, beside a copy.
+"""Bandwidth of matrix-vector products on a CPU, as in decoding, against that of a copy.
 
-`packed` is the same product of weights that oneDNN has reordered, which takes their memory a second time.
+`packed` multiplies weights that oneDNN has reordered, a second copy in memory.
 
     python -m benchmarks.weight_products --output benchmarks/results/products-cpu.json
 """
@@ -23,14 +23,14 @@ from torch.nn import functional
 from sparsight.bench import machine
 
 SIZES = ((1376, 512, 64), (11008, 4096, 3))
-"""Rows and columns of a matrix, and how many there are: the MLPs of `small` and of `llava-1.5-7b`."""
+"""Rows, columns and number of matrices: the MLPs of `small` and `llava-1.5-7b`."""
 DTYPES = (torch.float32, torch.bfloat16)
 THREADS = (1, 2)
 ROUNDS = 20
 
 
-def main(output: Annotated[Path, typer.Option(help="Where the JSON result goes.")]) -> None:
-    """Measure every size, type and number of threads."""
+def main(output: Annotated[Path, typer.Option(help="JSON file for the result.")]) -> None:
+    """Measure every size, dtype and number of threads."""
     device = torch.device("cpu")
     found = []
     for threads in THREADS:
@@ -54,7 +54,7 @@ def main(output: Annotated[Path, typer.Option(help="Where the JSON result goes."
 
 @torch.inference_mode()
 def bandwidths(rows: int, columns: int, count: int, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes of weights a second, as they are and packed."""
+    """Bytes of weights per second, in their own layout and packed."""
     weights = [torch.randn(rows, columns).to(dtype) for _ in range(count)]
     packed = [torch.ops.mkldnn._reorder_linear_weight(each, 1) for each in weights]
     row = torch.randn(1, columns).to(dtype)
@@ -70,7 +70,7 @@ def bandwidths(rows: int, columns: int, count: int, dtype: torch.dtype) -> dict[
 
 
 def fastest(work: Callable[[], Any]) -> float:
-    """Seconds of something, the best of a few."""
+    """Seconds of some work, the best of :data:`ROUNDS`."""
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -81,7 +81,7 @@ def fastest(work: Callable[[], Any]) -> float:
 
 def show(found: list[dict[str, Any]]) -> None:
     """Print the results as a table."""
-    table = Table("threads", "dtype", "matrix", "linear", "packed", "copy", title="one row times weights, GB/s")
+    table = Table("threads", "dtype", "matrix", "linear", "packed", "copy", title="vector times matrix, GB/s")
     for case in found:
         speeds = (f"{case[name] / 1e9:.1f}" for name in ("linear", "packed", "copy"))
         table.add_row(str(case["threads"]), case["dtype"], "{} x {}".format(*case["size"]), *speeds)

@@ -1,11 +1,11 @@
-"""The estimate in docs/scale.md, from what `make bench-batch` measured; ``python -m docs.sizing`` rewrites it."""
+"""The estimate in docs/scale.md, from the results of `make bench-batch`; ``python -m docs.sizing`` writes it."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from docs.tables import put, table
+from docs.tables import replace_part, table
 
 PAGE = Path(__file__).parent / "scale.md"
 RESULT = Path(__file__).parents[1] / "benchmarks/results/batch-cpu.json"
@@ -15,7 +15,7 @@ DAYS = (1, 7, 30)
 
 
 def sizing(result: dict[str, Any]) -> str:
-    """The estimate in Markdown, from a result of ``python -m benchmarks.batch measure``."""
+    """The estimate as Markdown, from a result of ``python -m benchmarks.batch measure``."""
     measured = table(
         ["one replica, measured", "rows a second", "private memory, peak"],
         [[name, f"{case['rows_per_second']:.2f}", _memory(case, 1)] for name, case in result["cases"].items()],
@@ -35,15 +35,15 @@ def sizing(result: dict[str, Any]) -> str:
 
 
 def _replicas(case: dict[str, Any], days: int) -> int:
-    """How many replicas of one case answer all images in so many days."""
+    """Replicas of a case that answer all images within a number of days."""
     return math.ceil(IMAGES / (case["rows_per_second"] * days * 86400))
 
 
 def _memory(case: dict[str, Any], replicas: int) -> str:
-    """Private memory of so many replicas at most, the processes that open pictures included."""
+    """Peak private memory of a number of replicas, processes that open images included."""
     gibibytes = case["peak_bytes_with_children"] * replicas / 2**30
     return f"{gibibytes:,.{2 if gibibytes < 10 else 0}f} GiB"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(put(PAGE.read_text(), PART, COMMAND, sizing(json.loads(RESULT.read_text()))))
+    PAGE.write_text(replace_part(PAGE.read_text(), PART, COMMAND, sizing(json.loads(RESULT.read_text()))))

@@ -77,11 +77,11 @@ def written(text: str, parts: Mapping[str, Callable[[], str]]) -> str:
         ValueError: a part has no markers.
     """
     for name, write in parts.items():
-        text = put(text, name, "make tables", write())
+        text = replace_part(text, name, "make tables", write())
     return text
 
 
-def put(page: str, name: str, command: str, text: str) -> str:
+def replace_part(page: str, name: str, command: str, text: str) -> str:
     """A page with ``text`` as the part between the markers of ``name``, which ``command`` writes.
 
     Raises:

@@ -1,12 +1,16 @@
 """Sparsight: compressed KV caches for vision-language models."""
 
-from sparsight.batch_inference.api import batch
-from sparsight.cache import CompressedCache
-from sparsight.cache.report import Report
-from sparsight.compression.recipe import Recipe
-from sparsight.engine.model_runner import generate
-from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
-from sparsight.models.loading import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsight.batch_inference.api import batch
+    from sparsight.cache import CompressedCache
+    from sparsight.cache.report import Report
+    from sparsight.compression.recipe import Recipe
+    from sparsight.engine.model_runner import generate
+    from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
+    from sparsight.models.loading import load
 
 __all__ = [
     "RECIPES",
@@ -21,3 +25,41 @@ __all__ = [
     "load",
     "recipe",
 ]
+
+_MODULES = {
+    "RECIPES": "sparsight.methods",
+    "CompressedCache": "sparsight.cache",
+    "ElasticCache": "sparsight.methods",
+    "Recipe": "sparsight.compression.recipe",
+    "Report": "sparsight.cache.report",
+    "Sparsight": "sparsight.methods",
+    "VLCache": "sparsight.methods",
+    "batch": "sparsight.batch_inference.api",
+    "generate": "sparsight.engine.model_runner",
+    "load": "sparsight.models.loading",
+    "recipe": "sparsight.methods",
+}
+"""Where the public names are defined: their modules import torch, which takes seconds, when a name is first used."""
+
+
+__version__: str
+
+# Type checkers read the imports above; with this function they would accept any name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or look up ``__version__``, on first use."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value: Any = version("sparsight")
+        elif name in _MODULES:
+            value = getattr(import_module(_MODULES[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

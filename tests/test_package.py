@@ -1,4 +1,4 @@
-"""What is installed holds everything that runs."""
+"""The installed package is complete."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built and installed in a folder of its own."""
+    """A folder with the built wheel, installed."""
     folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
@@ -23,7 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_installed_package_answers_with_the_model_that_ships(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_package_answers_with_the_bundled_model(installed: Path, tmp_path: Path) -> None:
     example = json.loads((ROOT / "examples/questions.json").read_text())[0]
     script = "import sys, sparsight.cli as cli; print(cli.__file__, file=sys.stderr); cli.main()"
     arguments = ["generate", "--image", str(ROOT / "examples" / example["image"]), "--prompt", example["question"]]

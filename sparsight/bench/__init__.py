@@ -1,1 +1,1 @@
-"""Speed and memory of methods, beside plain transformers and the machine's own limit, on the same model in turns."""
+"""Speed and memory of methods against plain transformers and the machine's bandwidth, on the same model."""

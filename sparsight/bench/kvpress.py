@@ -1,7 +1,7 @@
-"""kvpress, NVIDIA's library of compression methods, beside ours.
+"""Measures kvpress, NVIDIA's library of compression methods, as a reference.
 
-It pins an older transformers, so it runs in a process of its own (:mod:`sparsight.bench.worker`), in an environment of
-its own that is set up when it is first asked for.
+It pins an older transformers, so it runs in a separate process (:mod:`sparsight.bench.kvpress_worker`) and a separate
+environment, which is set up at the first use.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparsight.bench import machine, worker
+from sparsight.bench import kvpress_worker, machine
 from sparsight.bench.measure import Sample
 
 VERSION = "0.5.5"
@@ -27,10 +27,10 @@ class CannotRun(Exception):
 
 
 def environment() -> Path:
-    """The Python of an environment with kvpress and this Python's version of torch, in the user's cache folder.
+    """The Python of an environment with kvpress and this process's version of torch, in the user's cache folder.
 
     Raises:
-        CannotRun: it cannot be set up.
+        CannotRun: the environment cannot be set up.
     """
     torch_version = torch.__version__.partition("+")[0]
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -40,7 +40,7 @@ def environment() -> Path:
         return python
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-    # torch comes first and alone, so that no other package's requirement picks another build of it.
+    # torch first and alone: with other packages pip might choose another build of it.
     _run([*pip, f"torch=={torch_version}"])
     _run([*pip, f"torch=={torch_version}", f"kvpress=={VERSION}"])
     ready.touch()
@@ -48,37 +48,37 @@ def environment() -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        wrong = [line for line in said if line.lower().startswith("error")] or said or ["no reason given"]
-        raise CannotRun(f"kvpress cannot be installed: {wrong[-1].partition(': ')[2] or wrong[-1]}".rstrip("."))
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+        errors = [line for line in lines if line.lower().startswith("error")] or lines or ["no reason given"]
+        raise CannotRun(f"kvpress cannot be installed: {errors[-1].partition(': ')[2] or errors[-1]}".rstrip("."))
 
 
 class Kvpress:
     """A process that measures kvpress's SnapKV on a model with random weights.
 
     Attributes:
-        versions: of kvpress, transformers and torch in it.
+        versions: versions of kvpress, transformers and torch in the process.
     """
 
-    def __init__(self, command: Sequence[str], setting: Mapping[str, Any]) -> None:
-        # Warnings of its libraries are of no use here; what goes wrong it answers.
+    def __init__(self, command: Sequence[str], settings: Mapping[str, Any]) -> None:
+        # Errors are in its replies; warnings of its libraries are dropped.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         try:
-            self.versions = self._ask(setting)
+            self.versions = self._request(settings)
         except BaseException:
             self.close()
             raise
 
     @classmethod
     def like(cls, model: PreTrainedModel) -> "Kvpress":
-        """One with the sizes of a model's language part, its dtype and device, and as many threads.
+        """A process with the sizes, dtype and device of a model's language part, and the same number of threads.
 
         Raises:
-            CannotRun: it cannot be installed, does not know the model, or has no room for its weights.
+            CannotRun: kvpress cannot be installed, does not know the model, or its weights do not fit.
         """
         config = model.get_decoder().config
         weights = sum(each.nbytes for each in model.get_decoder().parameters())
@@ -87,7 +87,7 @@ class Kvpress:
             raise CannotRun(
                 f"does not fit: kvpress's own weights need {weights / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
             )
-        setting = {
+        settings = {
             "config": {
                 name: value
                 for name, value in config.to_diff_dict().items()
@@ -97,17 +97,24 @@ class Kvpress:
             "device": str(model.device),
             "threads": torch.get_num_threads(),
         }
-        # Isolated: PYTHONPATH may name another transformers.
-        return cls([str(environment()), "-I", worker.__file__], setting)
+        # Isolated mode: PYTHONPATH may have another transformers.
+        return cls([str(environment()), "-I", kvpress_worker.__file__], settings)
 
     def measure(self, budget: float, tokens: int, batch: int, new_tokens: int, needed: int) -> Sample:
-        """What answering prompts ``[batch, tokens]`` takes; about ``needed`` bytes of memory.
+        """Measure the answers to prompts ``[batch, tokens]``.
+
+        Args:
+            budget: fraction of the prompt's entries that are kept.
+            tokens: tokens per prompt.
+            batch: number of prompts.
+            new_tokens: tokens per answer.
+            needed: approximate bytes that it takes, reserved in advance on a GPU.
 
         Raises:
-            CannotRun: it cannot run this case.
+            CannotRun: kvpress cannot run this case.
         """
-        case = {"budget": budget, "tokens": tokens, "batch": batch, "new_tokens": new_tokens, "room": needed}
-        return Sample(statistics=None, compaction=None, **self._ask(case))
+        case = {"budget": budget, "tokens": tokens, "batch": batch, "new_tokens": new_tokens, "reserve": needed}
+        return Sample(statistics=None, compaction=None, **self._request(case))
 
     def close(self) -> None:
         """End the process."""
@@ -120,9 +127,9 @@ class Kvpress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _request(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
-        # It may have ended, which reading tells.
+        # If the process has ended, there is no reply to read below.
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

@@ -1,4 +1,4 @@
-"""What a machine has: memory, bandwidth, clocks."""
+"""Memory, bandwidth and clocks of the machine."""
 
 import os
 import platform
@@ -10,32 +10,32 @@ from pathlib import Path
 import torch
 
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
-"""A copy that is timed should be far larger than the caches."""
+"""Size of the timed copy, far larger than the processor's caches."""
 
 COPIES = 8
 
 
 def describe(device: torch.device) -> str:
-    """The processor that runs the model."""
+    """The name of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was told."""
+    """Wait for the work queued on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory of a device that is free."""
+    """Free memory of a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = _fields(Path("/proc/meminfo"))
     free = meminfo.get("MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # A container may be allowed less than the machine has.
+    # A container may have less than the machine.
     with suppress(OSError, ValueError):
         allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
         free = min(free, allowed - _fields(Path("/proc/self/status"))["VmRSS"])
@@ -43,8 +43,8 @@ def available_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def lent(device: torch.device) -> Iterator[None]:
-    """Leave a GPU's memory, but for what tensors need, to another process; then take it back, ahead of any timing."""
+def released_memory(device: torch.device) -> Iterator[None]:
+    """Release unused GPU memory to another process; reserve it again afterwards, before anything is timed."""
     if device.type != "cuda":
         yield
         return
@@ -53,13 +53,13 @@ def lent(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # In one piece, which torch's allocator keeps and cuts up; without it there is only less memory at hand.
+        # One block, which torch's allocator keeps and splits; if that fails, less memory is reserved.
         with suppress(torch.OutOfMemoryError):
             torch.empty(before - torch.cuda.memory_reserved(device), dtype=torch.uint8, device=device)
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Begin to look for the highest use of memory; whether this machine tells it."""
+    """Reset the peak of memory use; returns whether this machine can measure it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -71,14 +71,14 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The highest use of memory since :func:`reset_peak`: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak of memory use since :func:`reset_peak`: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _fields(Path("/proc/self/status"))["VmHWM"]
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes, the best of a few."""
+    """Bytes per second that a large copy reads and writes, the best of :data:`COPIES`."""
     source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     seconds = []
@@ -92,7 +92,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds spent in parts of a run, on the device's own clock so that nothing waits for it."""
+    """Seconds spent in parts of a run, by the device's clock, without synchronization."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -101,7 +101,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what happens meanwhile."""
+        """Add the time of the block."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -114,13 +114,13 @@ class Stopwatch:
             self._seconds += time.perf_counter() - start
 
     def seconds(self) -> float:
-        """What was counted so far."""
+        """Total time so far."""
         synchronize(self.device)
         return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Bytes by name, of a file of the kernel's with lines such as ``VmHWM:  10 kB``."""
+    """Bytes by name from a kernel file with lines such as ``VmHWM:  10 kB``."""
     if not path.exists():
         return {}
     lines = (line.split() for line in path.read_text().splitlines())

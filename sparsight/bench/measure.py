@@ -1,4 +1,4 @@
-"""One prompt answered in one way: how long each stage takes, and what it holds."""
+"""Measures one batch of answers: the time of each stage and the memory."""
 
 import gc
 import statistics
@@ -22,17 +22,17 @@ from sparsight.engine.model_runner import capture_options, decode_step
 
 @dataclass(frozen=True)
 class Sample:
-    """What one answer took.
+    """The measurement of one batch of answers.
 
     Attributes:
-        first_token: seconds until the first token, ``statistics`` and ``compaction`` included.
-        statistics: seconds of observing the queries, None where another library does not tell them apart.
-        compaction: seconds of planning, and of copying what stays, likewise.
-        token: seconds of one further token, the median.
+        first_token: seconds to the first token, ``statistics`` and ``compaction`` included.
+        statistics: seconds of computing statistics of the queries; None where a library does not measure them.
+        compaction: seconds of planning and of copying the kept entries; None likewise.
+        token: median seconds per further token.
         end_to_end: seconds of all tokens.
-        bytes_held: bytes of the cache after the prefill, room to grow included.
-        entry_bytes: bytes of the keys and values in it, which a decode step reads.
-        peak_bytes: highest use of memory, None where the machine does not tell it.
+        bytes_held: bytes of the cache after the prefill, unused capacity included.
+        entry_bytes: bytes of its keys and values, which a decode step reads.
+        peak_bytes: peak of memory use; None where the machine cannot measure it.
     """
 
     first_token: float
@@ -47,34 +47,34 @@ class Sample:
 
 @torch.inference_mode()
 def measure(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens: int) -> Sample:
-    """Answer prompts ``[B, T]`` with ``new_tokens`` tokens each, the likeliest ones, through an empty cache."""
+    """Answer prompts ``[B, T]`` with ``new_tokens`` greedy tokens each, starting from an empty cache."""
     device = model.device
     gc.collect()
     peak_known = machine.reset_peak(device)
     observing, compacting = Stopwatch(device), Stopwatch(device)
-    with _watched(Prefill, "observe", observing), _watched(CompressedCache, "_compact", compacting):
+    with _timed(Prefill, "observe", observing), _timed(CompressedCache, "_compact", compacting):
         first_token, token = _step(model, device, input_ids, cache)
-    held, entries = _bytes(cache)
+    occupied, entries = _bytes(cache)
     seconds = []
-    # As sparsight.generate does.
+    # As in sparsight.generate.
     decode: Callable[..., Any] = decode_step(model) if capture_options(cache) else model
     for _ in range(new_tokens - 1):
-        taken, token = _step(decode, device, token, cache)
-        seconds.append(taken)
+        step_seconds, token = _step(decode, device, token, cache)
+        seconds.append(step_seconds)
     return Sample(
         first_token,
         observing.seconds(),
         compacting.seconds(),
         statistics.median(seconds),
         first_token + sum(seconds),
-        held,
+        occupied,
         entries,
         machine.peak_bytes(device) if peak_known else None,
     )
 
 
 def _step(model: Callable[..., Any], device: torch.device, tokens: Tensor, cache: Cache) -> tuple[float, Tensor]:
-    """Seconds of one pass through the model, and the next token of each sequence ``[B, 1]``."""
+    """Seconds of one forward pass, and the next tokens ``[B, 1]``."""
     machine.synchronize(device)
     start = time.perf_counter()
     token = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
@@ -83,13 +83,13 @@ def _step(model: Callable[..., Any], device: torch.device, tokens: Tensor, cache
 
 
 @contextmanager
-def _watched(owner: type, name: str, watch: Stopwatch) -> Iterator[None]:
-    """Let a watch run during every call of a method."""
+def _timed(owner: type, name: str, stopwatch: Stopwatch) -> Iterator[None]:
+    """Add the time of every call of a method to a stopwatch."""
     method: Callable[..., Any] = getattr(owner, name)
 
     @wraps(method)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        with watch.running():
+        with stopwatch.running():
             return method(*args, **kwargs)
 
     setattr(owner, name, timed)
@@ -100,10 +100,10 @@ def _watched(owner: type, name: str, watch: Stopwatch) -> Iterator[None]:
 
 
 def _bytes(cache: Any) -> tuple[int, int]:
-    """Bytes that a cache occupies, and of them those of keys and values."""
+    """Bytes that a cache occupies, and bytes of its keys and values."""
     if not isinstance(cache, CompressedCache):
-        held = sum(map(layer_bytes, cache.layers))
-        return held, held
+        occupied = sum(map(layer_bytes, cache.layers))
+        return occupied, occupied
     stores = [layer.store for layer in cache.compressed if layer.store is not None]
     others = cache.nbytes - sum(layer.nbytes for layer in cache.compressed)
     return cache.nbytes, others + sum(int(store.held.sum()) * store.token_bytes // len(store.held) for store in stores)

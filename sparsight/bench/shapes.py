@@ -1,4 +1,4 @@
-"""Language parts of well-known models by their sizes, with random weights: speed needs no download."""
+"""Language models in the sizes of well-known vision-language models, with random weights: nothing is downloaded."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import (
 )
 
 FIRST_TEXT_TOKENS, POST_VISION_TOKENS = 36, 64
-"""Text of a prompt before and after its picture."""
+"""Text tokens of a prompt before and after its image."""
 
 
 def _sizes(vocabulary: int, width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -38,24 +38,24 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "qwen2.5-vl-3b": Qwen2Config(**_sizes(151936, 2048, 11008, 36, 16, 2)),
     "qwen2.5-vl-7b": Qwen2Config(**_sizes(152064, 3584, 18944, 28, 28, 4)),
 }
-"""The sizes of each model's language part, as its authors published them."""
+"""Published sizes of each model's language part."""
 
 
 def parameters(config: PreTrainedConfig) -> int:
-    """Weights that a model of this config has."""
+    """Number of parameters of a model with this config."""
     with torch.device("meta"):
         return sum(weights.numel() for weights in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of this config, made where it will run."""
+    """A model with this config and random weights, created on the device."""
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def random_inputs(model: PreTrainedModel, length: int, batch: int) -> dict[str, Tensor]:
-    """Prompts of random tokens, all but their first and last ones marked as vision: ``[batch, length]`` each."""
+    """Prompts of random tokens, marked as vision except for the first and last ones; ``[batch, length]`` each."""
     types = torch.ones(batch, length, dtype=torch.long)
     types[:, :FIRST_TEXT_TOKENS] = 0
     types[:, -POST_VISION_TOKENS:] = 0
@@ -65,7 +65,7 @@ def random_inputs(model: PreTrainedModel, length: int, batch: int) -> dict[str, 
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that a decode step reads: the language part's, of whose embeddings it takes a few rows only."""
+    """Bytes of weights that a decode step reads: the language part without embeddings, of which it reads few rows."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     read = {id(weights): weights for part in (model.get_decoder(), head) for weights in _weights(part)}
     if embeddings.weight is not head.weight:

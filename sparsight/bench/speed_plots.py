@@ -1,4 +1,4 @@
-"""Pictures of a run: speed-up over plain transformers, and how costs grow with the context."""
+"""Figures of a benchmark: speed-up over plain transformers, and times and memory by context."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,41 +7,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from sparsight.bench.rounds import KEPT_LENGTH, KVPRESS, OTHERS, TRANSFORMERS
+from sparsight.bench.benchmark import KEPT_LENGTH, KVPRESS, REFERENCES, TRANSFORMERS
 from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
 
-Cell = Mapping[str, Any]
+CaseResult = Mapping[str, Any]
 PANEL = 3.9, 2.9
 """Inches."""
 
 STYLES = {TRANSFORMERS: (INK, (4, 3), "."), KEPT_LENGTH: (MUTED, (1, 2), "."), KVPRESS: (COLORS[-1], (3, 1), "x")}
-"""Colour, dashes and marker of what methods are compared with."""
+"""Color, dashes and marker of the references."""
 
-SPEED_UP: dict[str, Callable[[Cell], float | None]] = {
-    "decoding, x faster": lambda cell: _inverse(cell["of_full"]["token"]),
-    # Whoever reads the kept length alone has not read the prompt.
-    "end to end, x faster": lambda cell: (
-        None if cell["method"] == KEPT_LENGTH else _inverse(cell["of_full"]["end_to_end"])
+SPEED_UP: dict[str, Callable[[CaseResult], float | None]] = {
+    "decoding, speed-up": lambda case: _inverse(case["of_full"]["token"]),
+    # A shortened prompt has another prefill.
+    "end to end, speed-up": lambda case: (
+        None if case["method"] == KEPT_LENGTH else _inverse(case["of_full"]["end_to_end"])
     ),
 }
-GROWTH: dict[str, Callable[[Cell], float | None]] = {
-    "first token, s": lambda cell: cell["seconds"]["first_token"]["median"],
-    "a token, ms": lambda cell: cell["seconds"]["token"]["median"] * 1e3,
-    "KV held, MiB": lambda cell: cell["bytes_held"] / 2**20,
+GROWTH: dict[str, Callable[[CaseResult], float | None]] = {
+    "first token, s": lambda case: case["seconds"]["first_token"]["median"],
+    "per token, ms": lambda case: case["seconds"]["token"]["median"] * 1e3,
+    "KV cache, MiB": lambda case: case["bytes_held"] / 2**20,
 }
 
 
-def draw_speed_up(cells: Sequence[Cell]) -> Figure:
-    """How much faster than plain transformers every method decodes and answers, by context, a column for each batch."""
-    figure = _draw(cells, SPEED_UP)
+def draw_speed_up(cases: Sequence[CaseResult]) -> Figure:
+    """Speed-up of every method over plain transformers by context, a column per batch size."""
+    figure = _draw(cases, SPEED_UP)
     for panel in figure.axes:
         panel.set_ylim(bottom=0)
     return figure
 
 
-def draw_growth(cells: Sequence[Cell]) -> Figure:
-    """Times and bytes of every method by context, both on logarithmic axes, a column for each batch."""
-    figure = _draw(cells, GROWTH)
+def draw_growth(cases: Sequence[CaseResult]) -> Figure:
+    """Times and bytes of every method by context on logarithmic axes, a column per batch size."""
+    figure = _draw(cases, GROWTH)
     for panel in figure.axes:
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -50,24 +50,24 @@ def draw_growth(cells: Sequence[Cell]) -> Figure:
     return figure
 
 
-def _draw(cells: Sequence[Cell], rows: Mapping[str, Callable[[Cell], float | None]]) -> Figure:
-    batches = sorted({cell["batch"] for cell in cells})
-    contexts = sorted({cell["context"] for cell in cells})
-    lines = list(dict.fromkeys((cell["method"], cell["budget"]) for cell in cells))
+def _draw(cases: Sequence[CaseResult], rows: Mapping[str, Callable[[CaseResult], float | None]]) -> Figure:
+    batches = sorted({case["batch"] for case in cases})
+    contexts = sorted({case["context"] for case in cases})
+    lines = list(dict.fromkeys((case["method"], case["budget"]) for case in cases))
     size = PANEL[0] * len(batches) + 1.9, PANEL[1] * len(rows)
     figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
     grid = figure.subplots(len(rows), len(batches), squeeze=False, sharey="row")
-    for panels, (title, take) in zip(grid, rows.items(), strict=True):
+    for panels, (title, quantity) in zip(grid, rows.items(), strict=True):
         for panel, batch in zip(panels, batches, strict=True):
-            for order, line in enumerate(sorted(lines, key=lambda line: line[0] in OTHERS)):
+            for order, line in enumerate(sorted(lines, key=lambda line: line[0] in REFERENCES)):
                 points = [
-                    (cell["context"], value)
-                    for cell in cells
-                    if ((cell["method"], cell["budget"]), cell["batch"]) == (line, batch)
-                    and (value := take(cell)) is not None
+                    (case["context"], value)
+                    for case in cases
+                    if ((case["method"], case["budget"]), case["batch"]) == (line, batch)
+                    and (value := quantity(case)) is not None
                 ]
                 if points:
-                    panel.plot(*zip(*points, strict=True), **_style(line[0], order), label=_label(*line))
+                    panel.plot(*zip(*points, strict=True), **_style(line[0], order), label=case_name(*line))
             _frame(panel, title if panel is panels[0] else "", contexts)
     for panel, batch in zip(grid[0], batches, strict=True):
         panel.set_title(f"batch {batch}", size=10.5, weight="bold", color=INK, loc="left")
@@ -94,7 +94,7 @@ def _frame(panel: Axes, title: str, contexts: Sequence[int]) -> None:
 
 
 def _style(method: str, order: int) -> dict[str, Any]:
-    if method in OTHERS:
+    if method in REFERENCES:
         color, dashes, marker = STYLES[method]
         return {"color": color, "dashes": dashes, "linewidth": 1.3, "marker": marker, "markersize": 5}
     return {
@@ -106,12 +106,16 @@ def _style(method: str, order: int) -> dict[str, Any]:
 
 
 def tokens(count: int) -> str:
-    """A number of tokens for people: ``2k`` is 2048."""
+    """A number of tokens as text; ``2k`` is 2048."""
     return f"{count // 1024}k" if count % 1024 == 0 and count else str(count)
 
 
-def _label(method: str, budget: float) -> str:
-    return method if budget == 1 else f"{method} {budget * 100:.3g} %"
+def case_name(method: str, budget: float) -> str:
+    """A method and its budget in words."""
+    percent = f"{budget * 100:.3g} %"
+    if method == KEPT_LENGTH:
+        return f"{TRANSFORMERS}, {percent} of prompt"
+    return method if budget == 1 else f"{method} {percent}"
 
 
 def _inverse(ratio: float | None) -> float | None:

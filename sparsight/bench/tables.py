@@ -1,4 +1,4 @@
-"""The results of a run for people: tables on the terminal, and files."""
+"""Human-readable results of a benchmark: tables for the terminal, and files."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,15 +9,19 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.bench.speed_plots import draw_growth, draw_speed_up
+from sparsight.bench.speed_plots import case_name, draw_growth, draw_speed_up
 from sparsight.utils.plot_style import save
 
-Cell = Mapping[str, Any]
+CaseResult = Mapping[str, Any]
 RESULTS = "bench.json"
+LEGEND = (
+    "vs short prompt: time per token over that of transformers with a prompt of only the kept length. "
+    "vs bandwidth: time per token over the time to read the weights and KV entries at the bandwidth of a copy.\n"
+)
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder that results go to.
+    """Make the folder for results.
 
     Raises:
         ValueError: nothing can be written there.
@@ -29,65 +33,65 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"Cannot write to {folder}: {error.strerror}.") from error
 
 
-def write(found: Mapping[str, Any], folder: Path) -> None:
-    """Write ``bench.json`` into a folder that is there."""
-    (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Write ``bench.json`` to an existing folder."""
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
 
 
-def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw the pictures into a folder that is there, and return their paths."""
-    measured = [cell for cell in found["cells"] if cell["reason"] is None]
+def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write the figures to an existing folder, and return their paths."""
+    measured = [case for case in results["cells"] if case["reason"] is None]
     figures = {"growth.png": draw_growth(measured)} if measured else {}
-    if any(cell["of_full"]["token"] is not None for cell in measured):
+    if any(case["of_full"]["token"] is not None for case in measured):
         figures["speed-up.png"] = draw_speed_up(measured)
     for name, figure in figures.items():
         save(figure, folder / name)
     return [folder / name for name in figures]
 
 
-def tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """For each size a headline, a table of times, what was not measured and why, and a table of costs and memory."""
-    sizes = dict.fromkeys((cell["context"], cell["batch"]) for cell in found["cells"])
+def tables(results: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """For each size a headline, a table of times, the reasons of cases without results, and a table of costs."""
+    sizes = dict.fromkeys((case["context"], case["batch"]) for case in results["cells"])
     for context, batch in sizes:
-        cells = [cell for cell in found["cells"] if (cell["context"], cell["batch"]) == (context, batch)]
-        measured = [cell for cell in cells if cell["reason"] is None]
-        yield Text(f"prompt of {context} tokens, batch {batch}; x is of plain transformers' time", "bold")
+        cases = [case for case in results["cells"] if (case["context"], case["batch"]) == (context, batch)]
+        measured = [case for case in cases if case["reason"] is None]
+        yield Text(f"prompt of {context} tokens, batch {batch}: median, range, ratio to plain transformers", "bold")
         if measured:
             yield _times(measured)
-        yield from (Text(f"{name_of(cell)}: {cell['reason']}", "dim") for cell in cells if cell["reason"] is not None)
+        yield from (Text(f"{name_of(case)}: {case['reason']}", "dim") for case in cases if case["reason"] is not None)
         yield ""
         if measured:
             yield _costs(measured)
             yield ""
+    yield Text(LEGEND, "dim")
 
 
-def _times(cells: Sequence[Cell]) -> Table:
-    """Times with their spread and over the full cache's, and what decoding takes over its limits."""
-    shown = _table(["first token", "a token", "end to end", "x kept\nlength", "x limit", "tokens\n/ s"])
-    for cell in cells:
+def _times(cases: Sequence[CaseResult]) -> Table:
+    """Times with ranges and ratios, the time per token over its two limits, and throughput."""
+    shown = _table(["first token", "per token", "end to end", "vs short\nprompt", "vs band-\nwidth", "tokens\nper s"])
+    for case in cases:
         shown.add_row(
-            name_of(cell),
-            *(_time(cell, stage) for stage in ("first_token", "token", "end_to_end")),
-            _ratio(cell["of_kept_length"]),
-            _ratio(cell["of_limit"]),
-            number(cell["tokens_per_second"]),
+            name_of(case).replace(", ", ",\n"),
+            *(_time(case, stage) for stage in ("first_token", "token", "end_to_end")),
+            _ratio(case["of_kept_length"]),
+            _ratio(case["of_limit"]),
+            number(case["tokens_per_second"]),
         )
     return shown
 
 
-def _costs(cells: Sequence[Cell]) -> Table:
-    """What the prefill spends on compression, and memory."""
-    columns = ["statistics", "compaction", "KV held", "x full", "peak", "batch\nthat fits"]
-    shown = _table(columns)
-    for cell in cells:
-        peak = cell["peak_bytes"]
+def _costs(cases: Sequence[CaseResult]) -> Table:
+    """Time of compression within the first token's, and memory."""
+    shown = _table(["statistics", "compaction", "KV\ncache", "vs full\ncache", "peak\nmemory", "largest\nbatch"])
+    for case in cases:
+        peak = case["peak_bytes"]
         shown.add_row(
-            name_of(cell),
-            *(_part(cell["seconds"][stage]) for stage in ("statistics", "compaction")),
-            _mebibytes(cell["bytes_held"]),
-            _ratio(cell["of_full"]["bytes"]),
+            name_of(case).replace(", ", ",\n"),
+            *(_part(case["seconds"][stage]) for stage in ("statistics", "compaction")),
+            _mebibytes(case["bytes_held"]),
+            _ratio(case["of_full"]["bytes"]),
             "-" if peak is None else _mebibytes(peak),
-            f"{cell['batch_that_fits']:,}",
+            f"{case['batch_that_fits']:,}",
         )
     return shown
 
@@ -100,25 +104,25 @@ def _table(columns: Sequence[str]) -> Table:
     return shown
 
 
-def name_of(cell: Cell) -> str:
-    """A method and its budget."""
-    return cell["method"] if cell["budget"] == 1 else f"{cell['method']} {cell['budget'] * 100:.3g} %"
+def name_of(case: CaseResult) -> str:
+    """A method and its budget, in words."""
+    return case_name(case["method"], case["budget"])
 
 
 def number(value: float) -> str:
-    """A number for people, of three digits at least."""
+    """A number as text, with at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _time(cell: Cell, stage: str) -> Text:
-    spread, ratio = cell["seconds"][stage], cell["of_full"][stage]
-    low, high = (number(spread[end] * 1e3) for end in ("low", "high"))
-    beside = "" if ratio is None else f"\n{ratio:.3f} x"
-    return Text.assemble(_milliseconds(spread["median"]), (f"\n{low}-{high}", "dim"), (beside, "dim"))
+def _time(case: CaseResult, stage: str) -> Text:
+    times, ratio = case["seconds"][stage], case["of_full"][stage]
+    low, high = (number(times[end] * 1e3) for end in ("low", "high"))
+    ratio_line = "" if ratio is None else f"\n{ratio:.3f} x"
+    return Text.assemble(_milliseconds(times["median"]), (f"\n{low}-{high}", "dim"), (ratio_line, "dim"))
 
 
-def _part(spread: Mapping[str, float] | None) -> str:
-    return "-" if spread is None else _milliseconds(spread["median"])
+def _part(times: Mapping[str, float] | None) -> str:
+    return "-" if times is None else _milliseconds(times["median"])
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,40 +1,46 @@
-"""The command line: ``sparsight`` and its commands."""
+"""The ``sparsight`` command and its subcommands."""
 
+import errno
+import os
+import signal
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import typer
-from PIL.Image import DecompressionBombWarning
-from transformers.utils import logging
-
-from sparsight.cli import analyze, batch, bench, calibrate, eval, generate, inspect, methods, models
-
-app = typer.Typer(
-    help="Compressed KV caches for vision-language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("generate")(generate.generate)
-app.command("inspect")(inspect.inspect)
-app.command("batch")(batch.batch)
-app.command("eval")(eval.evaluate)
-app.command("analyze")(analyze.analyze_model)
-app.command("bench")(bench.bench)
-app.command("methods")(methods.methods)
-app.command("models")(models.models)
-app.command("calibrate")(calibrate.calibrate)
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Failures of a write, whose OSError names no file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line on ``arguments``, by default the process's, and exit: 2 after an error of the user's."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # A picture over the limit is reported once, by Sparsight.
-    warnings.simplefilter("ignore", DecompressionBombWarning)
+    """Run the command line on ``arguments``, by default ``sys.argv[1:]``, and exit.
+
+    The exit code is 2 after a user error, 1 if the output cannot be written, and 130 after Ctrl-C or SIGTERM.
+    """
+    # During imports there is nothing to save: a signal ends the process at once, without a traceback.
+    set_stop_signals(signal.SIG_DFL)
+    from sparsight.cli.app import app
+    from sparsight.utils.text import escape
+
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        finally:
+            # At exit, an error would be a traceback.
+            print(end="", flush=True)
     except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {escape(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        # What is still buffered would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"Error: Cannot write the output: {error.strerror}.", file=sys.stderr)
+        sys.exit(1)
+
+
+def set_stop_signals(handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
+    """Set what Ctrl-C and SIGTERM do, unless the process was started to ignore them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)

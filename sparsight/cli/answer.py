@@ -15,36 +15,38 @@ from sparsight.eval.metrics import same_tokens
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, and how long it took.
+    """A model's answer and the time it took.
 
     Args:
         text: the answer without special tokens.
-        tokens: its token ids, special ones included.
-        prefill_seconds: until the first token.
-        decode_seconds: from the first token to the last.
+        tokens: its token ids, including special ones.
+        finish_reason: ``stop`` if the model ended the answer, ``length`` if it reached the maximum length.
+        prefill_seconds: time to the first token.
+        decode_seconds: time from the first token to the last.
     """
 
     text: str
     tokens: tuple[int, ...]
+    finish_reason: str
     prefill_seconds: float
     decode_seconds: float
 
 
 def answer(
-    ready: Session,
+    session: Session,
     cache: Cache,
     max_new_tokens: int,
     prefill_chunk: int | None = None,
     on_text: Callable[[str], Any] | None = None,
 ) -> Answer:
-    """Let a model answer greedily, given the prompt ``prefill_chunk`` tokens at a time.
+    """Answer a session's question greedily, prefilling ``prefill_chunk`` tokens at a time, or all at once if None.
 
-    ``on_text`` is given the text as it comes, piece by piece.
+    ``on_text`` is called with each piece of text as soon as it is decoded.
     """
-    stream = _Stream(ready.tokenizer, on_text)
+    stream = _Stream(session.tokenizer, on_text)
     started = time.perf_counter()
-    output = ready.model.generate(
-        **ready.inputs,
+    output = session.model.generate(
+        **session.inputs,
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -53,22 +55,24 @@ def answer(
         streamer=stream,
         **capture_options(cache, stream),
     )
-    tokens = tuple(output[0, ready.inputs["input_ids"].shape[1] :].tolist())
+    tokens = tuple(output[0, session.inputs["input_ids"].shape[1] :].tolist())
+    end = session.model.generation_config.eos_token_id
     return Answer(
-        text=ready.tokenizer.decode(tokens, skip_special_tokens=True),
+        text=session.tokenizer.decode(tokens, skip_special_tokens=True),
         tokens=tokens,
+        finish_reason="stop" if tokens[-1] in (end if isinstance(end, list) else [end]) else "length",
         prefill_seconds=stream.times[0] - started,
         decode_seconds=stream.times[-1] - stream.times[0],
     )
 
 
 def agreement(one: Answer, other: Answer) -> float:
-    """Share of equal tokens, place by place, over the longer answer."""
+    """Share of positions with equal tokens, over the length of the longer answer."""
     return same_tokens(one.tokens, other.tokens)
 
 
 class _Stream(TextStreamer):
-    """Hands text on as it comes, and notes when each token came."""
+    """Passes text on as it is decoded, and records when each token arrived."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], Any] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

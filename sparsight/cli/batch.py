@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,12 +23,14 @@ from sparsight.batch_inference.rows import RowKey
 from sparsight.cache.report import mebibytes
 from sparsight.cli import options
 from sparsight.cli.recipe_options import recipe_from_options
+from sparsight.cli.session import read_prompt
+from sparsight.cli.terminal import console, show, stopped
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.loading import load_checkpoint
 from sparsight.utils.text import printable
 
 
-def batch(
+def main(
     source: Annotated[
         Path,
         typer.Argument(
@@ -45,8 +46,10 @@ def batch(
         ),
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="The question for all rows that have none.", metavar="TEXT")
+        str | None,
+        typer.Option(help="The question for all rows that have none; - reads it from standard input.", metavar="TEXT"),
     ] = None,
+    prompt_file: options.PromptFile = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(help="A field of INPUT to copy into the results. Repeat for several.", metavar="FIELD"),
@@ -60,7 +63,11 @@ def batch(
     ] = False,
     model: options.Model = options.DEFAULT_MODEL,
     method: options.Method = options.DEFAULT_METHOD,
-    budget: options.Budget = 0.1,
+    budget: options.Budget = None,
+    score: options.Score = None,
+    allocate: options.Allocate = None,
+    reduce: options.Reduce = None,
+    decode: options.Decode = None,
     heads: options.Heads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     batch_size: Annotated[
@@ -75,6 +82,7 @@ def batch(
         float | None,
         typer.Option(help="GPUs per replica; by default one if the cluster has any.", min=0, show_default=False),
     ] = None,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -82,7 +90,8 @@ def batch(
 ) -> None:
     """Ask a model about many images; exits with 1 if some rows have no answer."""
     started = time.perf_counter()
-    recipe = recipe_from_options(model, method, budget, heads)
+    parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
+    recipe = recipe_from_options(model, method, budget, heads, **parts)
     size = _batch_size(batch_size)
     if ray is None and (replicas != 1 or gpus_per_replica is not None):
         raise ValueError("--replicas and --gpus-per-replica are for --ray, which is not given.")
@@ -90,6 +99,9 @@ def batch(
     fields = tuple(dict.fromkeys(keep or ()))
     _check_paths(source, output)
     check_keep(fields)
+    if prompt == "-" and str(source) == "-":
+        raise ValueError("The prompt and INPUT cannot both be standard input: name a file for one of them.")
+    prompt = read_prompt(prompt, prompt_file)
     with open_input(source, prompt, fields) as rows:
         prompts = rows.scan()
         job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
@@ -98,15 +110,13 @@ def batch(
             totals = Totals(len(prompts) - len(missing))
             try:
                 if missing:
-                    with _progress(len(prompts), totals.before, as_json) as on_results:
+                    with _progress(len(prompts), totals.before, quiet or as_json) as on_results:
                         for batch_results in _answer(job, cluster, rows, missing):
                             totals.add(results.append(batch_results))
                             on_results(batch_results)
                 results.finish()
-            except (KeyboardInterrupt, SystemExit) as stop:
-                _say_stopped(output)
-                code = stop.code if isinstance(stop, SystemExit) else None
-                raise typer.Exit(code if isinstance(code, int) else 130) from stop
+            except KeyboardInterrupt as stop:
+                raise stopped(output) from stop
             summary = totals.summary(prompts.keys(), results, output, time.perf_counter() - started)
             lacking = len(results.missing(prompts))
     _print_summary(summary, output, as_json)
@@ -123,15 +133,6 @@ def _open_output(path: Path, settings: dict[str, Any], keep: tuple[str, ...], re
     return StandardOutput() if str(path) == "-" else OutputFile(path, settings, keep, retry_errors=retry_errors)
 
 
-def _say_stopped(output: Path) -> None:
-    rest = (
-        ""
-        if str(output) == "-"
-        else f" All results so far are in {printable(str(output))}; the same command continues."
-    )
-    print(f"Stopped.{rest}", file=sys.stderr)
-
-
 def _print_summary(summary: dict[str, Any], output: Path, as_json: bool) -> None:
     """Print the summary to standard output, or to standard error if the results are there."""
     to_stdout = str(output) == "-"
@@ -139,9 +140,9 @@ def _print_summary(summary: dict[str, Any], output: Path, as_json: bool) -> None
     if as_json:
         print(json.dumps(summary), file=stream)
         return
-    Console(file=stream, highlight=False).print(table(summary))
+    show(table(summary), stderr=to_stdout)
     if not to_stdout and output.exists():
-        print(f"Wrote {printable(str(output))}")
+        print(f"Wrote {printable(output)}")
 
 
 def _check_paths(source: Path, output: Path) -> None:
@@ -150,10 +151,10 @@ def _check_paths(source: Path, output: Path) -> None:
         return
     check_output_path(output)
     if source.resolve() == output.resolve():
-        raise ValueError(f"{printable(str(source))} cannot be both the input and the output.")
+        raise ValueError(f"{printable(source)} cannot be both the input and the output.")
     if str(source) != "-" and not source.exists() and output.exists():
         raise ValueError(
-            f"There is no input {printable(str(source))}, but the output {printable(str(output))} exists: "
+            f"There is no input {printable(source)}, but the output {printable(output)} exists: "
             "INPUT comes first, then OUTPUT."
         )
 
@@ -240,7 +241,7 @@ def _batch_size(text: str) -> int | None:
 @contextmanager
 def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
     """A progress bar on stderr with rate, time left and the memory of the newest batch, if stderr is a terminal."""
-    console = Console(stderr=True)
+    bar_console = console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -250,8 +251,8 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
         TextColumn("{task.fields[memory]}"),
     )
     # Results come a batch at a time, and a batch may take minutes.
-    hidden = quiet or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bar:
+    hidden = quiet or not bar_console.is_terminal
+    with Progress(*columns, console=bar_console, disable=hidden, speed_estimate_period=600) as bar:
         shown = bar.add_task("Answering", total=total, completed=done, rate="", memory="")
         started, count = time.perf_counter(), 0
 

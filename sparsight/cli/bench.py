@@ -1,4 +1,4 @@
-"""``sparsight bench``: speed and memory of methods, against plain transformers and the machine's limit."""
+"""``sparsight bench``: speed and memory of methods, compared with plain transformers and the hardware's limit."""
 
 import json
 import platform
@@ -12,79 +12,101 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from sparsight.bench import machine, tables
+from sparsight.bench.benchmark import LIBRARIES, BenchmarkConfig, run_benchmark
 from sparsight.bench.kvpress import CannotRun, Kvpress
-from sparsight.bench.rounds import RIVALS, Plan, run
 from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
-from sparsight.bench.summarize import results
+from sparsight.bench.summary import summarize
 from sparsight.cache import CompressedCache
 from sparsight.cli import options
+from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, count_list, names
 from sparsight.cli.progress import progress
+from sparsight.cli.recipe_options import with_scores
+from sparsight.cli.terminal import show
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.model_runner import static_capacity
 from sparsight.methods import recipe
 from sparsight.models.loading import DTYPES, find_device, load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
+from sparsight.utils.text import escape
 
 
-def bench(
+def main(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a vision-language model, instead of a shape.")
+        str | None,
+        typer.Option(
+            help="Vision-language model to measure instead of a shape: a folder or a Hugging Face Hub id.",
+            metavar="MODEL",
+            rich_help_panel=options.MODEL,
+        ),
     ] = None,
     shape: Annotated[
-        str, typer.Option(help=f"Language part with random weights: {', '.join(SHAPES)}.", metavar="NAME")
+        str,
+        typer.Option(
+            help=f"Language model with random weights, in bfloat16 on a GPU and float32 on a CPU: {', '.join(SHAPES)}.",
+            metavar="NAME",
+            rich_help_panel=options.MODEL,
+        ),
     ] = "small",
-    contexts: Annotated[str, typer.Option(help="Prompt tokens; 2k is 2048.", metavar="NUMBERS")] = "2k,8k",
-    batch: Annotated[str, typer.Option(help="Prompts answered together.", metavar="NUMBERS")] = "1",
-    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=2)] = 100,
+    contexts: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, comma-separated; 2k is 2048.", metavar="NUMBERS")
+    ] = "2k,8k",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.", metavar="NUMBERS")] = "1",
+    new_tokens: Annotated[int, typer.Option(help="Length of each answer in tokens.", min=2)] = 100,
     methods: Annotated[
-        str, typer.Option(help="Methods that `sparsight methods` lists.", metavar="NAMES")
+        str, typer.Option(help="Methods, comma-separated; `sparsight methods` lists them.", metavar="NAMES")
     ] = "full,vl-cache,elastic",
-    budgets: Annotated[str, typer.Option(help="Fractions of the prompt's KV entries.", metavar="NUMBERS")] = "0.1",
+    budgets: Annotated[
+        str, typer.Option(help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS")
+    ] = "0.1",
     against: Annotated[
-        str, typer.Option(help=f"Libraries to compare with: {', '.join(RIVALS)}, or none.", metavar="NAMES")
+        str, typer.Option(help=f"Baselines, comma-separated: {', '.join(LIBRARIES)}, or none.", metavar="NAMES")
     ] = "transformers",
-    rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Measured rounds, after one warm-up round.", min=1)] = 5,
     minutes: Annotated[
-        float | None, typer.Option(help="What has not begun by then is left out; large sizes come last.", min=0)
+        float | None,
+        typer.Option(help="Skip the sizes not started after this many minutes; the largest come last.", min=0),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's default if not given.", min=1)] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="On a CPU, compile the methods' decode steps; weights are held twice.")
+        bool, typer.Option("--compile", help="Compile the decode step on a CPU; doubles the memory for weights.")
     ] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for bench.json, speed-up.png and growth.png.", metavar="DIR")
-    ] = Path("runs/bench"),
-    as_json: options.Json = False,
+    heads: options.Heads = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    output: Annotated[Path, options.output("Folder for bench.json, growth.png and speed-up.png", "DIR")] = Path(
+        "runs/bench"
+    ),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Measure what methods cost at prefill and gain at decoding, in turns with plain transformers."""
-    rivals = [] if against == "none" else names(against, RIVALS)
-    for name in rivals:
-        if name not in RIVALS:
-            raise unknown("comparison", name, RIVALS)
-    plan = Plan(
+    """Measure the speed and memory of methods, interleaved with plain transformers."""
+    baselines = [] if against == "none" else names(against, LIBRARIES)
+    for name in baselines:
+        if name not in LIBRARIES:
+            raise unknown("comparison", name, LIBRARIES)
+    plan = BenchmarkConfig(
         contexts=count_list("--contexts", contexts),
         batches=count_list("--batch", batch),
-        recipes=_recipes(names(methods, ()), budget_list(budgets)),
-        against=rivals,
+        recipes=[with_scores(each, model, heads) for each in _recipes(names(methods, ()), budget_list(budgets))],
+        against=baselines,
         new_tokens=new_tokens,
         rounds=rounds,
         minutes=inf if minutes is None else minutes,
         compiled=compiled,
     )
+    check_folder(output, tables.RESULTS, replace=force)
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = _random(shape, device, dtype) if model is None else load_model(load_checkpoint(model), device, dtype)
     if loaded.device.type not in machine.COPIED_BYTES:
         raise ValueError(f"Measuring needs the device cpu or cuda, not {loaded.device.type!r}.")
     for each in plan.recipes:
-        # Refuses what the model cannot take before anything is measured.
+        # Raises before anything is measured if the model and a recipe cannot be combined.
         CompressedCache(
             loaded,
             each,
@@ -109,31 +131,29 @@ def bench(
         "weight_bytes": weights,
     }
     measured = []
-    with progress("Measuring", quiet=as_json) as on_progress:
-        if "kvpress" in rivals:
+    with progress("Measuring", quiet=quiet or as_json) as on_progress:
+        if "kvpress" in baselines:
             on_progress("setting up kvpress", 0, 1)
-        with _kvpress(rivals, loaded) as kvpress:
+        with _kvpress(baselines, loaded) as kvpress:
             if isinstance(kvpress, Kvpress):
                 about["kvpress"] = kvpress.versions
-            for size in run(plan, loaded, on_progress, kvpress):
+            for size in run_benchmark(plan, loaded, on_progress, kvpress):
                 measured.append(size)
                 measured.sort(key=lambda size: (size[0].context, size[0].batch))
-                found = {**about, "cells": results(measured, new_tokens, weights, free)}
-                # A run that is stopped leaves what it found.
-                tables.write(found, output)
-    written = [tables.RESULTS, *(path.name for path in tables.draw(found, output))]
+                report = {**about, "cells": summarize(measured, new_tokens, weights, free)}
+                # A stopped run keeps its results so far.
+                tables.write(report, output)
+    written = [tables.RESULTS, *(path.name for path in tables.draw(report, output))]
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return
-    console = Console(highlight=False)
-    console.print(f"{found['model']}, {found['dtype']}, {found['machine']}, {new_tokens} tokens, {rounds} rounds\n")
-    for part in tables.tables(found):
-        console.print(part)
-    console.print(f"Wrote {', '.join(written)} in {output}", markup=False)
+    about_run = f"{report['model']}, {report['dtype']}, {report['machine']}, {new_tokens} tokens, {rounds} rounds\n"
+    show(escape(about_run, keep="\n"), *tables.tables(report))
+    print(f"Wrote {', '.join(written)} in {escape(output)}")
 
 
 def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
-    """A shape's model with random weights, bfloat16 on a GPU and float32 on a CPU unless told otherwise.
+    """A shape's model with random weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
         ValueError: there is no such shape, or its weights do not fit.
@@ -145,19 +165,19 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
     place = torch.device(find_device(device))
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
-    chosen = getattr(torch, dtype)
-    needed, free = parameters(SHAPES[shape]) * chosen.itemsize, machine.available_bytes(place)
+    weights_dtype = getattr(torch, dtype)
+    needed, free = parameters(SHAPES[shape]) * weights_dtype.itemsize, machine.available_bytes(place)
     if needed > free:
         raise ValueError(
             f"The weights of {shape} take {needed / 2**30:.1f} GiB in {dtype}, and "
             f"{place} has {free / 2**30:.1f} GiB free: choose another shape, dtype or device."
         )
-    return random_model(SHAPES[shape], place, chosen)
+    return random_model(SHAPES[shape], place, weights_dtype)
 
 
-def _kvpress(rivals: list[str], model: PreTrainedModel) -> AbstractContextManager[Kvpress | CannotRun | None]:
-    """The process of kvpress, or why there is none, if it was asked for."""
-    if "kvpress" not in rivals:
+def _kvpress(baselines: list[str], model: PreTrainedModel) -> AbstractContextManager[Kvpress | CannotRun | None]:
+    """The kvpress process if kvpress is among the baselines, or the reason why it cannot run."""
+    if "kvpress" not in baselines:
         return nullcontext()
     try:
         return Kvpress.like(model)
@@ -166,6 +186,6 @@ def _kvpress(rivals: list[str], model: PreTrainedModel) -> AbstractContextManage
 
 
 def _recipes(methods: list[str], budgets: list[float]) -> list[Recipe]:
-    """Every method at every budget; the full cache has one."""
+    """Every method at every budget; the full cache once."""
     full = [recipe(method) for method in methods if method == "full"]
     return full + [recipe(method, budget=budget) for method in methods if method != "full" for budget in budgets]

@@ -1,4 +1,4 @@
-"""``sparsight calibrate``: measure which KV heads of a model read, once, for SparseMM."""
+"""``sparsight calibrate``: score a model's KV heads by how much they read, once, for SparseMM."""
 
 import json
 from pathlib import Path
@@ -6,53 +6,56 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from sparsight.cli import options
+from sparsight.cli.output import check_file, writing
+from sparsight.cli.progress import tracked
+from sparsight.cli.terminal import show
 from sparsight.eval.calibration import head_scores
 from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader.transcript import random_transcript
+from sparsight.utils.text import escape
 
 
-def calibrate(
+def main(
+    pages: Annotated[int, typer.Option(help="Number of generated pages to read.", min=1)] = 50,
+    seed: options.Seed = 0,
     model: options.Model = options.DEFAULT_MODEL,
-    pages: Annotated[int, typer.Option(help="Pages that are drawn for it.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="Of the pages.", min=0)] = 0,
-    output: Annotated[Path, typer.Option(help="The JSON file to write.", metavar="FILE")] = Path("heads.json"),
-    as_json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    output: Annotated[Path, options.output("JSON file to write", "FILE")] = Path("heads.json"),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Score each KV head by how often it looks at the text that is about to be read, for the method sparsemm."""
-    if not output.parent.is_dir():
-        raise ValueError(f"--output must be a file in a folder that exists, got {output}.")
+    """Measure head scores for the method sparsemm: how often each KV head attends to the text to be read next."""
+    check_file(output, replace=force)
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
-    drawn = (random_transcript(np.random.default_rng([seed, page])) for page in range(pages))
-    console = Console(stderr=True)
-    shown = track(drawn, "Reading pages", pages, console=console, transient=True, disable=not console.is_terminal)
-    scores = head_scores(loaded, checkpoint, shown)
-    name = "the model that ships with Sparsight" if model == options.DEFAULT_MODEL else model
+    transcripts = (random_transcript(np.random.default_rng([seed, page])) for page in range(pages))
+    scores = head_scores(loaded, checkpoint, tracked(transcripts, "Reading pages", pages, quiet=quiet or as_json))
+    name = "the bundled model" if model == options.DEFAULT_MODEL else model
     result = {"model": name, "pages": pages, "seed": seed, "scores": scores}
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    with writing(output):
+        output.write_text(json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps({**result, "output": str(output)}))
     else:
-        Console(highlight=False).print(table(scores))
-        print(f"\nWrote {output}: give it to `sparsight generate --method sparsemm --heads {output}`.")
+        show(table(scores))
+        print(f"\nWrote {escape(output)}; use it with --method sparsemm --heads {escape(output)}")
 
 
 def table(scores: list[list[float]]) -> Table:
-    """The scores, a row a layer, those of the best tenth of all heads in bold."""
+    """The scores with one row per layer; the best tenth of all heads is in bold."""
     ranked = sorted((score for layer in scores for score in layer), reverse=True)
     best = ranked[max(0, len(ranked) // 10 - 1)]
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    shown.add_column("layer", justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("layer", justify="right")
     for head in range(len(scores[0])):
-        shown.add_column(f"head {head}", justify="right", header_style="bold cyan")
+        table.add_column(f"head {head}", justify="right", header_style="bold cyan")
     for index, layer in enumerate(scores):
-        cells = [f"[bold]{score:.2f}[/bold]" if score >= best > 0 else f"{score:.2f}" for score in layer]
-        shown.add_row(str(index), *cells)
-    return shown
+        cells = [Text(f"{score:.2f}", "bold" if score >= best > 0 else "") for score in layer]
+        table.add_row(str(index), *cells)
+    return table

@@ -1,10 +1,9 @@
-"""``sparsight generate``: answer a question about pictures through a compressed cache."""
+"""``sparsight generate``: answer a question about images with a compressed KV cache."""
 
 import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
@@ -14,59 +13,75 @@ from sparsight.cache.report import Report, mebibytes
 from sparsight.cli import options
 from sparsight.cli.answer import Answer, agreement, answer
 from sparsight.cli.recipe_options import recipe_from_options
-from sparsight.cli.session import open_session, read_question
+from sparsight.cli.session import open_session, read_prompt, read_question
+from sparsight.cli.terminal import show
 from sparsight.engine.model_runner import static_capacity
 from sparsight.models.families import check_chunks
 from sparsight.models.images import MAX_PIXELS
+from sparsight.utils.text import escape
 
 
-def generate(
-    prompt: options.Prompt,
-    model: options.Model = options.DEFAULT_MODEL,
+def main(
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
     image: options.Images = None,
+    max_new_tokens: options.MaxNewTokens = 100,
     method: options.Method = options.DEFAULT_METHOD,
-    budget: options.Budget = 0.1,
+    budget: options.Budget = None,
     score: options.Score = None,
     allocate: options.Allocate = None,
     reduce: options.Reduce = None,
     decode: options.Decode = None,
     heads: options.Heads = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     prefill_bound: Annotated[
         float | None,
-        typer.Option(help="Let no layer hold more than so many times the budget once it has seen the prompt."),
+        typer.Option(
+            help="Bound each layer's entries during prefill to this many times its budget, at least 1.",
+            rich_help_panel=options.METHOD,
+        ),
     ] = None,
     prefill_chunk: Annotated[
-        int | None, typer.Option(help="Prefill the prompt in chunks of so many tokens.", min=2)
+        int | None,
+        typer.Option(help="Prefill the prompt in chunks of this many tokens.", min=2, rich_help_panel=options.METHOD),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Run the full cache too, and show both.")] = False,
-    as_json: options.Json = False,
+    model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Also answer with the full cache, and show both.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Answer a question about pictures, and show what the KV cache held."""
+    """Answer a question about images, and show the memory and speed of the compressed KV cache."""
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
-    chosen = recipe_from_options(model, method, budget, heads, **parts)
+    recipe = recipe_from_options(model, method, budget, heads, **parts)
     if prefill_bound is not None:
-        check_bound(prefill_bound, chosen)
-    question = read_question(model, image or [], prompt, max_pixels)
+        check_bound(prefill_bound, recipe)
+    quiet = quiet or as_json
+    text = read_prompt(prompt, prompt_file)
+    question = read_question(model, image or [], text, max_pixels, max_new_tokens, quiet=quiet)
     if prefill_chunk is not None:
         check_chunks(question.checkpoint.config)
-    ready = open_session(question, device, dtype)
+    session = open_session(question, device, dtype, quiet=quiet)
     if compare:
-        # Neither of the two runs shall be the one that warms up.
-        answer(ready, DynamicCache(), 1, prefill_chunk)
+        # A warm-up, so that neither of the two runs pays for it.
+        answer(session, DynamicCache(), 1, prefill_chunk)
     cache = CompressedCache(
-        ready.model, chosen, ready.inputs, static_capacity(ready.model, max_new_tokens), prefill_bound
+        session.model, recipe, session.inputs, static_capacity(session.model, max_new_tokens), prefill_bound
     )
-    compressed = answer(ready, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
+    compressed = answer(session, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
     report = cache.report()
-    result = describe(compressed, report, report.kept_per_layer(), report.bytes_held)
+    result = {"model": question.checkpoint.name, "method": recipe.name, "budget": recipe.budget}
+    result |= describe(compressed, report, report.kept_per_layer(), report.bytes_held)
     result |= {"exact": report.exact, "cut_short": report.cut_short}
     if compare:
-        full_cache: Any = DynamicCache(config=ready.model.config.get_text_config(decoder=True))
-        full = answer(ready, full_cache, max_new_tokens, prefill_chunk)
+        full_cache: Any = DynamicCache(config=session.model.config.get_text_config(decoder=True))
+        full = answer(session, full_cache, max_new_tokens, prefill_chunk)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in full_cache.layers)
         kept = [float(report.prompt_tokens[0])] * len(report.kept)
         result["full"] = describe(full, report, kept, held) | {"full_kv_bytes": held}
@@ -75,37 +90,38 @@ def generate(
         print(json.dumps(result))
     else:
         print("\n", *report.caveats(), sep="\n")
-        Console().print(table(f"{chosen.name}, {budget * 100:.3g}%", result))
+        show(table(f"{recipe.name}, {recipe.budget * 100:.3g}%", result))
 
 
-def describe(given: Answer, report: Report, kept_per_layer: list[float], kv_bytes: int) -> dict[str, Any]:
+def describe(answer: Answer, report: Report, kept_per_layer: list[float], kv_bytes: int) -> dict[str, Any]:
     """One run as plain data."""
     return {
-        "text": given.text,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
         "prompt_tokens": report.prompt_tokens[0],
         "vision_tokens": report.vision_tokens[0],
         "layers": report.layers,
         "kept_per_layer": kept_per_layer,
         "kv_bytes": kv_bytes,
         "full_kv_bytes": report.full_bytes,
-        "prefill_seconds": given.prefill_seconds,
-        "decode_seconds": given.decode_seconds,
-        "new_tokens": len(given.tokens),
+        "prefill_seconds": answer.prefill_seconds,
+        "decode_seconds": answer.decode_seconds,
+        "new_tokens": len(answer.tokens),
     }
 
 
 def table(name: str, result: dict[str, Any]) -> Table:
-    """The figures of one run, or of two runs side by side."""
+    """The measurements of one run, or of two side by side."""
     runs = [result, result["full"]] if "full" in result else [result]
-    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    shown.add_column("")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("")
     for title in [name, "full cache"][: len(runs)]:
-        shown.add_column(title, justify="right", header_style="bold cyan")
-    for label, show in ROWS.items():
-        shown.add_row(label, *map(show, runs))
+        table.add_column(title, justify="right", header_style="bold cyan")
+    for label, cell in ROWS.items():
+        table.add_row(label, *map(cell, runs))
     if "agreement" in result:
-        shown.add_row("agreement of the answers", f"{result['agreement']:.0%}")
-    return shown
+        table.add_row("agreement of the answers", f"{result['agreement']:.0%}")
+    return table
 
 
 def _entries(run: dict[str, Any]) -> str:
@@ -119,8 +135,8 @@ def _speed(run: dict[str, Any]) -> str:
 
 ROWS = {
     "prompt tokens": lambda run: f"{run['prompt_tokens']:,}",
-    "of them vision tokens": lambda run: f"{run['vision_tokens']:,}",
-    "entries kept, mean of the layers": _entries,
+    "vision tokens": lambda run: f"{run['vision_tokens']:,}",
+    "entries kept per layer, mean": _entries,
     "KV memory": lambda run: f"{mebibytes(run['kv_bytes'])} ({run['kv_bytes'] / run['full_kv_bytes']:.1%})",
     "time to first token": lambda run: f"{run['prefill_seconds']:.2f} s",
     "tokens per second": _speed,
@@ -129,4 +145,4 @@ ROWS = {
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(escape(text, keep="\n\t"), end="", flush=True)

@@ -1,67 +1,76 @@
-"""``sparsight inspect``: a picture of what a compressed cache keeps."""
+"""``sparsight inspect``: plot which image patches a compressed cache keeps."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from torch import Tensor
 
 from sparsight.cache import CompressedCache
 from sparsight.cache.report import Report, mebibytes
 from sparsight.cli import options
 from sparsight.cli.answer import answer
+from sparsight.cli.output import check_file, writing
 from sparsight.cli.recipe_options import recipe_from_options
-from sparsight.cli.session import Question, open_session, read_question
+from sparsight.cli.session import Question, open_session, read_prompt, read_question
 from sparsight.eval.heatmap import Kept, draw
 from sparsight.models.families import family_of
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.layouts import Tile, find_tiles
 from sparsight.utils.plot_style import save
+from sparsight.utils.text import escape
 
 
-def inspect(
-    prompt: options.Prompt,
-    model: options.Model = options.DEFAULT_MODEL,
+def main(
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
     image: options.Images = None,
     method: options.Method = options.DEFAULT_METHOD,
-    budget: options.Budget = 0.1,
+    budget: options.Budget = None,
     score: options.Score = None,
     allocate: options.Allocate = None,
     reduce: options.Reduce = None,
     decode: options.Decode = None,
     heads: options.Heads = None,
-    output: Annotated[Path, typer.Option(help="The PNG to write.", metavar="FILE")] = Path("inspect.png"),
-    as_json: options.Json = False,
+    model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_pixels: options.MaxPixels = MAX_PIXELS,
+    output: Annotated[Path, options.output("PNG file to write", "FILE")] = Path("inspect.png"),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Paint which parts of the pictures stay in the KV cache."""
+    """Plot which image patches stay in the KV cache, over the images."""
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
-    chosen = recipe_from_options(model, method, budget, heads, **parts)
+    recipe = recipe_from_options(model, method, budget, heads, **parts)
     if not image:
-        raise ValueError("There is nothing to inspect without a picture: give --image.")
-    if output.suffix.lower() != ".png" or not output.parent.is_dir():
-        raise ValueError(f"--output must be a .png file in a folder that exists, got {output}.")
-    question = read_question(model, image, prompt, max_pixels)
+        raise ValueError("Without an image there is nothing to inspect: give --image.")
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output must be a .png file, got {output}.")
+    check_file(output, replace=force)
+    quiet = quiet or as_json
+    question = read_question(model, image, read_prompt(prompt, prompt_file), max_pixels, 1, quiet=quiet)
     tiles = tiles_of(question)
-    ready = open_session(question, device, dtype)
-    cache = CompressedCache(ready.model, chosen, ready.inputs)
-    answer(ready, cache, 1)
+    session = open_session(question, device, dtype, quiet=quiet)
+    cache = CompressedCache(session.model, recipe, session.inputs)
+    answer(session, cache, 1)
     report = cache.report()
     kept = kept_of(cache, report)
-    title = f"What {chosen.name} keeps at a {budget * 100:.3g}% budget"
-    save(draw(tiles, kept, title=title, subtitle=f"“{prompt}”", footnote=summary(report)), output)
-    print(json.dumps(describe(output, tiles, kept, report)) if as_json else f"{summary(report)}\nWrote {output}")
+    title = f"What {recipe.name} keeps at a {recipe.budget * 100:.3g}% budget"
+    figure = draw(tiles, kept, title=title, subtitle=f"“{question.prompt}”", footnote=summary(report))
+    with writing(output):
+        save(figure, output)
+    result = json.dumps(describe(output, tiles, kept, report))
+    print(result if as_json else f"{summary(report)}\nWrote {escape(output)}")
 
 
 def tiles_of(question: Question) -> list[Tile]:
-    """The tiles of a question's pictures, ``tokens`` as positions in the prompt.
+    """The tiles of a question's images; their ``tokens`` are positions in the prompt.
 
     Raises:
-        ValueError: the model's family is not in the table, or the prompt does not fit its layout.
+        ValueError: the model's family is unknown, or the prompt does not fit its layout.
     """
     checkpoint = question.checkpoint
     family = family_of(checkpoint.config)
@@ -70,7 +79,7 @@ def tiles_of(question: Question) -> list[Tile]:
 
 
 def kept_of(cache: CompressedCache, report: Report) -> Kept:
-    """What a cache kept of its one prompt."""
+    """The entries that a cache kept of its one prompt."""
     return Kept(
         layers=report.layers,
         by_position=torch.stack(
@@ -82,21 +91,24 @@ def kept_of(cache: CompressedCache, report: Report) -> Kept:
 
 
 def share_of_heads(positions: Tensor, length: int) -> Tensor:
-    """Share of KV heads that keep each of ``length`` positions, float32 ``[T]``, from ``[H_kv, n]``, -1 for none."""
+    """Share of KV heads that keep each of ``length`` positions, float32 ``[T]``.
+
+    ``positions`` is ``[H_kv, n]``, padded with -1.
+    """
     return torch.bincount(positions[positions >= 0].cpu(), minlength=length) / len(positions)
 
 
 def summary(report: Report) -> str:
-    """The figures of one prompt, in one line."""
+    """The report of one prompt in one line."""
     mean = sum(report.kept_per_layer()) / len(report.kept)
     return (
         f"{report.prompt_tokens[0]:,} prompt tokens, {report.vision_tokens[0]:,} of them vision; a layer keeps "
-        f"{mean:,.1f} entries in the mean; {mebibytes(report.bytes_held)} held of {mebibytes(report.full_bytes)}"
+        f"{mean:,.1f} entries on average; KV memory {mebibytes(report.bytes_held)} of {mebibytes(report.full_bytes)}"
     )
 
 
 def describe(output: Path, tiles: list[Tile], kept: Kept, report: Report) -> dict[str, Any]:
-    """The picture's figures as plain data."""
+    """What the plot shows, as plain data."""
     return {
         "output": str(output),
         "method": report.method,

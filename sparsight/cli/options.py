@@ -1,4 +1,4 @@
-"""The options that commands share."""
+"""Options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,36 +10,99 @@ from sparsight.models.loading import DTYPES
 from sparsight.reader import model_path
 
 DEFAULT_MODEL = str(model_path())
-"""The model of a command that names none: the small one that ships."""
+"""The model of a command without ``--model``: the small one that is bundled with the package."""
 
 DEFAULT_METHOD = "vl-cache"
-"""The method of a command that names none."""
+"""The method of a command without ``--method``."""
+
+METHOD, MODEL, OUTPUT = "Method", "Model", "Output"
+"""Panels of ``--help``."""
+
+
+def _part(role: str, name: str) -> typer.models.OptionInfo:
+    kinds = ", ".join(KINDS[role])
+    return typer.Option(help=f"Replace the method's {name}: {kinds}.", metavar="NAME", rich_help_panel=METHOD)
+
+
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image", help="Image file: PNG, JPEG, WebP, GIF, BMP or TIFF. Repeat the option for more.", metavar="FILE"
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", help="Question about the images; - reads it from standard input.", metavar="TEXT"),
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompt-file", help="Read the question from this UTF-8 text file.", metavar="FILE")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of an answer in tokens.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the generated pages.", min=0)]
+
+Method = Annotated[
+    str,
+    typer.Option(help="Compression method; `sparsight methods` lists them.", metavar="NAME", rich_help_panel=METHOD),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of the prompt's KV entries to keep, in (0, 1]; by default the method's own.",
+        rich_help_panel=METHOD,
+    ),
+]
+Score = Annotated[str | None, _part("score", "score")]
+Allocate = Annotated[str | None, _part("allocate", "allocation")]
+Reduce = Annotated[str | None, _part("reduce", "reduction")]
+Decode = Annotated[str | None, _part("decode", "decode rule")]
+Heads = Annotated[
+    Path | None,
+    typer.Option(
+        help="Head scores from `sparsight calibrate`, which sparsemm needs for models other than the bundled one.",
+        metavar="FILE",
+        rich_help_panel=METHOD,
+    ),
+]
 
 Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Folder or hub id of a vision-language model; the small one that ships if not given.",
+        help="Vision-language model: a folder or a Hugging Face Hub id; by default the small bundled model.",
         metavar="MODEL",
         show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
-Images = Annotated[
-    list[Path] | None,
-    typer.Option("--image", help="A picture: PNG, JPEG, WebP, GIF, BMP or TIFF. Repeat for several.", metavar="FILE"),
+Device = Annotated[
+    str,
+    typer.Option(
+        help="torch device such as cpu or cuda:1; auto is the first GPU, or the CPU if there is none.",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+    ),
 ]
-Prompt = Annotated[str, typer.Option("--prompt", help="The question.", metavar="TEXT")]
-Method = Annotated[str, typer.Option(help="A method that `sparsight methods` lists.")]
-Budget = Annotated[float, typer.Option(help="Fraction of the prompt's KV entries to keep, in (0, 1].")]
-Score = Annotated[str | None, typer.Option(help=f"Another score for the method: {', '.join(KINDS['score'])}.")]
-Allocate = Annotated[str | None, typer.Option(help=f"Another allocation: {', '.join(KINDS['allocate'])}.")]
-Reduce = Annotated[str | None, typer.Option(help=f"Another reduction: {', '.join(KINDS['reduce'])}.")]
-Decode = Annotated[str | None, typer.Option(help=f"Another decode rule: {', '.join(KINDS['decode'])}.")]
-Heads = Annotated[
-    Path | None,
-    typer.Option(help="Head scores that `sparsight calibrate` wrote, for sparsemm.", metavar="FILE"),
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help=f"dtype of the weights: {', '.join(DTYPES)}; auto is the checkpoint's own.",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Device = Annotated[str, typer.Option(help="A torch device; auto is the first GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")]
-MaxPixels = Annotated[int, typer.Option(help="Largest picture that is opened, in pixels.", min=1)]
+MaxPixels = Annotated[int, typer.Option(help="Refuse images with more pixels than this.", min=1, rich_help_panel=MODEL)]
+
+Force = Annotated[bool, typer.Option("--force", help="Replace existing results.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=OUTPUT)]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object on standard output instead of text.", rich_help_panel=OUTPUT),
+]
+
+
+def output(results: str, metavar: str, *, resumes: bool = False) -> typer.models.OptionInfo:
+    """``--output`` of a command; all follow :mod:`sparsight.cli.output`."""
+    rule = "a stopped run resumes there" if resumes else "existing results are kept unless --force is given"
+    return typer.Option(
+        help=f"{results}; missing folders are created, {rule}.", metavar=metavar, rich_help_panel=OUTPUT
+    )

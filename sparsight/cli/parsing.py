@@ -1,10 +1,10 @@
-"""Options that hold several values, separated by commas."""
+"""Parsing options that take several comma-separated values."""
 
 from collections.abc import Iterable
 
 
 def names(text: str, known: Iterable[str]) -> list[str]:
-    """Names, each once, or all that are known."""
+    """The names in ``text`` without repetitions, or all of ``known`` for ``all``."""
     return list(known) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
@@ -12,7 +12,7 @@ def budget_list(text: str) -> list[float]:
     """Budgets, ascending.
 
     Raises:
-        ValueError: one of them is no number.
+        ValueError: one of them is not a number.
     """
     try:
         return sorted({float(number) for number in text.split(",")})
@@ -21,10 +21,10 @@ def budget_list(text: str) -> list[float]:
 
 
 def count_list(option: str, text: str) -> list[int]:
-    """Whole numbers of at least 1, ascending; ``2k`` is 2048.
+    """Integers of at least 1, ascending; ``2k`` is 2048.
 
     Raises:
-        ValueError: one of them is none.
+        ValueError: one of them is not an integer of at least 1.
     """
     words = [word.strip().lower() for word in text.split(",")]
     try:
@@ -32,7 +32,5 @@ def count_list(option: str, text: str) -> list[int]:
     except ValueError:
         counts = [0]
     if counts[0] < 1:
-        raise ValueError(
-            f"{option} takes whole numbers of at least 1 separated by commas, such as 2k,8k, not {text!r}."
-        )
+        raise ValueError(f"{option} takes integers of at least 1 separated by commas, such as 2k,8k, not {text!r}.")
     return counts

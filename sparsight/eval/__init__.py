@@ -1,1 +1,1 @@
-"""Accuracy at a budget: tasks, metrics, runs that can be stopped and resumed, reports, and the papers' analyses."""
+"""Accuracy at a budget: tasks, metrics, resumable runs, reports, and the papers' analyses of attention."""

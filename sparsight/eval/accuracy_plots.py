@@ -1,11 +1,11 @@
-"""Pictures of a run: every method against the budget, a panel for each task."""
+"""Figures of a run: every method against the budget, a panel per task."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from sparsight.eval.metrics import Metric, metrics_of
 from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
@@ -15,7 +15,7 @@ PANEL = 4.3, 3.6
 
 
 def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figure:
-    """A metric of every method against the budget, the task's own one if not named, a panel for each task."""
+    """A metric (by default the task's main one) of every method against the budget, a panel per task."""
     tasks = results["tasks"]
     figure, panels, spare = _grid(len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
@@ -26,13 +26,13 @@ def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figur
         panel.axhline(full["value"], color=INK, linewidth=1.1, dashes=(4, 3), label="full cache")
         for order, method in enumerate(methods_of(results)):
             cells = [cell for cell in task["cells"] if cell["method"] == method]
-            found = [cell["metrics"][name] for cell in cells]
+            values = [cell["metrics"][name] for cell in cells]
             panel.errorbar(
-                [cell["budget"] * _aside(order, len(methods_of(results))) for cell in cells],
-                [each["value"] for each in found],
+                [cell["budget"] * _offset(order, len(methods_of(results))) for cell in cells],
+                [each["value"] for each in values],
                 yerr=[
-                    [max(0.0, each["value"] - each["low"]) for each in found],
-                    [max(0.0, each["high"] - each["value"]) for each in found],
+                    [max(0.0, each["value"] - each["low"]) for each in values],
+                    [max(0.0, each["high"] - each["value"]) for each in values],
                 ],
                 **_style(order),
                 label=method,
@@ -42,8 +42,8 @@ def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figur
     return figure
 
 
-def draw_records(results: Mapping[str, Any], budget: float) -> Figure | None:
-    """The own metric of every method against the number of records on the page, where it grows; else None."""
+def draw_page_sizes(results: Mapping[str, Any], budget: float) -> Figure | None:
+    """The main metric of every method against the records on the page; None if no task has pages of several sizes."""
     tasks = [task for task in results["tasks"] if task.get("full_by_records")]
     if not tasks:
         return None
@@ -64,17 +64,17 @@ def draw_records(results: Mapping[str, Any], budget: float) -> Figure | None:
 
 
 def methods_of(results: Mapping[str, Any]) -> list[str]:
-    """The methods of a run in their order."""
+    """The methods of a run, in order of appearance."""
     return list(dict.fromkeys(cell["method"] for task in results["tasks"] for cell in task["cells"]))
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes], Axes | None]:
-    """A figure, its panels, and a place for the legend if the last row has one to spare."""
+    """A figure, its panels, and the axes for the legend if the last row has free space."""
     columns = min(3, count)
     rows = -(-count // columns)
-    beside = 0 if rows * columns > count else 1.7
+    legend_width = 0 if rows * columns > count else 1.7
     figure = Figure(
-        figsize=(PANEL[0] * columns + beside, PANEL[1] * rows), dpi=DPI, facecolor="white", layout="constrained"
+        figsize=(PANEL[0] * columns + legend_width, PANEL[1] * rows), dpi=DPI, facecolor="white", layout="constrained"
     )
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for spare in axes[count:]:
@@ -88,8 +88,11 @@ def _panel(panel: Axes, title: str, metric: Metric) -> None:
     if metric.percent:
         panel.set_ylim(-0.03, 1.03)
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    else:
-        panel.set_yscale("log" if metric.exponential else "linear")
+    elif metric.exponential:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     panel.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
     panel.grid(color=FAINT, linewidth=0.7)
     panel.set_axisbelow(True)
@@ -108,8 +111,8 @@ def _style(order: int) -> dict[str, Any]:
     }
 
 
-def _aside(order: int, count: int) -> float:
-    """A factor that puts methods beside each other, or their intervals would cover each other."""
+def _offset(order: int, count: int) -> float:
+    """A factor on the x axis that keeps the intervals of methods apart."""
     return 1.012 ** (2 * order - count + 1)
 
 

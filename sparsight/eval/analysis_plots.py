@@ -1,4 +1,4 @@
-"""The picture of an analysis: sparsity, where decoding looks, how well scores foresee it, and what layers keep."""
+"""The figure of an analysis: sparsity, attention of decoding, how well scores predict it, and entries kept by layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,29 +9,52 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
 
-SIZE = 15.0, 9.2
+SIZE = 15.5, 9.6
 """Inches."""
+
+LEGENDS = {
+    "sparsity": {
+        "prefill": "all queries of the prompt",
+        "post-vision": "post-vision queries",
+        "decoding": "queries of decoding",
+    },
+    "attention": {"vision": "image tokens", "text": "text of the prompt", "answer": "answer so far"},
+    "score": {
+        "post-vision": "post-vision attention",
+        "accumulated": "accumulated attention",
+        "last-window": "attention of the last window",
+        "elite-window": "attention of the elite window",
+    },
+    "kept": {
+        "sparsity": "by sparsity",
+        "across-heads": "across KV heads",
+        "shared-mass": "shared attention mass",
+        "strength-skewness": "strength and skewness",
+    },
+}
+"""Legends of what ``analysis.json`` names by a part's kind; other kinds are words by themselves."""
 
 
 def draw_analysis(found: Mapping[str, Any]) -> Figure:
-    """All statistics of an analysis, as ``analysis.json`` holds them, in one picture."""
+    """All statistics of an analysis, as in ``analysis.json``, in one figure."""
     figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(2, 3).flatten().tolist()
     layers, fractions = found["layers"], found["fractions"]
     place = min(range(len(fractions)), key=lambda index: abs(fractions[index] - found["budget"]))
     near = f"{fractions[place] * 100:.3g} %"
-    _lines(panels[0], "Sparsity of attention", layers, found["sparsity"])
+    _lines(panels[0], "Sparsity of attention", layers, _in_words(found, "sparsity"))
     panels[0].set_ylim(min(0.8, *(min(each["low"]) for each in found["sparsity"].values())) - 0.02, 1.005)
-    _stacked(panels[1], "Where decoding looks", layers, found["attention"])
-    _lines(panels[2], f"Entries kept at a budget of {found['budget'] * 100:.3g} %", layers, found["kept"], top=None)
-    _lines(panels[3], "Hit rate of the top k, mean of the layers", fractions, _over_layers(found["hit_rate"]))
-    _lines(panels[4], "Attention of decoding covered, mean of the layers", fractions, _over_layers(found["covered"]))
-    _lines(panels[5], f"Attention of decoding covered by {near}", layers, _at(found["covered"], place))
+    _stacked(panels[1], "Attention of decoding", layers, _in_words(found, "attention"))
+    kept, hits, covered = (_in_words(found, name) for name in ("kept", "hit_rate", "covered"))
+    _lines(panels[2], f"Entries kept at a budget of {found['budget'] * 100:.3g} %", layers, kept, top=None)
+    _lines(panels[3], "Hit rate of the highest scores", fractions, _over_layers(hits))
+    _lines(panels[4], "Decoding's attention to the highest scores", fractions, _over_layers(covered))
+    _lines(panels[5], f"Decoding's attention to the highest {near}", layers, _at(covered, place))
     for panel in (panels[0], panels[1], panels[2], panels[5]):
         panel.set_xlabel("layer", size=9, color=MUTED)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
     for panel in panels[3:5]:
-        panel.set_xlabel("k, share of the prompt", size=9, color=MUTED)
+        panel.set_xlabel("highest scores, share of the prompt (mean over the layers)", size=9, color=MUTED)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(FixedLocator(fractions))
         panel.xaxis.set_minor_locator(NullLocator())
@@ -43,10 +66,20 @@ def draw_analysis(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _in_words(found: Mapping[str, Any], statistic: str) -> dict[str, Any]:
+    """A statistic by its legends."""
+    words = LEGENDS.get(statistic, LEGENDS["score"])
+    legends = {}
+    for name, values in found[statistic].items():
+        kind, comma, parameters = name.partition(", ")
+        legends[words.get(kind, kind.replace("-", " ")) + comma + parameters] = values
+    return legends
+
+
 def _lines(
     panel: Axes, title: str, places: Sequence[float], named: Mapping[str, Any], top: float | None = 1.03
 ) -> None:
-    """A line for each name with the band of its interval."""
+    """A line per name with its interval as a band."""
     _frame(panel, title)
     for order, (name, found) in enumerate(named.items()):
         bound = name == "best possible"
@@ -62,7 +95,7 @@ def _lines(
 
 
 def _stacked(panel: Axes, title: str, places: Sequence[float], named: Mapping[str, Any]) -> None:
-    """Bars of shares on top of each other."""
+    """Stacked bars of shares."""
     _frame(panel, title)
     below = [0.0] * len(places)
     for order, (name, found) in enumerate(named.items()):
@@ -73,15 +106,15 @@ def _stacked(panel: Axes, title: str, places: Sequence[float], named: Mapping[st
 
 
 def _legend(panel: Axes) -> None:
-    """Below the panel, where it covers nothing."""
+    """A legend below the panel."""
     panel.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8, labelcolor=INK,
+        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8, labelcolor=INK,
         columnspacing=1.2, handlelength=1.6,
     )  # fmt: skip
 
 
 def _over_layers(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Means over the layers of figures by layer and fraction, bounds as well."""
+    """Means over the layers of values by layer and fraction; of their bounds as well."""
     return {
         name: {
             bound: [sum(column) / len(column) for column in zip(*rows, strict=True)] for bound, rows in found.items()
@@ -91,7 +124,7 @@ def _over_layers(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _at(named: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """Figures by layer at one fraction."""
+    """Values by layer at one fraction."""
     return {
         name: {bound: [row[place] for row in rows] for bound, rows in found.items()} for name, found in named.items()
     }

@@ -1,4 +1,4 @@
-"""Head scores: which KV heads of a model read what a picture says (SparseMM, arXiv 2506.05344)."""
+"""Head scores: which KV heads of a model read the text of an image (SparseMM, arXiv 2506.05344)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,35 +21,35 @@ PROMPT = "Read the page."
 
 
 def head_scores(model: Any, checkpoint: Checkpoint, transcripts: Iterable[Transcript]) -> list[list[float]]:
-    """Score every KV head by how often it looks at what is about to be read.
+    """Score every KV head by how often it attends most to the vision token that shows the next text token.
 
-    The model is led through the text of each picture; the paper lets it read by itself and leaves out what it misreads.
-    A query head scores where the key that it attends to most is a vision token that shows the next text token: one over
-    the number of vision tokens that do. Scores are sums over tokens, means over pictures and over the query heads that
-    share a KV head.
+    The right text of each image is fed to the model token by token (teacher forcing); the paper lets the model read
+    freely and leaves out what it misreads. A query head gets ``1 / n`` for each text token where the key that it
+    attends to most is one of the ``n`` vision tokens that show the next text token. Scores are sums over tokens, and
+    means over images and over the query heads that share a KV head.
 
     Args:
         model: the checkpoint's model.
-        checkpoint: with a fast tokenizer, which can tell the characters of each token.
+        checkpoint: with a fast tokenizer, which knows the characters of each token.
         transcripts: at least one.
 
     Returns:
-        Scores by layer, of those whose cache can be compressed, and KV head.
+        Scores by layer (of those that can be compressed) and KV head.
 
     Raises:
-        ValueError: there are no transcripts, or the model's family is not in the table.
+        ValueError: there are no transcripts, or the model's family is not supported.
     """
     config = model.get_decoder().config
     layers = compressible(config)
     scores = [_scores_of(model, checkpoint, transcript, layers) for transcript in transcripts]
     if not scores:
-        raise ValueError("Head scores need at least one picture with its text.")
+        raise ValueError("Head scores need at least one image with its text.")
     by_query_head = torch.stack(scores).mean(0)
     return by_query_head.unflatten(1, (config.num_key_value_heads, -1)).mean(-1).tolist()
 
 
 def _scores_of(model: Any, checkpoint: Checkpoint, transcript: Transcript, layers: Sequence[int]) -> Tensor:
-    """Scores of the query heads on one picture, ``[L, H]``."""
+    """Scores of the query heads on one image, ``[L, H]``."""
     inputs = BatchFeature(dict(prepare(checkpoint, [transcript.picture], PROMPT)))
     family = FAMILIES.get(checkpoint.config.model_type)
     if family is None:
@@ -68,12 +68,12 @@ def _scores_of(model: Any, checkpoint: Checkpoint, transcript: Transcript, layer
             attentions = model(
                 input_ids=answer, attention_mask=mask, past_key_values=cache, output_attentions=True
             ).attentions
-    # The query at a token foresees the next one.
+    # The query of a token predicts the next token.
     return torch.stack([head_hits(attentions[layer][0, :, :-1], shown[1:]) for layer in layers])
 
 
 def vision_tokens(tiles: Iterable[Tile], places: Iterable[Place | None]) -> set[int]:
-    """Positions in the prompt of the vision tokens that show some places of the picture."""
+    """Prompt positions of the vision tokens that show some places of the image."""
     return {
         int(tile.tokens[min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)])
         for tile in tiles
@@ -83,15 +83,20 @@ def vision_tokens(tiles: Iterable[Tile], places: Iterable[Place | None]) -> set[
 
 
 def head_hits(attention: Tensor, shown: Sequence[set[int]]) -> Tensor:
-    """Score of each head from the attention ``[H, n, T]`` of ``n`` queries, each with the keys that would be a hit."""
-    favourites = attention.argmax(-1).tolist()
-    hits = [sum(1 / len(keys) for key, keys in zip(head, shown, strict=True) if key in keys) for head in favourites]
+    """Score of each head ``[H]``.
+
+    Args:
+        attention: attention weights ``[H, n, T]`` of ``n`` queries.
+        shown: for each query the key positions that count as a hit.
+    """
+    top_keys = attention.argmax(-1).tolist()
+    hits = [sum(1 / len(keys) for key, keys in zip(head, shown, strict=True) if key in keys) for head in top_keys]
     return torch.tensor(hits, dtype=torch.float32)
 
 
 @contextmanager
 def _eager(language: Any) -> Iterator[None]:
-    """Let a model's language part tell its attention meanwhile."""
+    """Use eager attention, which returns its weights, in a model's language part meanwhile."""
     own = language.config._attn_implementation
     language.set_attn_implementation("eager")
     try:

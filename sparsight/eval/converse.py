@@ -1,4 +1,4 @@
-"""Conversations through a cache: what the model answers freely, and how probable it finds the right answers."""
+"""Conversations with a recipe's cache: the model's own answers, and the logits of the right answers."""
 
 import copy
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from sparsight.compression.recipe import Recipe
 from sparsight.eval.prefill_snapshot import PrefillSnapshot, next_logits
 
 SPARE = 4
-"""Tokens by which a free answer may be longer than the right one, beside a quarter of its length."""
+"""A generated answer may be longer than the right one by this many tokens and a quarter of its length."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Conversations:
     """A batch of conversations of the same number of turns, whose right answers have the same lengths.
 
     Args:
-        inputs: the first questions and their pictures, as the processor returned them, padded on the left.
-        answers: for each turn the right answers, int64 ``[B, n]``, an end of sequence last.
-        questions: for each turn but the first what stands between the end of the answer before it and its own answer,
-            int64 ``[B, q]`` padded on the left, and which of it is valid, int64 ``[B, q]``.
+        inputs: the first questions and their images, as the processor returned them, padded on the left.
+        answers: the right answers of each turn, int64 ``[B, n]``, end of sequence included.
+        questions: for each turn except the first the token ids between the previous answer and its own answer, int64
+            ``[B, q]`` padded on the left, and their attention mask, int64 ``[B, q]``.
     """
 
     inputs: BatchFeature
@@ -36,11 +36,11 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Turn:
-    """What became of one turn of a batch of conversations.
+    """The result of one turn of a batch of conversations.
 
     Args:
-        tokens: what the model answered by greedy search, ``[B, m]``, anything after the end of a sequence.
-        logits: of each token of the right answer, given those before it, float32 ``[B, n, V]``.
+        tokens: the model's answer by greedy decoding, ``[B, m]``, arbitrary after the end of a sequence.
+        logits: for each token of the right answer, given the ones before it, float32 ``[B, n, V]``.
     """
 
     tokens: Tensor
@@ -49,9 +49,9 @@ class Turn:
 
 @torch.inference_mode()
 def converse(recorded: PrefillSnapshot, recipe: Recipe, conversations: Conversations) -> list[Turn]:
-    """Hold the conversations through a recipe's cache, every token through its decode rule.
+    """Hold the conversations with a recipe's cache; its decode rule applies to every token.
 
-    Each turn is answered twice, freely and along the right answer, which is also what the next turn follows.
+    Each turn is answered twice: by greedy decoding, and with the right answer forced, which the next turn continues.
     """
     model: Any = recorded.model
     cache, logits = recorded.cache(recipe), recorded.logits
@@ -67,14 +67,14 @@ def converse(recorded: PrefillSnapshot, recipe: Recipe, conversations: Conversat
         free = decode(model, copy.deepcopy(cache), ids, mask, first, length + length // 4 + SPARE)
         along = decode(model, cache, ids, mask, answer[:, :1], length, [_Along(answer, ids.shape[1])])
         turns.append(Turn(free.sequences[:, ids.shape[1] :], torch.stack([logits, *along.logits], dim=1).float()))
-        # The end of sequence has not been seen: what comes next brings it, if the model's template has it.
+        # The end of sequence is not processed yet: the next turn starts with it, if the chat template has it.
         ids = torch.cat([ids, answer[:, :-1]], dim=1)
         mask = torch.cat([mask, torch.ones_like(answer[:, :-1])], dim=1)
     return turns
 
 
 class _Along(LogitsProcessor):
-    """Makes the model say an answer ``[B, n]`` after ``start`` tokens."""
+    """Forces an answer ``[B, n]`` after ``start`` tokens."""
 
     def __init__(self, answer: Tensor, start: int) -> None:
         self.answer, self.start = answer, start
@@ -93,9 +93,9 @@ def decode(
     limit: int,
     processors: Sequence[LogitsProcessor] = (),
 ) -> Any:
-    """What ``generate`` returns for at most ``limit`` tokens after ``ids`` ``[B, S]``, beginning with ``first``.
+    """The output of ``generate`` for at most ``limit`` tokens after ``ids`` ``[B, S]``, of which ``first`` is given.
 
-    The cache has seen ``ids`` and not ``first``; there are logits for the tokens after it.
+    The cache has processed ``ids`` but not ``first``; the output has logits for the tokens after it.
     """
     return model.generate(
         input_ids=torch.cat([ids, first], dim=1),

@@ -1,15 +1,18 @@
-"""The picture of what a cache kept: kept patches marked, dropped ones faded, and every layer's share and sparsity."""
+"""The figure of what a cache kept: patches kept and dropped, and bars of kept entries and sparsity by layer."""
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,10 +22,13 @@ from sparsight.models.layouts import Tile
 from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MUTED
 
 GROUPS = 4
-"""Panels beside each tile, over which the layers are spread."""
+"""Panels beside each tile, each a group of layers."""
 
 WIDTH, MARGIN, GAP, CAPTION, HEADER, BARS = 12.0, 0.45, 0.22, 0.3, 1.35, 1.55
 """Inches."""
+
+FONT = "DejaVu Sans"
+UNKNOWN, NO_FONT = "[…]", "  ([…]: no installed font has these characters)"
 
 ACCENT, SECOND = COLORS[:2]
 MARKER, PAPER = np.array([1.0, 0.68, 0.17]), np.array([0.955, 0.965, 0.975])
@@ -30,12 +36,12 @@ MARKER, PAPER = np.array([1.0, 0.68, 0.17]), np.array([0.955, 0.965, 0.975])
 
 @dataclass(frozen=True)
 class Kept:
-    """What a cache kept of one prompt.
+    """The entries that a cache kept of one prompt.
 
     Args:
-        layers: the numbers of the layers that are compressed; the others' lists follow them.
-        by_position: ``[L, T]``, share of a layer's KV heads that keep each position of the prompt.
-        by_layer: share of the prompt's entries that each layer keeps.
+        layers: the numbers of the compressed layers; the other fields have the same order.
+        by_position: fraction of a layer's KV heads that keep each prompt position, ``[L, T]``.
+        by_layer: fraction of the prompt's entries that each layer keeps.
         sparsity: sparsity of each layer, None where the method does not measure it.
     """
 
@@ -46,12 +52,12 @@ class Kept:
 
 
 def layer_groups(layers: int) -> list[list[int]]:
-    """Consecutive layers in at most :data:`GROUPS` groups of nearly equal size."""
+    """Layers in order, in at most :data:`GROUPS` groups of nearly equal size."""
     return [group.tolist() for group in np.array_split(np.arange(layers), min(GROUPS, layers))]
 
 
 def layer_names(layers: Sequence[int]) -> str:
-    """Layers by their numbers, a run of them by its ends."""
+    """The numbers of layers, consecutive ones as a range."""
     if len(layers) == 1:
         return f"Layer {layers[0]}"
     if layers[-1] - layers[0] == len(layers) - 1:
@@ -60,18 +66,18 @@ def layer_names(layers: Sequence[int]) -> str:
 
 
 def marked(tile: Tile, share: Tensor, scale: int = 1) -> NDArray[np.uint8]:
-    """A tile with its kept cells under a marker's colour and the others faded, ``[H * scale, W * scale, 3]``.
+    """A tile with its kept cells highlighted and the others faded, ``[H * scale, W * scale, 3]``.
 
     Args:
         tile: the tile, pixels in ``[0, 1]``.
-        share: ``[rows, columns]`` in ``[0, 1]``, how much of each cell is kept.
-        scale: how many pixels become of one, in both directions.
+        share: fraction of KV heads that keep each cell, ``[rows, columns]``.
+        scale: enlargement in both directions.
     """
     pixels = enlarged(tile, scale)
     height, width = (side // cells for side, cells in zip(pixels.shape[:2], share.shape, strict=True))
     strength = share.numpy().repeat(height, 0).repeat(width, 1)[..., None] ** 0.75
     grey = (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
-    # Black under the marker is a good part of its colour, or kept dark patches could not be told from dropped ones.
+    # Kept black patches get much of the marker's colour, to look different from dropped ones.
     kept = MARKER * (0.6 + 0.2 * pixels + 0.2 * grey)
     dropped = 0.72 * PAPER + 0.28 * grey
     return np.asarray((strength * kept + (1 - strength) * dropped) * 255 + 0.5).astype(np.uint8)
@@ -84,14 +90,16 @@ def enlarged(tile: Tile, scale: int) -> NDArray[np.float64]:
 
 
 def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote: str = "") -> Figure:
-    """The whole picture: for each tile the tile itself and one panel a group of layers, then bars by layer."""
+    """The figure: each tile with a panel per group of layers beside it, then bars by layer."""
     groups = layer_groups(len(kept.by_layer))
     blocks = [_Block(tile, len(groups)) for tile in tiles]
     height = HEADER + sum(block.height for block in blocks) + BARS + 1.35
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     page = _Page(figure, height)
     page.text(MARGIN, 0.62, title, size=17, weight="bold")
-    page.text(MARGIN, 0.93, printable(subtitle), size=10.5, color=MUTED)
+    families = font_families("".join(subtitle.split()))
+    known = frozenset(" ").union(*(characters(findfont(family)) for family in families))
+    page.text(MARGIN, 0.93, one_line(subtitle, known), size=10.5, color=MUTED, family=families)
     top = HEADER
     for block in blocks:
         block.paint(page, top, kept, groups)
@@ -102,12 +110,40 @@ def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote:
     return figure
 
 
-def printable(text: str, limit: int = 100) -> str:
-    """One line of a text, cut to ``limit`` characters, with a box for what the font cannot show."""
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
+def one_line(text: str, known: Collection[str], limit: int = 100) -> str:
+    """A text on one line of at most ``limit`` columns, with a note where it has characters that are not ``known``."""
     line = " ".join(text.split())
-    line = line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
-    return "".join(letter if ord(letter) in known else "□" for letter in line)
+    shown = re.sub("(?s:.)", lambda match: match[0] if match[0] in known else "\0", line)
+    if "\0" not in shown:
+        return _cut(line, limit)
+    return _cut(re.sub("\0+( \0+)*", UNKNOWN, shown), limit - len(NO_FONT)) + NO_FONT
+
+
+def _cut(line: str, limit: int) -> str:
+    """A line cut to ``limit`` columns, of which East Asian characters take two."""
+    columns = list(accumulate(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in line))
+    if not columns or columns[-1] <= limit:
+        return line
+    return line[: sum(column < limit for column in columns)].rstrip() + "…"
+
+
+def font_families(text: str) -> list[str]:
+    """The default font, and installed fonts for the characters of a text that it lacks."""
+    families = [FONT]
+    missing = set(text) - characters(findfont(FONT))
+    for entry in sorted(fontManager.ttflist, key=lambda entry: entry.name):
+        is_regular = entry.style == "normal" and entry.weight in (400, "normal", "regular")
+        # The font of last resort has a placeholder for every character.
+        if missing and is_regular and "Last" not in entry.name and missing & characters(entry.fname):
+            families.append(entry.name)
+            missing -= characters(entry.fname)
+    return families
+
+
+@lru_cache(maxsize=256)
+def characters(font: str) -> frozenset[str]:
+    """The characters of a font file."""
+    return frozenset(map(chr, get_font(font).get_charmap()))
 
 
 class _Page:
@@ -118,7 +154,7 @@ class _Page:
 
     def text(self, left: float, baseline: float, text: str, **style: Any) -> None:
         style = {"color": INK, "va": "baseline", **style}
-        # A prompt may hold dollar signs, which are not mathematics here.
+        # Dollar signs in a prompt are not mathematics.
         self.figure.text(left / WIDTH, 1 - baseline / self.height, text, parse_math=False, **style)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
@@ -128,14 +164,14 @@ class _Page:
 
 
 class _Block:
-    """One tile large on the left, and its panels beside it in rows that are as high together."""
+    """One tile on the left, and its panels beside it in rows of the same total height."""
 
     def __init__(self, tile: Tile, panels: int) -> None:
         self.tile = tile
         aspect = tile.pixels.shape[1] / tile.pixels.shape[0]
         self.rows = min(panels, 2 if aspect > 0.7 else 1)
         self.columns = -(-panels // self.rows)
-        # Widths: large + columns * (gap + small) fills the page; heights: rows of small ones and captions make a large.
+        # The widths of tile, panels and gaps add up to the page's; the heights of panels and captions to the tile's.
         between = (self.rows - 1) * (GAP / 2 + CAPTION)
         free = WIDTH - 2 * MARGIN - self.columns * GAP
         self.small_height = (free - between * aspect) / (aspect * (self.rows + self.columns))
@@ -175,7 +211,7 @@ class _Block:
         axes = page.axes(left, top + CAPTION, *size)
         axes.imshow(pixels, interpolation="antialiased", aspect="auto", extent=(0, 1, 1, 0))
         axes.set(xticks=(), yticks=())
-        # A white page must not end in the white of the paper.
+        # A frame around white images.
         axes.spines[:].set(color=FAINT, linewidth=0.8)
         rows, columns = self.tile.tokens.shape
         for place in self.tile.seams[0]:
@@ -185,7 +221,7 @@ class _Block:
 
 
 def _legend(page: _Page) -> None:
-    """What the marker's strength means."""
+    """The color bar."""
     right, width = WIDTH - MARGIN, 1.9
     white = Tile("", torch.ones(1, 65, 3), torch.zeros(1, 65, dtype=torch.int64))
     bar = page.axes(right - width, 0.52, width, 0.14)
@@ -197,7 +233,7 @@ def _legend(page: _Page) -> None:
 
 
 def _bars(page: _Page, top: float, kept: Kept) -> None:
-    """Bars by layer: entries kept, and sparsity where it was measured."""
+    """Bars by layer: entries kept, and sparsity if it was measured."""
     charts = [("Entries kept of the prompt", kept.by_layer, max(kept.by_layer) * 1.1, ACCENT)]
     if kept.sparsity is not None:
         charts.append(("Sparsity of post-vision attention", kept.sparsity, 1.0, SECOND))
@@ -226,5 +262,5 @@ def _bars(page: _Page, top: float, kept: Kept) -> None:
 
 
 def _layer_number(layers: Sequence[int], place: float, _: int | None) -> str:
-    """The number of the layer whose bar is at a place, nothing beside the bars."""
+    """The number of the layer whose bar is at a position; empty beside the bars."""
     return str(layers[round(place)]) if 0 <= round(place) < len(layers) else ""

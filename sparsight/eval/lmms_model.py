@@ -1,4 +1,4 @@
-"""Sparsight as a model of lmms-eval, the field's own harness for public benchmarks; needs the package ``lmms-eval``.
+"""Sparsight as a model of lmms-eval, a harness for public benchmarks; needs the package ``lmms-eval``.
 
 It is also registered with lmms-eval itself::
 
@@ -24,19 +24,19 @@ class LmmsModel(lmms):  # type: ignore[misc]
     """A vision-language model whose KV cache is compressed.
 
     Args:
-        pretrained: folder, or id on the hub.
-        method: one that ``sparsight methods`` lists.
-        budget: fraction of the prompt's KV entries that may be kept.
-        batch_size: prompts that are worked on together.
+        pretrained: folder or hub id.
+        method: a name that ``sparsight methods`` lists.
+        budget: fraction of the prompt's KV entries that may be kept; the method's own by default.
+        batch_size: prompts per batch.
         device: a torch device, or ``auto``.
         dtype: one of :data:`sparsight.models.loading.DTYPES`.
         max_batch_size: not used.
 
     Attributes:
-        recipe: the method at its budget; may be replaced between evaluations.
+        recipe: the method at its budget; can be replaced between evaluations.
 
     Raises:
-        ValueError: the model cannot be loaded, or there is no such method, budget, device or type.
+        ValueError: the model cannot be loaded, or the method, budget, device or dtype is invalid.
     """
 
     is_simple = False
@@ -45,14 +45,14 @@ class LmmsModel(lmms):  # type: ignore[misc]
         self,
         pretrained: str,
         method: str = "vl-cache",
-        budget: float = 0.1,
+        budget: float | None = None,
         batch_size: int | str = 1,
         device: str = "auto",
         dtype: str = "auto",
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.recipe = recipe(method, budget=float(budget))
+        self.recipe = recipe(method, **({} if budget is None else {"budget": float(budget)}))
         checkpoint = load_checkpoint(pretrained)
         self.processor = checkpoint.processor
         if not self.processor.chat_template:
@@ -62,11 +62,11 @@ class LmmsModel(lmms):  # type: ignore[misc]
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers to requests, in their order."""
+        """Answers to requests, in the same order."""
         answers: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda index: repr(requests[index].args[2]))
-        for _, alike in groupby(order, key=lambda index: repr(requests[index].args[2])):
-            indices = list(alike)
+        for _, same_arguments in groupby(order, key=lambda index: repr(requests[index].args[2])):
+            indices = list(same_arguments)
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
                 answers |= zip(batch, self._answer([requests[index].args for index in batch]), strict=True)
@@ -74,54 +74,56 @@ class LmmsModel(lmms):  # type: ignore[misc]
 
     @torch.inference_mode()
     def _answer(self, batch: Sequence[tuple[Any, ...]]) -> list[str]:
-        """Answers to requests that are to be generated alike."""
-        wanted = batch[0][2]
-        inputs = apply_chat_template(self.processor, [self._messages(*arguments) for arguments in batch]).to(
+        """Answers to requests with the same generation arguments."""
+        arguments = batch[0][2]
+        inputs = apply_chat_template(self.processor, [self._messages(*request) for request in batch]).to(
             self.model.device, self.model.dtype
         )
         output = self.model.generate(
-            **inputs, past_key_values=CompressedCache(self.model, self.recipe, inputs), **options(wanted)
+            **inputs, past_key_values=CompressedCache(self.model, self.recipe, inputs), **generation_options(arguments)
         )
         texts = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = [cut(text, wanted.get("until") or []) for text in texts]
-        for arguments, answer in zip(batch, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", (arguments[0], wanted), answer)
+        answers = [truncate_at_stop(text, arguments.get("until") or []) for text in texts]
+        for request, answer in zip(batch, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", (request[0], arguments), answer)
         return answers
 
     def _messages(
-        self, context: str, to_messages: Any, wanted: Any, number: int, task: str, split: str
+        self, context: str, to_messages: Any, arguments: Any, number: int, task: str, split: str
     ) -> list[dict[str, Any]]:
-        """A request as the processor takes it."""
+        """A request as messages for the processor."""
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][number]))
         return messages.to_hf_messages()
 
     def clean(self) -> None:
-        """Keep the weights: the next recipe is evaluated with them."""
+        """Keep the weights for the next recipe."""
 
     def loglikelihood(self, requests: Any) -> Any:
-        """Not supported: a compressed cache is about what comes after the prompt."""
-        raise NotImplementedError("Sparsight evaluates tasks that generate an answer, not likelihoods of given ones.")
+        """Not supported: compression affects what is generated after the prompt."""
+        raise NotImplementedError(
+            "Sparsight evaluates tasks that generate an answer, not likelihoods of given answers."
+        )
 
     def generate_until_multi_round(self, requests: Any) -> Any:
         """Not supported."""
-        raise NotImplementedError("Sparsight evaluates tasks of one round.")
+        raise NotImplementedError("Sparsight evaluates single-round tasks.")
 
 
-def options(wanted: dict[str, Any]) -> dict[str, Any]:
-    """What ``generate`` is told of a task's generation arguments: greedy unless the temperature says otherwise."""
-    temperature = wanted.get("temperature") or 0
+def generation_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A task's generation arguments as arguments of ``generate``; greedy unless the temperature is above 0."""
+    temperature = arguments.get("temperature") or 0
     chosen: dict[str, Any] = {
-        "max_new_tokens": wanted.get("max_new_tokens", 1024),
-        "num_beams": wanted.get("num_beams", 1),
+        "max_new_tokens": arguments.get("max_new_tokens", 1024),
+        "num_beams": arguments.get("num_beams", 1),
         "do_sample": temperature > 0,
     }
     if temperature > 0:
-        chosen |= {"temperature": temperature, "top_p": wanted.get("top_p")}
+        chosen |= {"temperature": temperature, "top_p": arguments.get("top_p")}
     return chosen
 
 
-def cut(text: str, ends: str | Sequence[str]) -> str:
-    """A text up to the first of some strings."""
-    for end in [ends] if isinstance(ends, str) else ends:
-        text = text.split(end)[0] if end else text
+def truncate_at_stop(text: str, stops: str | Sequence[str]) -> str:
+    """A text up to the first of its stop strings."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop)[0] if stop else text
     return text

@@ -1,4 +1,4 @@
-"""How lmms-eval finds Sparsight among its models: it loads this while it is itself being loaded."""
+"""Entry point that registers Sparsight as a model of lmms-eval; loaded while lmms-eval is imported."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 

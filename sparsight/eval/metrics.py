@@ -1,4 +1,4 @@
-"""Metrics of one answer, and what a table says about many: pure functions and the table of them."""
+"""Metrics of one answer, and how they are aggregated over many: pure functions and a table of the metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ INSTALL = "pip install 'sparsight[eval]'"
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 if the answer is the reference, letter for letter, but for blanks around it; else 0."""
+    """1 if the answer equals the reference, except for leading and trailing whitespace; else 0."""
     return float(answer.strip() == reference.strip())
 
 
 def anls(answer: str, reference: str) -> float:
-    """Average normalised Levenshtein similarity with threshold 0.5, in ``[0, 1]``, as DocVQA is judged.
+    """Average normalised Levenshtein similarity with threshold 0.5, in ``[0, 1]``, the metric of DocVQA.
 
     Biten et al.: Scene Text Visual Question Answering, ICCV 2019; computed by ``anls_star``.
 
@@ -39,7 +39,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def same_tokens(one: Sequence[int], other: Sequence[int]) -> float:
-    """Share of equal tokens, place by place, over the longer answer; 1 for two empty ones."""
+    """Number of positions with equal tokens over the length of the longer answer; 1 for two empty answers."""
     equal = sum(left == right for left, right in zip(one, other, strict=False))
     return equal / longest if (longest := max(len(one), len(other))) else 1.0
 
@@ -52,25 +52,25 @@ def surprisal(logits: Tensor, tokens: Tensor) -> Tensor:
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:
     """Kullback-Leibler divergence from the reference's distributions, ``[..., n, V]``, summed over ``n``, in nats.
 
-    ``sum_v p(v) (log p(v) - log q(v))`` with ``p`` of the reference and ``q`` of the logits.
+    ``sum_v p(v) (log p(v) - log q(v))`` with ``p`` from the reference and ``q`` from the logits.
     """
     expected, found = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
-    # A token that the reference excludes adds nothing, whatever the other says.
+    # A token with probability 0 in the reference contributes nothing.
     terms = torch.where(expected.isneginf(), 0.0, expected.exp() * (expected - found))
     return terms.sum((-2, -1))
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric of many examples comes from figures of each.
+    """How a metric over examples is computed from the results of each.
 
     Args:
-        title: what tables call it.
-        figure: the figure of each example that is summed.
-        per: the figure that the sum is divided by; the number of examples if None.
-        exponential: the exponential of that.
-        higher_is_better: which way is up.
-        percent: shown as a percentage.
+        title: name in tables.
+        figure: the value of each example that is summed.
+        per: the value whose sum it is divided by; the number of examples if None.
+        exponential: whether the metric is the exponential of that ratio.
+        higher_is_better: whether higher values are better.
+        percent: whether it is shown as a percentage.
     """
 
     title: str
@@ -88,10 +88,12 @@ METRICS = {
     "perplexity": Metric("perplexity", "surprisal", "tokens", True, higher_is_better=False, percent=False),
     "same_answer": Metric("same answer as the full cache", "same_answer"),
     "same_tokens": Metric("same tokens as the full cache", "same_tokens"),
-    "divergence": Metric("KL from the full cache, nats a token", "divergence", "tokens", False, False, False),
+    "divergence": Metric(
+        "KL divergence from the full cache, nats per token", "divergence", "tokens", False, False, False
+    ),
 }
-"""The metrics by name. Perplexity and divergence are about all tokens of the right answers, end of sequence included;
-the first of them comes from the prefill itself, which no method changes."""
+"""The metrics by name. Perplexity and divergence are over all tokens of the right answers, end of sequence included;
+the first one is predicted by the prefill, which no method changes."""
 
 
 def metrics_of(task: Mapping[str, Any]) -> dict[str, Metric]:

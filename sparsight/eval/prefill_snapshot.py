@@ -1,4 +1,4 @@
-"""One prefill for all methods: what the prompt's attention layers were given, and any recipe's cache made from it."""
+"""One prefill for all methods: queries, keys and values of the attention layers, from which any cache is made."""
 
 import copy
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ from sparsight.models.prompt import locate
 
 @dataclass(frozen=True)
 class States:
-    """What one attention layer was given for a whole prompt.
+    """The inputs of one attention layer for the complete prompt.
 
     Args:
         query: ``[B, H, T, D]``, after RoPE.
         key: ``[B, H_kv, T, D]``, after RoPE.
         value: ``[B, H_kv, T, D]``.
         scaling: factor of the logits.
-        visible: bool ``[B or 1, 1, T, T]``, the keys that each query sees; None for those before it.
+        visible: bool ``[B or 1, 1, T, T]``, the keys that each query attends to; None for causal attention.
     """
 
     query: Tensor
@@ -39,20 +39,19 @@ class States:
 
 
 class PrefillSnapshot:
-    """Prompts that the model has seen once, from which the caches of any number of recipes are made.
+    """One prefill of some prompts, from which the caches of any number of recipes are made.
 
-    A prompt attends to all of itself whatever the recipe, so that one prefill serves them all. A cache made here holds
-    what a :class:`~sparsight.CompressedCache` would hold after a prefill of its own, up to rounding. Models that
-    remember positions of the prompt they saw last, as Qwen2.5-VL does, must not see another one while the caches are in
-    use.
+    Prompt attention is the same for all recipes, so they can share a prefill. A cache made here has the entries that a
+    :class:`~sparsight.CompressedCache` would have after a prefill of its own, up to rounding. Models that keep state
+    of the last prompt, such as the positions of Qwen2.5-VL, must not process another one while the caches are in use.
 
     Args:
         model: an unmodified transformers model.
         inputs: what the processor returned for the prompts, on the model's device.
 
     Attributes:
-        prompt: where things are in the prompts.
-        logits: of the first token of each answer, ``[B, V]``.
+        prompt: lengths, masks and grids of the prompts.
+        logits: logits of the first token of each answer, ``[B, V]``.
         states: :class:`States` of each layer that can be compressed.
 
     Raises:
@@ -69,9 +68,9 @@ class PrefillSnapshot:
 
     @torch.inference_mode()
     def observe(self, recipe: Recipe) -> list[Prefill]:
-        """What a recipe observes of the prompts, one :class:`Prefill` a layer, still to be finished.
+        """A recipe's statistics of the prompts, one :class:`Prefill` per layer, not finished yet.
 
-        Recipes with the same score and the same allocation observe the same.
+        Recipes with the same score and the same allocation share them.
         """
         parts = recipe.score, recipe.allocate
         if parts not in self._observed:
@@ -85,7 +84,7 @@ class PrefillSnapshot:
 
     @torch.inference_mode()
     def cache(self, recipe: Recipe) -> CompressedCache:
-        """A recipe's cache, as it is after prefill."""
+        """A recipe's cache after prefill."""
         cache = CompressedCache(self.model, recipe, self.inputs)
         for index, layer in enumerate(self._recorder.layers):
             if not isinstance(layer, CompressedLayer):
@@ -95,7 +94,7 @@ class PrefillSnapshot:
 
 
 class _Recorder(CompressedCache):
-    """A cache that keeps what its layers were given, and compresses nothing."""
+    """A cache that records the inputs of its layers and compresses nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -104,10 +103,10 @@ class _Recorder(CompressedCache):
     def _attend(
         self, layer: CompressedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        # The key itself knows this cache: keeping it would keep the cache for ever.
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        seen = None if is_causal(mask, self.prompt.valid_mask) else visible(mask)
-        self.states.append(States(query.detach(), key.detach(), value.detach(), scaling, seen))
+        visible_keys = None if is_causal(mask, self.prompt.valid_mask) else visible(mask)
+        # The key refers to this cache; detached tensors do not keep it alive.
+        self.states.append(States(query.detach(), key.detach(), value.detach(), scaling, visible_keys))
         return super()._attend(layer, module, query, key, value, mask, **kwargs)
 
     def _compact(self) -> None:
@@ -116,7 +115,7 @@ class _Recorder(CompressedCache):
 
 
 def next_logits(model: Any, cache: CompressedCache, inputs: Mapping[str, Any]) -> Tensor:
-    """Let the model see what it has not seen of the inputs, and return the logits of what comes next, ``[B, V]``."""
+    """Process the inputs that the cache has not processed yet; return the logits of the next token, ``[B, V]``."""
     output = model.generate(
         **inputs,
         past_key_values=cache,
@@ -130,7 +129,7 @@ def next_logits(model: Any, cache: CompressedCache, inputs: Mapping[str, Any]) -
 
 
 def _of(recipe: Recipe, prefill: Prefill) -> Prefill:
-    """A prefill of the same prompt for another recipe that observes the same; finishing it leaves the first alone."""
+    """A copy of a prefill for another recipe with the same statistics; finishing it does not change the original."""
     own = copy.copy(prefill)
     own.recipe = recipe
     return own

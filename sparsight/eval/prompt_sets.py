@@ -1,4 +1,4 @@
-"""Sets of prompts: a user's own, from a file, or generated pages."""
+"""Prompts with images to analyze: generated pages, or a user's own from a file."""
 
 import json
 from collections.abc import Iterator
@@ -13,27 +13,27 @@ from sparsight.models.images import open_image
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question about some pictures."""
+class ImagePrompt:
+    """A question about some images."""
 
     images: tuple[Image, ...]
     prompt: str
 
 
-def generated(seed: int, count: int) -> Iterator[Asked]:
+def generate_prompts(seed: int, count: int) -> Iterator[ImagePrompt]:
     """Look-up questions about generated pages."""
     for number in range(count):
         example = task("look-up").example(seed, number)
-        yield Asked(tuple(example.pictures()), example.turns[0][0])
+        yield ImagePrompt(tuple(example.pictures()), example.turns[0][0])
 
 
-def read(path: Path, count: int, max_pixels: int) -> Iterator[Asked]:
-    """The first prompts of a JSON-lines file, ``{"image": "page.png", "prompt": "What is this?"}`` a line.
+def read_prompts(path: Path, count: int, max_pixels: int) -> Iterator[ImagePrompt]:
+    """The first prompts of a JSON-lines file, ``{"image": "page.png", "prompt": "What is this?"}`` per line.
 
-    ``images`` in place of ``image`` are several; both may be missing; their paths start at the file's folder.
+    ``images`` in place of ``image`` is a list of paths; both may be missing. Paths are relative to the file's folder.
 
     Raises:
-        ValueError: the file cannot be read, or has no prompt, or a line is not such an object, or a picture is bad.
+        ValueError: the file cannot be read or has no prompts, a line is not such an object, or an image is invalid.
     """
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
@@ -42,10 +42,10 @@ def read(path: Path, count: int, max_pixels: int) -> Iterator[Asked]:
         raise ValueError(f"Cannot read {path}: {reason}.") from error
     if not lines:
         raise ValueError(f"{path} has no prompts.")
-    return (_asked(path, number, line, max_pixels) for number, line in enumerate(lines[:count], 1))
+    return (_parse(path, number, line, max_pixels) for number, line in enumerate(lines[:count], 1))
 
 
-def _asked(path: Path, number: int, line: str, max_pixels: int) -> Asked:
+def _parse(path: Path, number: int, line: str, max_pixels: int) -> ImagePrompt:
     try:
         given: Any = json.loads(line)
         images, prompt = given.get("images", given.get("image", [])), given["prompt"]
@@ -56,4 +56,4 @@ def _asked(path: Path, number: int, line: str, max_pixels: int) -> Asked:
         raise ValueError(
             f'{path}, line {number} is not an object such as {{"image": "page.png", "prompt": "What is this?"}}.'
         ) from error
-    return Asked(tuple(open_image(path.parent / image, max_pixels) for image in images), prompt)
+    return ImagePrompt(tuple(open_image(path.parent / image, max_pixels) for image in images), prompt)

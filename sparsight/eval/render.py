@@ -1,4 +1,4 @@
-"""The results of a run for people: tables on the terminal, in Markdown and in one self-contained page of HTML."""
+"""Human-readable results of a run: tables for the terminal, Markdown, and a self-contained HTML page."""
 
 import base64
 import json
@@ -11,45 +11,45 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.eval.accuracy_plots import draw_budgets, draw_records, methods_of
+from sparsight.eval.accuracy_plots import draw_budgets, draw_page_sizes, methods_of
+from sparsight.eval.aggregation import BASELINE, best
 from sparsight.eval.metrics import Metric, metrics_of
-from sparsight.eval.summary import BASELINE, best
 from sparsight.utils.plot_style import save
 
 SIGNIFICANT = 0.05
-PICTURES = {
-    "accuracy": "Each task's own metric against the budget; bars and band are 95 % intervals.",
-    "perplexity": "Perplexity of the right answers through each cache.",
-    "divergence": "How far the next token's distribution is from the full cache's.",
-    "records": "Pages of growing size at one budget.",
+CAPTIONS = {
+    "accuracy": "Each task's main metric against the budget; bars and band are 95 % intervals.",
+    "perplexity": "Perplexity of the right answers with each cache.",
+    "divergence": "KL divergence of the next token's distribution from the full cache's.",
+    "records": "Accuracy by the number of records on the page, at one budget.",
 }
-"""Picture: its caption."""
+"""Captions of the figures by name."""
 
 
 def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``results.json``, ``report.md``, ``report.html`` and the pictures into a folder, and return their paths."""
-    pictures = {}
+    """Write ``results.json``, ``report.md``, ``report.html`` and the figures to a folder; return their paths."""
+    figures = {}
     for name, figure in draw(results).items():
-        pictures[name] = folder / f"{name}.png"
-        save(figure, pictures[name])
+        figures[name] = folder / f"{name}.png"
+        save(figure, figures[name])
     texts = {
         "results.json": json.dumps(results, indent=1) + "\n",
-        "report.md": _render("report.md", results, {name: path.name for name, path in pictures.items()}),
-        "report.html": _render("report.html", results, {name: _inline(path) for name, path in pictures.items()}),
+        "report.md": _render("report.md", results, {name: path.name for name, path in figures.items()}),
+        "report.html": _render("report.html", results, {name: _inline(path) for name, path in figures.items()}),
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
-    return [*(folder / name for name in texts), *pictures.values()]
+    return [*(folder / name for name in texts), *figures.values()]
 
 
 def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
-    """The pictures of a run by name."""
+    """The figures of a run by name."""
     figures = {"accuracy": draw_budgets(results)}
     for name in ("perplexity", "divergence"):
         if all(name in task["metrics"] for task in results["tasks"]):
             figures[name] = draw_budgets(results, name)
     budgets = budgets_of(results)
-    growing = draw_records(results, min(budgets, key=lambda budget: abs(budget - 0.1))) if budgets else None
+    growing = draw_page_sizes(results, min(budgets, key=lambda budget: abs(budget - 0.1))) if budgets else None
     return figures | ({"records": growing} if growing is not None else {})
 
 
@@ -59,7 +59,7 @@ def budgets_of(results: Mapping[str, Any]) -> list[float]:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """For each task a headline and a table for the terminal: methods by budgets, intervals below, the best in bold."""
+    """A headline and a table per task: methods by budgets, each with its interval below, the best values in bold."""
     for task in results["tasks"]:
         metric = metrics_of(task)[task["metric"]]
         full = task["full"][task["metric"]]
@@ -85,9 +85,10 @@ def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 
 
 def rows(results: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A task's table of a metric: methods, and for each budget value, interval, whether it is the best, and a mark.
+    """A task's table of a metric: each method with a mapping per budget of ``value``, ``span``, ``best``, ``mark`` and
+    ``p_value``.
 
-    The mark is ``+`` or ``-`` where the method is better or worse than VL-Cache at the same budget, p < 0.05.
+    The mark is ``+`` or ``-`` where the method is better or worse than VL-Cache at the same budget with p < 0.05.
     """
     metric = metrics_of(task)[name]
     table = []
@@ -110,12 +111,12 @@ def rows(results: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list
 
 
 def show(metric: Metric, value: float) -> str:
-    """A value for people."""
+    """A value as text."""
     return f"{value * 100:.1f}" if metric.percent else f"{value:.3g}"
 
 
 def span(metric: Metric, found: Mapping[str, float]) -> str:
-    """An interval for people."""
+    """An interval as text."""
     return f"{show(metric, found['low'])}-{show(metric, found['high'])}"
 
 
@@ -129,7 +130,7 @@ def _mark(task: Mapping[str, Any], cell: Mapping[str, Any], name: str) -> str:
     return "+" if better else "-"
 
 
-def _render(template: str, results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+def _render(template: str, results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     environment = Environment(
         loader=PackageLoader("sparsight.eval"), autoescape=template.endswith("html"), trim_blocks=True
     )
@@ -141,7 +142,7 @@ def _render(template: str, results: Mapping[str, Any], pictures: Mapping[str, st
         show=show,
         span=span,
         baseline=BASELINE,
-        pictures=[(path, PICTURES[name]) for name, path in pictures.items()],
+        figures=[(path, CAPTIONS[name]) for name, path in figures.items()],
     )
 
 

@@ -1,6 +1,6 @@
-"""Tasks on generated pages: what is asked, how much of the page the answers need, and which metric tells.
+"""Tasks on generated pages: questions with answers, the part of the page that they need, and the main metric.
 
-Examples come from a seed and from the held-out split of :mod:`sparsight.reader`; nothing is downloaded.
+Examples are drawn from a seed and the held-out split of :mod:`sparsight.reader`; nothing is downloaded.
 """
 
 import re
@@ -15,11 +15,11 @@ from sparsight.reader.skills import WHICH_IMAGE, Example, ask_page, look_up, pic
 from sparsight.utils.suggest import unknown
 
 SPLIT = "heldout"
-QUESTIONED = 32
+CONVERSATION_RECORDS = 32
 """Records on the page of a conversation."""
 
 SMALLEST = 8
-"""Records on the smallest of the growing pages; each next one has as many more."""
+"""Records on the smallest of the growing pages; the next ones have 2, 3, ... times as many."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Task:
     """A kind of example.
 
     Args:
-        name: what the task is called.
-        summary: what is asked.
-        size: how much of the page matters, as a number of records; what it counts is ``counts``.
-        counts: what ``size`` is the number of.
+        name: the task's name.
+        summary: what the question is about.
+        size: number of records or questions.
+        counts: what ``size`` counts, for messages.
         largest: the largest size.
-        metric: the metric that the tables show, a name in :data:`sparsight.eval.metrics.METRICS`.
-        make: an example from random numbers, the size and the number of the example.
+        metric: the main metric, a name in :data:`sparsight.eval.metrics.METRICS`.
+        make: makes an example from a generator, the size and the number of the example.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task:
         return f"{self.name}:{self.size}"
 
     def example(self, seed: int, number: int) -> Example:
-        """The example of a number; it does not depend on how many there are."""
+        """The example with a number; it depends on the seed, the size and the number only."""
         return self.make(np.random.default_rng([seed, zlib.crc32(self.name.encode()), number]), self.size, number)
 
 
@@ -80,16 +80,16 @@ TASKS = {
         ),
         Task(
             name="conversation",
-            summary=f"several records of a page of {QUESTIONED}, one question after the other",
+            summary=f"several records of a page of {CONVERSATION_RECORDS}, one question after the other",
             size=4,
             counts="questions",
-            largest=QUESTIONED,
+            largest=CONVERSATION_RECORDS,
             metric="exact",
-            make=lambda rng, size, number: look_up(rng, SPLIT, QUESTIONED, questions=size),
+            make=lambda rng, size, number: look_up(rng, SPLIT, CONVERSATION_RECORDS, questions=size),
         ),
         Task(
             name="transcribe",
-            summary="the whole page, read out",
+            summary="the complete page, read out",
             size=12,
             counts="records on the page",
             largest=capacity(WIDTH) - 1,
@@ -98,7 +98,7 @@ TASKS = {
         ),
         Task(
             name="two-pages",
-            summary="one record of the page, of two, that the question names",
+            summary="one record of two pages, on the page that the question names",
             size=16,
             counts="records on each page",
             largest=64,
@@ -107,7 +107,7 @@ TASKS = {
         ),
         Task(
             name="growing",
-            summary=f"one record of pages of {SMALLEST} records, {2 * SMALLEST}, and so on in turn",
+            summary=f"one record of a page; pages have {SMALLEST}, {2 * SMALLEST}, ... records",
             size=64,
             counts="records on the largest page",
             largest=64,
@@ -120,31 +120,31 @@ TASKS = {
 
 
 def task(text: str) -> Task:
-    """A task by name, ``look-up``, or by name and size, ``look-up:64``.
+    """A task by name, such as ``look-up``, or by name and size, such as ``look-up:64``.
 
     Raises:
-        ValueError: there is no such task, or the size is not one it can have.
+        ValueError: there is no such task, or the size is out of its range.
     """
     name, colon, size = text.partition(":")
     if name not in TASKS:
         raise unknown("task", name, TASKS)
-    found = TASKS[name]
+    known = TASKS[name]
     if not colon:
-        return found
-    if not size.isdecimal() or not 1 <= int(size) <= found.largest:
-        counts, largest = found.counts, found.largest
+        return known
+    if not size.isdecimal() or not 1 <= int(size) <= known.largest:
+        counts, largest = known.counts, known.largest
         raise ValueError(f"Task {name} takes the number of {counts} as its size, 1 to {largest}, not {size!r}.")
-    return replace(found, size=int(size))
+    return replace(known, size=int(size))
 
 
-def records(example: Example) -> int:
-    """Records on the first page of an example."""
+def record_count(example: Example) -> int:
+    """Number of records on the first page of an example."""
     page = example.images[0]
     return len(page.records) if isinstance(page, Page) else 0
 
 
-def needed(example: Example) -> float:
-    """Share of the pictures' patches that show a character of a record that an answer needs."""
+def answer_patch_share(example: Example) -> float:
+    """Fraction of the images' patches that show a character of a record that an answer needs."""
     patches = {
         (number, *patch)
         for question, answer in example.turns
@@ -156,12 +156,12 @@ def needed(example: Example) -> float:
 
 
 def _patches(page: Page, question: str, answer: str) -> set[tuple[int, int]]:
-    """Rows and columns of the patches of a page that a question is about."""
+    """Rows and columns of the patches that show the records that a question is about."""
     key = re.search(r"\b[A-Z]{2}\b", question)
-    asked = [record for record in page.records if key is None or record == (key[0], answer)]
+    wanted = [record for record in page.records if key is None or record == (key[0], answer)]
     printed, centres = "".join(glyph.char for glyph in page.glyphs), page.centres()
     patches = set()
-    for name, value in asked:
+    for name, value in wanted:
         found = re.search(rf"{name}[:=./-]*{value}", printed)
         assert found is not None, f"{name} {value} is not on its page"
         patches |= {(int(y // PATCH), int(x // PATCH)) for _, x, y in centres[found.start() : found.end()]}

@@ -1,11 +1,22 @@
 """Text from outside, such as file names and other libraries' errors, made safe to print in messages."""
 
+import unicodedata
+
+ESCAPED = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories of control characters, lone surrogates, and line and paragraph separators."""
+
+
+def escape(text: object, keep: str = "") -> str:
+    r"""``str(text)`` with control characters, except those in ``keep``, as escape sequences such as ``\x1b``."""
+    return "".join(
+        char.encode("unicode_escape").decode() if char not in keep and unicodedata.category(char) in ESCAPED else char
+        for char in str(text)
+    )
+
 
 def printable(text: object, limit: int = 200) -> str:
     """A name for a message: control characters escaped, and the middle left out if longer than ``limit``."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shorten(str(text), limit)
-    )
+    return escape(shorten(str(text), limit))
 
 
 def shorten(text: str, limit: int = 200) -> str:

@@ -18,16 +18,16 @@ MEASURED = '{"first_token": 4, "token": 1, "end_to_end": 9, "bytes_held": 7, "en
 def worker(tmp_path, body):
     """A command that answers ``line``, a request, with what ``body`` prints."""
     script = tmp_path / "worker.py"
-    loop = "import json, sys\nfor number, line in enumerate(sys.stdin):\n    asked = json.loads(line)\n"
+    loop = "import json, sys\nfor number, line in enumerate(sys.stdin):\n    request = json.loads(line)\n"
     script.write_text(loop + textwrap.indent(textwrap.dedent(body), "    ") + "\n    sys.stdout.flush()\n")
     return [sys.executable, str(script)]
 
 
-def test_settings_first_then_a_case_a_line(tmp_path):
+def test_the_settings_are_sent_first_then_one_case_per_line(tmp_path):
     command = worker(
         tmp_path,
         f"""
-        with open({str(tmp_path / "asked")!r}, "a") as file:
+        with open({str(tmp_path / "requests")!r}, "a") as file:
             file.write(line)
         print('{{"kvpress": "1.0"}}' if number == 0 else {MEASURED!r})
         """,
@@ -36,22 +36,22 @@ def test_settings_first_then_a_case_a_line(tmp_path):
         assert kvpress.versions == {"kvpress": "1.0"}
         assert kvpress.measure(0.1, 40, 2, 3, 99) == Sample(4, None, None, 1, 9, 7, 6, None)
         kvpress.measure(0.2, 80, 1, 3, 99)
-    assert (tmp_path / "asked").read_text().splitlines() == [
+    assert (tmp_path / "requests").read_text().splitlines() == [
         '{"dtype": "float32"}',
-        '{"budget": 0.1, "tokens": 40, "batch": 2, "new_tokens": 3, "room": 99}',
-        '{"budget": 0.2, "tokens": 80, "batch": 1, "new_tokens": 3, "room": 99}',
+        '{"budget": 0.1, "tokens": 40, "batch": 2, "new_tokens": 3, "reserve": 99}',
+        '{"budget": 0.2, "tokens": 80, "batch": 1, "new_tokens": 3, "reserve": 99}',
     ]
 
 
 def test_a_case_that_it_cannot_run_leaves_the_others(tmp_path):
-    command = worker(tmp_path, f"""print('{{"error": "too short"}}' if asked.get("tokens") == 5 else {MEASURED!r})""")
+    command = worker(tmp_path, f"""print('{{"error": "too short"}}' if request.get("tokens") == 5 else {MEASURED!r})""")
     with Kvpress(command, {}) as kvpress:
         with pytest.raises(CannotRun, match=r"^kvpress: too short$"):
             kvpress.measure(0.1, 5, 1, 3, 0)
         assert kvpress.measure(0.1, 50, 1, 3, 0).first_token == 4
 
 
-def test_a_process_that_ends_is_said_each_time(tmp_path):
+def test_a_process_that_ended_is_reported_each_time(tmp_path):
     command = worker(tmp_path, "if number: sys.exit(3)\nprint('{}')")
     with Kvpress(command, {}) as kvpress:
         for _ in range(2):
@@ -74,9 +74,9 @@ def no_index(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def test_what_pip_says_is_the_reason(no_index):
+def test_the_reason_is_pips_error(no_index):
     for _ in range(2):
-        # What was begun does not count as done.
+        # A partial installation is not used.
         with pytest.raises(CannotRun, match=r"^kvpress cannot be installed: No matching distribution found for torch"):
             environment()
 
@@ -98,7 +98,7 @@ def test_an_environment_that_is_there_is_used(tmp_path, monkeypatch):
     assert first.is_relative_to(tmp_path)
 
 
-def test_weights_that_do_not_fit_twice_are_said(model, monkeypatch):
+def test_weights_that_do_not_fit_twice_are_reported(model, monkeypatch):
     monkeypatch.setattr(module, "environment", lambda: pytest.fail("installed"))
     monkeypatch.setattr(machine, "available_bytes", lambda device: 10)
     with pytest.raises(CannotRun, match=r"^does not fit: kvpress's own weights need 0\.0 GiB, 0\.0 GiB free$"):

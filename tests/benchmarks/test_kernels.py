@@ -1,4 +1,4 @@
-"""What of the kernels' benchmark runs without a GPU: its sizes, its sums, and that it says so."""
+"""The parts of the kernels' benchmark that run without a GPU."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_rows_differ_in_length_and_hold_the_budget_on_average() -> None:
 
 def test_storage_is_full_of_entries_that_attention_reads() -> None:
     like = torch.empty(2, 3, 0, 8)
-    entries = kernels.storage([4, 5, 6, 4, 5, 6], like)
+    entries = kernels.random_store([4, 5, 6, 4, 5, 6], like)
     output = entries.attend(torch.zeros(2, 6, 1, 8), None, None)
     # No key is preferred: the mean of a row's values, for both query heads that share it.
     first = entries.values[entries.starts[1] : entries.starts[1] + 5].mean(0)
@@ -53,7 +53,7 @@ def test_a_profilers_events_are_launches_and_work() -> None:
 def test_all_that_is_measured_can_be_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     # Without a GPU to watch, work takes a millisecond and seven launches.
     watched = []
-    monkeypatch.setattr(kernels, "watched", lambda work: watched.append(work()) or (1e-3, 7))
+    monkeypatch.setattr(kernels, "profiled", lambda work: watched.append(work()) or (1e-3, 7))
     monkeypatch.setattr(model_runner, "record", recorder.record)
     monkeypatch.setitem(kernels.SHAPES, "small", TINY)
     monkeypatch.setattr(machine, "COPIED_BYTES", {"cpu": 2**16})

@@ -31,10 +31,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line: exit code, stdout and stderr."""
+    """Run the command line; returns the exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        # What fixtures printed is not the command line's.
+        # Discard what fixtures printed.
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main([str(argument) for argument in arguments])
@@ -46,7 +46,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def run_json(run: Run) -> Callable[..., Any]:
-    """Runs the command line with ``--json``: what it printed, which must be one object and nothing else."""
+    """Run the command line with ``--json``; returns the one object that it printed."""
 
     def call(*arguments: object) -> Any:
         code, out, err = run(*arguments, "--json")

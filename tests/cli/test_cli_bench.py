@@ -31,21 +31,21 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_holds_every_cell(run_json: Callable[..., Any], tmp_path: Path) -> None:
-    found = run_json("bench", *SMALL, "--methods", "full,vl-cache", "--budgets", "0.5,0.1", "--output", tmp_path)
-    assert found == json.loads((tmp_path / "bench.json").read_text())
-    assert (found["model"], found["dtype"], found["new_tokens"]) == ("small, random weights", "float32", 3)
+    report = run_json("bench", *SMALL, "--methods", "full,vl-cache", "--budgets", "0.5,0.1", "--output", tmp_path)
+    assert report == json.loads((tmp_path / "bench.json").read_text())
+    assert (report["model"], report["dtype"], report["new_tokens"]) == ("small, random weights", "float32", 3)
     methods = [("transformers", 1), ("kept-length", 0.1), ("kept-length", 0.5), ("full", 1)]
     methods += [("vl-cache", 0.1), ("vl-cache", 0.5)]
     expected = [(context, batch, *method) for context in (120, 160) for batch in (1, 2) for method in methods]
-    assert [(cell["context"], cell["batch"], cell["method"], cell["budget"]) for cell in found["cells"]] == expected
-    for cell in found["cells"]:
+    assert [(cell["context"], cell["batch"], cell["method"], cell["budget"]) for cell in report["cells"]] == expected
+    for cell in report["cells"]:
         assert cell["reason"] is None
         if cell["method"] in ("transformers", "full"):
             assert cell["entry_bytes"] == cell["batch"] * cell["context"] * 2 * 2 * (2 * 8 * 4)
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "growth.png", "speed-up.png"}
 
 
-def test_people_get_tables_of_eighty_columns(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_fit_eighty_columns(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = run("bench", *SMALL, "--methods", "elastic,sparsight", "--output", tmp_path)
     assert (code, err) == (0, "")
@@ -57,13 +57,13 @@ def test_people_get_tables_of_eighty_columns(run: Run, tmp_path: Path, monkeypat
 
 def test_a_checkpoints_language_part_is_measured(run_json: Callable[..., Any], llava: str, tmp_path: Path) -> None:
     options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--methods", "vl-cache,sparsight")
-    found = run_json("bench", "--model", llava, *options, "--against", "none", "--output", tmp_path)
-    assert found["model"] == llava
-    assert [cell["method"] for cell in found["cells"]] == ["vl-cache", "sparsight"]
-    assert [cell["entry_bytes"] for cell in found["cells"]][1] == 12 * 3 * 2 * (2 * 8 * 4)
+    report = run_json("bench", "--model", llava, *options, "--against", "none", "--output", tmp_path)
+    assert report["model"] == llava
+    assert [cell["method"] for cell in report["cells"]] == ["vl-cache", "sparsight"]
+    assert [cell["entry_bytes"] for cell in report["cells"]][1] == 12 * 3 * 2 * (2 * 8 * 4)
 
 
-def test_sizes_that_do_not_fit_are_said_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_do_not_fit_are_reported(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda device: 2**20)
     options = ("--contexts", "120,100k", "--new-tokens", 2, "--rounds", 1, "--methods", "vl-cache")
     code, out, err = run("bench", *options, "--output", tmp_path)
@@ -81,9 +81,9 @@ def test_sizes_that_do_not_fit_are_said_so(run: Run, tmp_path: Path, monkeypatch
         (("--methods", "vlcache"), "Unknown method 'vlcache': did you mean 'vl-cache'?"),
         (
             ("--contexts", "2k,much"),
-            "--contexts takes whole numbers of at least 1 separated by commas, such as 2k,8k, not",
+            "--contexts takes integers of at least 1 separated by commas, such as 2k,8k, not",
         ),
-        (("--batch", "0"), "--batch takes whole numbers of at least 1 separated by commas, such as 2k,8k, not '0'."),
+        (("--batch", "0"), "--batch takes integers of at least 1 separated by commas, such as 2k,8k, not '0'."),
         (("--budgets", "2"), "budget must be a number in (0, 1], got 2.0."),
         (("--against", "vllm"), "Unknown comparison 'vllm': "),
         (("--dtype", "int8"), "Unknown dtype 'int8'"),
@@ -92,7 +92,7 @@ def test_sizes_that_do_not_fit_are_said_so(run: Run, tmp_path: Path, monkeypatch
         (("--methods", "sparsemm"), "Allocation 'visual-heads' "),
     ],
 )
-def test_what_cannot_be_measured_is_refused(run: Run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+def test_unmeasurable_options_are_refused(run: Run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     code, out, err = run("bench", *SMALL, *options, "--output", tmp_path / "run")
     assert (code, out) == (2, "")
     assert err.startswith(f"Error: {message}")
@@ -103,10 +103,10 @@ def test_what_cannot_be_measured_is_refused(run: Run, tmp_path: Path, options: t
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(command, "run_benchmark", lambda *_: pytest.fail("measured"))
     taken = tmp_path / "taken"
     taken.write_text("")
-    assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: Cannot write to {taken}: File exists.\n")
+    assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: {taken} is not a folder: name a folder.\n")
 
 
 def test_weights_that_do_not_fit_are_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_weights_that_do_not_fit_are_refused(run: Run, tmp_path: Path, monkeypat
     )
 
 
-def test_kvpress_is_set_up_when_it_is_asked_for_and_the_rest_goes_on_without(
+def test_kvpress_is_set_up_only_when_requested_and_its_failure_is_reported(
     run_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse() -> Path:
@@ -127,33 +127,33 @@ def test_kvpress_is_set_up_when_it_is_asked_for_and_the_rest_goes_on_without(
 
     monkeypatch.setattr(kvpress, "environment", refuse)
     options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--methods", "snapkv", "--output", tmp_path)
-    found = run_json("bench", *options, "--against", "transformers,kvpress")
-    reasons = {cell["method"]: cell["reason"] for cell in found["cells"]}
+    report = run_json("bench", *options, "--against", "transformers,kvpress")
+    reasons = {cell["method"]: cell["reason"] for cell in report["cells"]}
     assert reasons == {
         "transformers": None, "kept-length": None, "kvpress": "kvpress cannot be installed: no network", "snapkv": None
     }  # fmt: skip
     monkeypatch.setattr(kvpress, "environment", lambda: pytest.fail("set up"))
-    assert len(run_json("bench", *options)["cells"]) == 3
+    assert len(run_json("bench", *options, "--force")["cells"]) == 3
 
 
-def test_a_decode_step_reads_the_weights_once_and_every_sequences_entries(
+def test_the_token_limit_counts_the_weights_once_and_the_entries_of_every_sequence(
     run_json: Callable[..., Any], tmp_path: Path
 ) -> None:
     options = ("--contexts", 120, "--batch", 3, "--new-tokens", 2, "--rounds", 1, "--budgets", 0.1)
-    found = run_json("bench", *options, "--methods", "full,sparsight,adakv", "--output", tmp_path)
-    # Two layers with two KV heads, which four query heads share, keep twelve entries of a key and a value of 8 numbers.
+    report = run_json("bench", *options, "--methods", "full,sparsight,adakv", "--output", tmp_path)
+    # Three sequences, two layers, two KV heads, twelve entries, each a key and a value of eight float32 numbers.
     entries = 3 * 2 * 2 * 12 * (2 * 8 * 4)
-    for cell in found["cells"]:
-        read = cell["token_limit"]["median"] * cell["copy_bandwidth"]["median"] - found["weight_bytes"]
+    for cell in report["cells"]:
+        read = cell["token_limit"]["median"] * cell["copy_bandwidth"]["median"] - report["weight_bytes"]
         assert round(read) == (entries * 10 if cell["budget"] == 1 else entries)
-    (kept,) = [cell for cell in found["cells"] if cell["method"] == "kept-length"]
+    (kept,) = [cell for cell in report["cells"] if cell["method"] == "kept-length"]
     assert (kept["prompt_tokens"], kept["of_kept_length"]) == (12, 1)
 
 
-def test_sizes_after_the_time_is_up_are_said_so(run_json: Callable[..., Any], tmp_path: Path) -> None:
-    found = run_json("bench", *SMALL, "--methods", "vl-cache", "--minutes", 0, "--output", tmp_path)
-    assert {cell["reason"] for cell in found["cells"]} == {"not measured: the time was up"}
-    assert [(cell["context"], cell["batch"]) for cell in found["cells"][::3]] == [
+def test_sizes_after_the_time_is_up_are_reported(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    report = run_json("bench", *SMALL, "--methods", "vl-cache", "--minutes", 0, "--output", tmp_path)
+    assert {cell["reason"] for cell in report["cells"]} == {"not measured: the time was up"}
+    assert [(cell["context"], cell["batch"]) for cell in report["cells"][::3]] == [
         (120, 1),
         (120, 2),
         (160, 1),
@@ -161,8 +161,16 @@ def test_sizes_after_the_time_is_up_are_said_so(run_json: Callable[..., Any], tm
     ]
 
 
-def test_a_method_runs_once_though_named_twice(run_json: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_method_named_twice_runs_once(run_json: Callable[..., Any], tmp_path: Path) -> None:
     options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--against", "none")
-    found = run_json("bench", *options, "--methods", "full, h2o,full", "--output", tmp_path)
-    assert [cell["method"] for cell in found["cells"]] == ["full", "h2o"]
+    report = run_json("bench", *options, "--methods", "full, h2o,full", "--output", tmp_path)
+    assert [cell["method"] for cell in report["cells"]] == ["full", "h2o"]
     assert set(RECIPES) >= {"full", "h2o"}
+
+
+def test_head_scores_are_passed_to_sparsemm(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    heads = tmp_path / "heads.json"
+    heads.write_text(json.dumps({"scores": [[1.0, 0.0], [0.0, 0.0]]}))
+    options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--against", "none", "--methods", "sparsemm")
+    report = run_json("bench", *options, "--heads", heads, "--output", tmp_path / "run")
+    assert [(cell["method"], cell["reason"]) for cell in report["cells"]] == [("sparsemm", None)]

@@ -8,7 +8,7 @@ from sparsight.reader import model_path
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_scores_are_written_and_shown(run: Run, tmp_path: Path) -> None:
+def test_scores_are_written_and_printed(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "heads.json"
     code, out, _ = run("calibrate", "--pages", 2, "--output", output)
     assert code == 0
@@ -20,7 +20,7 @@ def test_scores_are_written_and_shown(run: Run, tmp_path: Path) -> None:
     assert str(output) in " ".join(out.split())
 
 
-def test_sparsemm_takes_measured_scores(run_json: Callable[..., Any], llava: str, image: str, tmp_path: Path) -> None:
+def test_sparsemm_uses_measured_scores(run_json: Callable[..., Any], llava: str, image: str, tmp_path: Path) -> None:
     heads = tmp_path / "heads.json"
     measured = run_json("calibrate", "--model", llava, "--pages", 1, "--output", heads)
     assert measured["pages"] == 1
@@ -43,7 +43,7 @@ def test_sparsemm_takes_measured_scores(run_json: Callable[..., Any], llava: str
     assert result["kept_per_layer"][0] > result["kept_per_layer"][1]
 
 
-def test_sparsemm_asks_for_the_scores_of_another_model(run: Run, llava: str, image: str) -> None:
+def test_sparsemm_needs_head_scores_for_other_models(run: Run, llava: str, image: str) -> None:
     question = ["generate", "--model", llava, "--image", image, "--prompt", "What?"]
     code, _, err = run(*question, "--method", "sparsemm")
     assert code == 2
@@ -54,6 +54,11 @@ def test_sparsemm_asks_for_the_scores_of_another_model(run: Run, llava: str, ima
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(run: Run, tmp_path: Path) -> None:
-    code, _, err = run("calibrate", "--output", tmp_path / "none" / "heads.json")
-    assert code == 2
-    assert "folder that exists" in err
+    heads = tmp_path / "heads.json"
+    heads.write_text("{}")
+    assert run("calibrate", "--output", heads) == (
+        2,
+        "",
+        f"Error: {heads} exists: give --force to replace it, or another --output.\n",
+    )
+    assert heads.read_text() == "{}"

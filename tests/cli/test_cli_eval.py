@@ -1,5 +1,7 @@
+import contextlib
 import json
 import multiprocessing
+import re
 import signal
 import sys
 import time
@@ -13,7 +15,7 @@ from sparsight import RECIPES
 from sparsight.cli import eval as command
 from sparsight.cli import main
 from sparsight.cli.options import DEFAULT_MODEL
-from sparsight.eval.store import CELLS
+from sparsight.eval.result_store import CELLS, ResultStore
 from sparsight.reader import model_path
 from tests.support import tiny
 
@@ -27,9 +29,9 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny.llava(tmp_path_factory.mktemp("talker"), chat_template=template))
 
 
-def figures(found: dict[str, Any]) -> dict[str, Any]:
-    """Results without what no two runs share."""
-    kept = json.loads(json.dumps(found))
+def without_times(results: dict[str, Any]) -> dict[str, Any]:
+    """Results without their times."""
+    kept = json.loads(json.dumps(results))
     for task in kept["tasks"]:
         del task["full_seconds"]
         for cell in task["cells"]:
@@ -38,34 +40,34 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_json_holds_the_results(run_json: Callable[..., Any], talker: str, tmp_path: Path) -> None:
-    found = run_json("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
-    assert found == json.loads((tmp_path / "run" / "results.json").read_text())
-    assert (found["model"], found["seed"], found["examples"], found["dtype"]) == (talker, 0, 4, "float32")
-    assert [task["task"] for task in found["tasks"]] == ["look-up:2", "transcribe:2"]
-    for task in found["tasks"]:
+    report = run_json("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
+    assert report == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (report["model"], report["seed"], report["examples"], report["dtype"]) == (talker, 0, 4, "float32")
+    assert [task["task"] for task in report["tasks"]] == ["look-up:2", "transcribe:2"]
+    for task in report["tasks"]:
         cells = [(cell["method"], cell["budget"]) for cell in task["cells"]]
         assert cells == [("vl-cache", 0.2), ("vl-cache", 0.5), ("elastic", 0.2), ("elastic", 0.5)]
 
 
-def test_people_get_tables_and_the_names_of_the_files(run: Run, talker: str, tmp_path: Path) -> None:
+def test_tables_and_the_names_of_the_files_are_printed(run: Run, talker: str, tmp_path: Path) -> None:
     code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
     assert (code, err) == (0, "")
     assert "look-up:2, one record of a page: exact match, 4 examples, full cache" in out
-    assert "transcribe:2, the whole page, read out: ROUGE-L, 4 examples, full cache" in out
+    assert "transcribe:2, the complete page, read out: ROUGE-L, 4 examples, full cache" in out
     assert out.count("elastic") == 2
     for name in ("results.json", "report.md", "report.html", "accuracy.png"):
         assert name in out
         assert (tmp_path / "run" / name).exists()
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_the_same(
+def test_a_killed_run_resumes_and_gives_the_same_results(
     run_json: Callable[..., Any], talker: str, tmp_path: Path
 ) -> None:
     options = ["--model", talker, "--tasks", "look-up:2", "--methods", "vl-cache,elastic,h2o", "--budgets", "0.2,0.5"]
     options += ["--limit", "5", "--batch", "1"]
-    whole = run_json("eval", *options, "--output", tmp_path / "whole")
+    uninterrupted = run_json("eval", *options, "--output", tmp_path / "uninterrupted")
     lines = tmp_path / "killed" / CELLS
-    # Forked, it need not load torch again.
+    # A fork has torch loaded already.
     process = multiprocessing.get_context("fork").Process(
         target=main, args=(["eval", *options, "--output", str(lines.parent)],)
     )
@@ -77,35 +79,90 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(
     assert process.exitcode == -signal.SIGKILL
     before = lines.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
-    assert before.count(b"\n") < (tmp_path / "whole" / CELLS).read_bytes().count(b"\n")
+    assert before.count(b"\n") < (tmp_path / "uninterrupted" / CELLS).read_bytes().count(b"\n")
     resumed = run_json("eval", *options, "--output", lines.parent)
-    assert figures(resumed) == figures(whole)
+    assert without_times(resumed) == without_times(uninterrupted)
     assert lines.read_bytes().startswith(before)
-    assert lines.read_bytes().count(b"\n") == (tmp_path / "whole" / CELLS).read_bytes().count(b"\n")
+    assert lines.read_bytes().count(b"\n") == (tmp_path / "uninterrupted" / CELLS).read_bytes().count(b"\n")
 
 
-def test_whoever_stops_a_run_is_told_how_it_goes_on(
+def test_a_run_that_is_terminated_stops_as_by_ctrl_c(talker: str, tmp_path: Path) -> None:
+    arguments = ["eval", "--model", talker, "--tasks", "look-up:2", "--methods", "vl-cache", "--limit", "2000"]
+    process = multiprocessing.get_context("fork").Process(target=main, args=([*arguments, "--output", str(tmp_path)],))
+    process.start()
+    lines = tmp_path / CELLS
+    while process.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 130
+    assert all(json.loads(line) for line in lines.read_text().splitlines())
+
+
+def test_a_second_run_on_the_folder_is_refused(run: Run, talker: str, tmp_path: Path) -> None:
+    def other() -> None:
+        code, _, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
+        sys.exit(code if err == f"Error: Another run is writing {tmp_path}.\n" else 9)
+
+    code, _, _ = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
+    before = (tmp_path / CELLS).read_bytes()
+    about = json.loads((tmp_path / "run.json").read_text())
+    with ResultStore(tmp_path, about):
+        process = multiprocessing.get_context("fork").Process(target=other)
+        process.start()
+        process.join()
+    assert (code, process.exitcode) == (0, 2)
+    assert (tmp_path / CELLS).read_bytes() == before
+
+
+def test_the_total_is_known_before_the_model_is_loaded(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(command, "progress", lambda *_, **__: contextlib.nullcontext(lambda *call: calls.append(call)))
+    monkeypatch.setattr(command, "load_checkpoint", lambda *_: calls.append(("loading", 0, 0)) or pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception):
+        main(["eval", "--model", talker, *map(str, SMALL), "--output", str(tmp_path)])
+    # Two tasks, the full cache and two methods at two budgets, four examples.
+    assert calls == [("Loading the model", 0, 2 * 5 * 4), ("loading", 0, 0)]
+
+
+def test_a_long_run_says_how_long_it_takes(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "LONG_SECONDS", 0)
+    monkeypatch.setattr(command, "remaining_seconds", lambda *_: 9900.0)
+    code, _, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
+    assert code == 0
+    # Two small batches of each task with the full cache and one recipe were measured for the estimate.
+    assert re.match(
+        r"\d\d results to measure, about 2 h 45 min\. Fewer --tasks, --methods or --budgets or a lower", err
+    )
+    assert command._duration(150) == "2 min"
+
+
+def test_a_stopped_run_says_how_to_resume(
     run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run", interrupted)
+    monkeypatch.setattr(command, "run_evaluation", interrupted)
     code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
     assert (code, out) == (130, "")
-    assert err == f"Stopped. What was measured is in {tmp_path}; the same command goes on from there.\n"
+    assert err == f"Stopped. Results so far are saved; run the same command again to resume {tmp_path}.\n"
 
 
-def test_all_are_all_and_the_full_cache_is_always_there() -> None:
+def test_all_methods_exclude_the_full_cache_and_those_without_head_scores() -> None:
     names = [recipe.name for recipe in command._recipes(DEFAULT_MODEL, "all", "0.1", None)]
     assert names == [name for name in RECIPES if name != "full"]
     assert command._recipes(DEFAULT_MODEL, "full", "0.1", None) == []
-    # Of another model nobody has measured which heads read.
+    # There are no head scores for another model.
     names = [recipe.name for recipe in command._recipes("other", "all", "0.1", None)]
     assert names == [name for name in RECIPES if name not in ("full", "sparsemm")]
 
 
-def test_budgets_are_sorted_and_each_is_taken_once() -> None:
+def test_budgets_are_sorted_and_unique() -> None:
     budgets = [recipe.budget for recipe in command._recipes("other", "vl-cache, vl-cache", "0.5,0.1, 0.5", None)]
     assert budgets == [0.1, 0.5]
 
@@ -120,10 +177,13 @@ def test_budgets_are_sorted_and_each_is_taken_once() -> None:
         (("--budgets", "0.1;0.2"), "Budgets are numbers separated by commas, such as 0.01,0.05,"),
         (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
         (("--harness", "lmmseval"), "Unknown harness 'lmmseval': did you mean 'lmms-eval'? Known are sparsight, "),
-        (("--harness", "lmms-eval"), "lmms-eval has too many tasks for all of them: name some with --tasks, such as"),
+        (
+            ("--harness", "lmms-eval"),
+            "lmms-eval has too many tasks to run all of them: name some with --tasks, such as",
+        ),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_unmeasurable_options_are_refused(
     run: Run, talker: str, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     given = () if "--model" in options else ("--model", talker)
@@ -139,7 +199,7 @@ def test_a_folder_of_another_run_is_refused(run: Run, talker: str, tmp_path: Pat
     assert run("eval", "--model", talker, *small, "--output", tmp_path)[0] == 0
     code, out, err = run("eval", "--model", talker, *small, "--seed", 1, "--output", tmp_path)
     assert (code, out) == (2, "")
-    assert err == f"Error: {tmp_path} holds a run with seed 0, not 1: give --output another folder.\n"
+    assert err == f"Error: {tmp_path} has a run with seed 0, not 1: give --output another folder.\n"
 
 
 def test_a_template_without_turns_is_refused(run: Run, llava: str, tmp_path: Path) -> None:
@@ -148,7 +208,9 @@ def test_a_template_without_turns_is_refused(run: Run, llava: str, tmp_path: Pat
     assert err == ("Error: The model's chat template rewrites earlier turns, so a conversation cannot be continued.\n")
 
 
-def test_a_missing_harness_is_named(run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_says_how_to_install_it(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [
         name for name in sys.modules if name.split(".")[0] == "lmms_eval" or name == "sparsight.eval.lmms_model"
     ]:

@@ -1,11 +1,12 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from sparsight import CompressedCache, recipe
-from sparsight.cli import generate
+from sparsight.cli import generate, session
 from sparsight.cli.answer import Answer, agreement
 from sparsight.cli.options import DEFAULT_METHOD
 from sparsight.models.images import open_image
@@ -15,6 +16,7 @@ from tests.support import tiny
 
 KEYS = {
     "text",
+    "finish_reason",
     "prompt_tokens",
     "vision_tokens",
     "layers",
@@ -25,10 +27,11 @@ KEYS = {
     "decode_seconds",
     "new_tokens",
 }
+RUN_KEYS = {"model", "method", "budget", "exact", "cut_short"}
 
 
 def from_python(model: str, images: list[str], cache_of: Callable[..., Any]) -> tuple[Any, str, int]:
-    """Cache, text and number of new tokens of the same question asked from Python, 12 tokens."""
+    """Cache, text and number of new tokens of the same question answered from Python, at most 12 tokens."""
     checkpoint = load_checkpoint(model)
     weights = AutoModelForImageTextToText.from_pretrained(model)
     inputs = prepare(checkpoint, [open_image(path) for path in images], "What is it?")
@@ -58,8 +61,9 @@ def test_json_holds_what_the_cache_reports(
         model, [image] * images, lambda weights, inputs: CompressedCache(weights, recipe(method, budget=budget), inputs)
     )
     report = cache.report()
-    assert set(result) == KEYS | {"exact", "cut_short"}
+    assert set(result) == KEYS | RUN_KEYS
     assert (result["exact"], result["cut_short"]) == (True, [])
+    assert (result["model"], result["method"], result["budget"]) == (model, method, budget)
     assert result["text"] == text
     assert result["prompt_tokens"] == report.prompt_tokens[0]
     assert result["vision_tokens"] == report.vision_tokens[0]
@@ -78,7 +82,7 @@ def test_compare_adds_the_full_cache(run_json: Callable[..., Any], llava: str, i
     )
     _, text, count = from_python(llava, [image], lambda weights, inputs: DynamicCache())
     full = result["full"]
-    assert set(result) == KEYS | {"exact", "cut_short", "full", "agreement"}
+    assert set(result) == KEYS | RUN_KEYS | {"full", "agreement"}
     assert set(full) == KEYS
     assert full["text"] == text
     assert full["new_tokens"] == count
@@ -90,7 +94,7 @@ def test_compare_adds_the_full_cache(run_json: Callable[..., Any], llava: str, i
     assert 0 < result["agreement"] <= 1
 
 
-def test_the_whole_budget_agrees_with_the_full_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
+def test_the_full_budget_agrees_with_the_full_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
     result = run_json(
         "generate", "--model", llava, "--prompt", "hi", "--image", image, "--compare", "--budget", 1,
         "--max-new-tokens", 30,
@@ -100,7 +104,7 @@ def test_the_whole_budget_agrees_with_the_full_cache(run_json: Callable[..., Any
     assert result["kept_per_layer"] == result["full"]["kept_per_layer"]
 
 
-def test_a_bounded_prefill_of_a_whole_prompt_answers_as_without_the_bound(
+def test_a_prefill_bound_does_not_change_the_answer_to_an_unchunked_prompt(
     run_json: Callable[..., Any], llava: str, image: str
 ) -> None:
     arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--budget", 0.2)
@@ -108,7 +112,7 @@ def test_a_bounded_prefill_of_a_whole_prompt_answers_as_without_the_bound(
     assert all(plain[key] == bounded[key] for key in ("text", "kept_per_layer", "kv_bytes", "exact", "cut_short"))
 
 
-def test_chunks_of_the_prompt_change_the_answer_only_under_a_bound_and_that_is_said(
+def test_chunks_change_the_answer_only_under_a_bound_which_is_reported(
     run: Callable[..., tuple[int, str, str]], run_json: Callable[..., Any], llava: str, image: str
 ) -> None:
     arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--image", image, "--budget", 0.2)
@@ -126,7 +130,7 @@ def test_chunks_of_the_prompt_change_the_answer_only_under_a_bound_and_that_is_s
 
 def test_agreement_counts_equal_tokens_over_the_longer_answer() -> None:
     def answer(*tokens: int) -> Answer:
-        return Answer("", tokens, 0, 0)
+        return Answer("", tokens, "stop", 0, 0)
 
     assert agreement(answer(1, 2, 3), answer(1, 2, 3)) == 1
     assert agreement(answer(1, 2, 3, 4), answer(1, 9, 3)) == 0.5
@@ -145,11 +149,11 @@ def test_the_answer_is_shown_before_a_table_of_its_figures(
     assert out.startswith(text)
     rows = dict(line.split("  ", 1) for line in out[len(text) :].splitlines() if line.strip() and line[0] != " ")
     shown = {label: value.strip() for label, value in rows.items()}
-    # <s>, <|user|>, newline and <|assistant|> beside the picture and the 11 letters.
+    # 16 image tokens, 11 letters, <s>, <|user|>, newline and <|assistant|>.
     assert shown["prompt tokens"] == "31"
-    assert shown["of them vision tokens"] == "16"
+    assert shown["vision tokens"] == "16"
     mean = sum(cache.report().kept_per_layer()) / tiny.LAYERS
-    assert shown["entries kept, mean of the layers"] == f"{mean:.1f} ({mean / 31:.1%})"
+    assert shown["entries kept per layer, mean"] == f"{mean:.1f} ({mean / 31:.1%})"
     assert shown["new tokens"] == "12"
     assert shown["KV memory"].endswith("%)")
     assert float(shown["tokens per second"].replace(",", "")) > 0
@@ -165,7 +169,7 @@ def test_the_answer_is_streamed(
         llava, [image], lambda weights, inputs: CompressedCache(weights, recipe(DEFAULT_METHOD), inputs)
     )
     assert "".join(pieces) == text
-    # One piece a token, some of them empty: words are held back until they are complete.
+    # One piece per token, empty until a word is complete, and one at the end.
     assert len(pieces) == 13
 
 
@@ -178,12 +182,54 @@ def test_compare_shows_both_side_by_side(run: Callable[..., tuple[int, str, str]
     assert lines[0].split() == [f"{DEFAULT_METHOD},", "10%", "full", "cache"]
     kept = next(line for line in lines if line.startswith("entries kept"))
     assert kept.endswith("22.0 (100.0%)")
-    # There is no decoding speed with one token, which comes from the prefill.
+    # A single token comes from the prefill: there is no decoding speed.
     assert next(line for line in lines if line.startswith("tokens per second")).split()[-2:] == ["-", "-"]
     assert next(line for line in lines if line.startswith("agreement")).split()[-1] == "100%"
 
 
-def test_the_type_of_the_weights_is_the_type_of_the_cache(run_json: Callable[..., Any], llava: str, image: str) -> None:
+def test_the_cache_has_the_dtype_of_the_weights(run_json: Callable[..., Any], llava: str, image: str) -> None:
     arguments = ("generate", "--model", llava, "--prompt", "hi", "--image", image, "--max-new-tokens", 3)
     single, half = run_json(*arguments, "--dtype", "float32"), run_json(*arguments, "--dtype", "bfloat16")
     assert half["full_kv_bytes"] == single["full_kv_bytes"] / 2
+
+
+def test_the_budget_is_the_methods_own_unless_given(run_json: Callable[..., Any], llava: str) -> None:
+    arguments = ("generate", "--model", llava, "--prompt", "What is it?", "--max-new-tokens", 1)
+    for method, options, budget in (("vl-cache", (), 0.1), ("full", (), 1), ("vl-cache", ("--budget", 0.4), 0.4)):
+        result = run_json(*arguments, "--method", method, *options)
+        assert (result["method"], result["budget"]) == (method, budget)
+    assert run_json(*arguments, "--score", "recency")["method"] == "vl-cache + recency"
+
+
+def test_the_finish_reason_says_whether_the_model_ended_the_answer(run_json: Callable[..., Any]) -> None:
+    # The bundled model reads out what stands next to the name.
+    question = ("generate", "--image", "examples/receipt-1.png", "--prompt", "How much is JU?")
+    assert run_json(*question)["finish_reason"] == "stop"
+    assert run_json(*question, "--max-new-tokens", 1)["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_prompt_longer_than_the_context_is_refused_before_the_weights_are_loaded(
+    run: Callable[..., tuple[int, str, str]],
+    llava: str,
+    image: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+) -> None:
+    monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
+    limit = load_checkpoint(llava).config.text_config.max_position_embeddings
+    (tmp_path / "long.txt").write_text("a" * 100_000)
+    arguments = ["--model", llava, "--image", image, "--prompt-file", tmp_path / "long.txt"]
+    code, out, err = run(command, *arguments)
+    # 20 tokens stand for the image and the template.
+    tokens = 100 if command == "generate" else 1
+    assert (code, out) == (2, "")
+    lengths = f"The prompt has 100,020 tokens and the answer may have {tokens}"
+    assert err == f"Error: {lengths}, but the model takes {limit:,} in all.\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "long.txt"]
+
+
+def test_control_characters_of_an_answer_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    generate._write("a\x1b[2J\n\tb")
+    assert capsys.readouterr().out == "a\\x1b[2J\n\tb"

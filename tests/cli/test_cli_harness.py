@@ -1,4 +1,4 @@
-"""lmms-eval asks the shipped model a local task, and finds what the built-in evaluation finds."""
+"""A local lmms-eval task gives the same results as the built-in evaluation."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparsight.eval.lmms_harness import run_harness
-from sparsight.eval.store import Store
+from sparsight.eval.result_store import ResultStore
 from sparsight.eval.tasks import task
 
 pytest.importorskip("lmms_eval")
@@ -89,7 +89,7 @@ def test_lmms_eval_finds_what_the_built_in_evaluation_finds(
         assert (theirs_cell["method"], theirs_cell["budget"]) == (ours_cell["method"], ours_cell["budget"])
         assert theirs_cell["metrics"]["exact_match"] == ours_cell["metrics"]["exact"]
         assert theirs_cell["metrics"]["anls"] == ours_cell["metrics"]["anls"]
-    # A second run finds everything there.
+    # A second run has nothing left to do.
     lines = (tmp_path / "theirs" / "cells.jsonl").read_bytes()
     again = run_json(
         "eval", "--harness", "lmms-eval", "--include", folder, "--tasks", "pages", *OPTIONS, "--batch", 3,
@@ -101,7 +101,7 @@ def test_lmms_eval_finds_what_the_built_in_evaluation_finds(
 
 def test_a_task_that_lmms_eval_does_not_have_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lmms-eval has no task 'pagez'\."):
-        run_harness(["pages", "pagez"], [], None, Store(tmp_path, {}), 2, folder)
+        run_harness(["pages", "pagez"], [], None, ResultStore(tmp_path, {}), 2, folder)
 
 
 def test_lmms_eval_knows_the_model_by_name() -> None:
@@ -113,13 +113,13 @@ def test_lmms_eval_knows_the_model_by_name() -> None:
 
 
 def test_generation_is_what_a_task_asks_for() -> None:
-    from sparsight.eval.lmms_model import cut, options
+    from sparsight.eval.lmms_model import generation_options, truncate_at_stop
 
-    assert options({"max_new_tokens": 9, "temperature": 0, "do_sample": False, "until": ["x"]}) == {
+    assert generation_options({"max_new_tokens": 9, "temperature": 0, "do_sample": False, "until": ["x"]}) == {
         "max_new_tokens": 9, "num_beams": 1, "do_sample": False,
     }  # fmt: skip
-    assert options({"temperature": 0.7, "top_p": 0.9}) == {
+    assert generation_options({"temperature": 0.7, "top_p": 0.9}) == {
         "max_new_tokens": 1024, "num_beams": 1, "do_sample": True, "temperature": 0.7, "top_p": 0.9,
     }  # fmt: skip
-    assert cut("one.two;three", [";", "."]) == "one"
-    assert cut("one", "") == cut("one\n\ntwo", "\n\n") == "one"
+    assert truncate_at_stop("one.two;three", [";", "."]) == "one"
+    assert truncate_at_stop("one", "") == truncate_at_stop("one\n\ntwo", "\n\n") == "one"

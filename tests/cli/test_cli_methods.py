@@ -36,3 +36,13 @@ def test_the_table_fits_eighty_columns(
     assert lines[1].split() == ["vl-cache", "post-vision", "sparsity", "evict", "grow", "10%"]
     assert lines[2].split() == ["elastic", "accumulated", "uniform", "merge-nearest", "fixed-point", "10%"]
     assert "arXiv 2410.23317" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("columns", [1, 30, 60])
+def test_names_are_complete_in_a_narrow_terminal(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run("methods")[1].splitlines()[1 : len(RECIPES) + 1]
+    expected = [[name, *(getattr(recipe(name), role).kind for role in KINDS)] for name in RECIPES]
+    assert [line.split()[:-1] for line in lines] == expected

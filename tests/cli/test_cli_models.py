@@ -28,7 +28,7 @@ def test_the_table_fits_eighty_columns(
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["model", "type", "class", "video", "seen", "as", "left", "alone"]
+    assert lines[0].split() == ["model", "type", "class", "video", "layout", "uncompressed"]
     assert len(lines[: lines.index("")]) == 1 + len(FAMILIES)
     assert lines[1].split() == ["llava", "Llava", "single", "grid"]
     assert "Not supported: idefics, mllama" in " ".join(out.split())

@@ -1,4 +1,4 @@
-"""The page about accuracy takes up the tables and pictures of a run, and nothing else changes."""
+"""The accuracy page gets the tables and figures of a run, and nothing else changes."""
 
 from pathlib import Path
 

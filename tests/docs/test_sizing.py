@@ -5,7 +5,7 @@ import json
 import pytest
 
 from docs.sizing import COMMAND, PAGE, PART, RESULT, sizing
-from docs.tables import put
+from docs.tables import replace_part
 
 
 def case(rows_per_second, peak):
@@ -35,8 +35,8 @@ def test_replicas_and_memory_follow_from_the_measured_rate():
 @pytest.mark.skipif(not RESULT.exists(), reason="make bench-batch has not been run")
 def test_the_page_says_what_was_measured():
     page = PAGE.read_text()
-    assert put(page, PART, COMMAND, sizing(json.loads(RESULT.read_text()))) == page
+    assert replace_part(page, PART, COMMAND, sizing(json.loads(RESULT.read_text()))) == page
 
 
 def test_the_page_has_a_place_for_it():
-    assert "what was measured\n<!-- end -->" in put(PAGE.read_text(), PART, COMMAND, "what was measured")
+    assert "what was measured\n<!-- end -->" in replace_part(PAGE.read_text(), PART, COMMAND, "what was measured")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparsight import CompressedCache, recipe
 from sparsight.compression import Accumulated, LastWindow, PostVision
-from sparsight.eval.analysis import FRACTIONS, analyze, followed, foreseen, scores, summarise, title
+from sparsight.eval.analysis import FRACTIONS, analyze, append_text, evaluate_scores, part_name, scores, summarize
 from sparsight.eval.analysis_plots import draw_analysis
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
-from sparsight.eval.prompt_sets import generated, read
+from sparsight.eval.prompt_sets import generate_prompts, read_prompts
 from sparsight.eval.tasks import task
 from tests.support import families, models, reference
 from tests.support.models import NO_IMAGE, ONE_IMAGE
@@ -28,7 +28,7 @@ def everything(family: str, prompt: models.Prompt) -> tuple[dict[str, Tensor], i
     answer = models.generate(models.model(family), inputs, TOKENS)
     eager = models.fresh_model(family)
     eager.set_attn_implementation({"text_config": "eager"})
-    attentions = eager(**followed(inputs, answer[:, :-1]), output_attentions=True).attentions
+    attentions = eager(**append_text(inputs, answer[:, :-1]), output_attentions=True).attentions
     return inputs, length, [layer[0].detach() for layer in attentions]
 
 
@@ -92,7 +92,7 @@ def test_hit_rate_and_coverage_by_hand() -> None:
     score = torch.zeros(1, 100)
     # Of five positions that matter the score finds three.
     score[0, [0, 2, 4, 50, 60]] = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0])
-    found = foreseen({"mine": [score], "perfect": [paid]}, [paid])
+    found = evaluate_scores({"mine": [score], "perfect": [paid]}, [paid])
     five = FRACTIONS.index(0.05)
     assert found["hit_rate"]["mine"][0, five] == pytest.approx(3 / 5)
     assert found["covered"]["mine"][0, five] == pytest.approx(0.64)
@@ -140,18 +140,19 @@ def test_one_prompt_at_a_time() -> None:
         analyze(models.model("llava"), models.inputs("llava", ONE_IMAGE, ONE_IMAGE))
 
 
-def test_titles_tell_parts_apart() -> None:
-    assert title(PostVision()) == "post-vision"
-    assert title(PostVision(pool=7)) == "post-vision, pool 7"
-    assert title(Accumulated(text_first=True)) == "accumulated, text_first True"
-    assert title(LastWindow(window=16, pool=5)) == "last-window, window 16, pool 5"
+def test_names_tell_parts_apart() -> None:
+    assert part_name(PostVision()) == "post-vision"
+    assert part_name(PostVision(pool=7)) == "post-vision, pool 7"
+    assert part_name(PostVision(pool=(1, 5))) == "post-vision, pool 1 x 5"
+    assert part_name(Accumulated(text_first=True)) == "accumulated, text first"
+    assert part_name(LastWindow(window=16, pool=5)) == "last-window, window 16, pool 5"
 
 
 @pytest.fixture(scope="module")
 def summary() -> dict[str, Any]:
     model = models.model("llava")
     findings = [analyze(model, models.inputs("llava", ONE_IMAGE, seed=seed), max_new_tokens=TOKENS) for seed in (1, 2)]
-    found = summarise(findings)
+    found = summarize(findings)
     for statistic, named in found.items():
         for name, values in named.items():
             by_hand = (findings[0][statistic][name] + findings[1][statistic][name]) / 2
@@ -166,19 +167,30 @@ def test_the_picture_draws_the_numbers(summary: dict[str, Any]) -> None:
     panels = {panel.get_title(loc="left"): panel for panel in figure.axes}
     assert len(panels) == 6
     lines = {line.get_label(): line for line in panels["Sparsity of attention"].lines}
-    assert list(lines["decoding"].get_ydata()) == summary["sparsity"]["decoding"]["mean"]
-    near = {line.get_label(): line for line in panels["Attention of decoding covered by 10 %"].lines}
+    assert list(lines["queries of decoding"].get_ydata()) == summary["sparsity"]["decoding"]["mean"]
+    near = {line.get_label(): line for line in panels["Decoding's attention to the highest 10 %"].lines}
     by_layer = [row[FRACTIONS.index(0.1)] for row in summary["covered"]["post-vision"]["mean"]]
-    assert list(near["post-vision"].get_ydata()) == by_layer
-    over = {line.get_label(): line for line in panels["Hit rate of the top k, mean of the layers"].lines}
+    assert list(near["post-vision attention"].get_ydata()) == by_layer
+    over = {line.get_label(): line for line in panels["Hit rate of the highest scores"].lines}
     means = torch.tensor(summary["hit_rate"]["recency"]["mean"], dtype=torch.float64).mean(0)
     assert over["recency"].get_ydata() == pytest.approx(means.tolist())
-    heights = [bar.get_height() for bar in panels["Where decoding looks"].patches]
+    heights = [bar.get_height() for bar in panels["Attention of decoding"].patches]
     assert sum(heights) == pytest.approx(3)
 
 
+def test_legends_are_words(summary: dict[str, Any]) -> None:
+    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in draw_analysis(summary).axes]
+    assert legends[0] == ["all queries of the prompt", "post-vision queries", "queries of decoding"]
+    assert legends[1] == ["image tokens", "text of the prompt", "answer so far"]
+    assert {"by sparsity", "uniform", "pyramid"} <= set(legends[2])
+    assert {"accumulated attention, text first", "post-vision attention, pool 1 x 5", "best possible"} <= set(
+        legends[4]
+    )
+    assert not any("_" in legend or "True" in legend for panel in legends for legend in panel)
+
+
 def test_generated_prompts_are_look_ups() -> None:
-    first, second = generated(4, 2)
+    first, second = generate_prompts(4, 2)
     example = task("look-up").example(4, 1)
     assert second.prompt == example.turns[0][0] != first.prompt
     assert [image.size for image in second.images] == [(336, 336)]
@@ -190,9 +202,9 @@ def test_prompts_are_read_from_json_lines(tmp_path: Path, picture: Callable[[str
     file.write_text(
         '{"image": "a.png", "prompt": "one"}\n\n{"images": ["a.png", "b.png"], "prompt": "two"}\n{"prompt": "three"}\n'
     )
-    found = list(read(file, 10, 10**6))
+    found = list(read_prompts(file, 10, 10**6))
     assert [(len(asked.images), asked.prompt) for asked in found] == [(1, "one"), (2, "two"), (0, "three")]
-    assert len(list(read(file, 2, 10**6))) == 2
+    assert len(list(read_prompts(file, 2, 10**6))) == 2
 
 
 @pytest.mark.parametrize(
@@ -210,15 +222,15 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2 is not an object such as"):
-        list(read(file, 10, 10**6))
+        list(read_prompts(file, 10, 10**6))
 
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Cannot read .*nothing: No such file"):
-        read(tmp_path / "nothing", 1, 10**6)
+        read_prompts(tmp_path / "nothing", 1, 10**6)
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="empty has no prompts"):
-        read(tmp_path / "empty", 1, 10**6)
+        read_prompts(tmp_path / "empty", 1, 10**6)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"Cannot read .*binary: it is not text"):
-        read(tmp_path / "binary", 1, 10**6)
+        read_prompts(tmp_path / "binary", 1, 10**6)

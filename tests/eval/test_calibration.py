@@ -109,7 +109,7 @@ def _breaks(text):
 
 def test_no_transcript_is_refused():
     checkpoint = load_checkpoint(str(model_path()))
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         head_scores(load_model(checkpoint), checkpoint, [])
 
 

@@ -4,9 +4,21 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager
 from PIL import Image
 
-from sparsight.eval.heatmap import MARKER, WIDTH, Kept, draw, layer_groups, marked, printable
+from sparsight.eval.heatmap import (
+    MARKER,
+    NO_FONT,
+    WIDTH,
+    Kept,
+    characters,
+    draw,
+    font_families,
+    layer_groups,
+    marked,
+    one_line,
+)
 from sparsight.models.layouts import Tile
 from sparsight.utils.plot_style import DPI, save
 
@@ -40,12 +52,12 @@ def test_kept_cells_are_marked_and_the_others_faded(scale: int) -> None:
     assert (is_marked == expected.repeat(scale, 0).repeat(scale, 1)).all()
 
 
-def test_the_marker_is_the_stronger_the_more_heads_keep_a_cell() -> None:
+def test_the_marker_is_stronger_where_more_heads_keep_a_cell() -> None:
     pixels = marked(white_tile(1, 5), torch.tensor([[0, 0.25, 0.5, 0.75, 1]]))
     assert (np.diff(distance_to_marker(pixels)[0, ::5]) < -0.1).all()
 
 
-def test_black_and_white_cells_can_both_be_told_kept_from_dropped() -> None:
+def test_kept_and_dropped_cells_differ_on_black_and_on_white() -> None:
     for colour in (0.0, 1.0):
         tile = Tile("", torch.full((4, 8, 3), colour), torch.arange(2).view(1, 2))
         pixels = marked(tile, torch.tensor([[0.0, 1.0]])).astype(int)
@@ -114,7 +126,7 @@ def test_bars_show_shares_and_sparsity() -> None:
     assert {"mean 20.0%", "mean 60.0%"} <= texts
 
 
-def test_layers_go_by_the_models_numbers() -> None:
+def test_layers_have_the_models_numbers() -> None:
     kept = Kept([5, 11, 17, 23, 24, 25, 40, 41], torch.zeros(8, 20), [0.1] * 8, None)
     figure = draw([white_tile()], kept, "title", "subtitle")
     figure.canvas.draw()
@@ -161,10 +173,32 @@ def test_text_is_drawn_literally_on_one_line() -> None:
     assert not any(text.get_parse_math() for text in figure.texts)
 
 
-def test_printable_cuts_and_replaces() -> None:
-    assert printable("a b\n c") == "a b c"
-    assert printable("word " * 40, limit=12) == "word word w…"
-    assert printable("Ελλάδα 日本") == "Ελλάδα □□"
+def test_a_line_is_cut_by_its_width() -> None:
+    latin = frozenset("a b c word")
+    assert one_line("a b\n c", latin) == "a b c"
+    assert one_line("word " * 40, latin, limit=12) == "word word w…"
+    # East Asian characters are twice as wide.
+    assert one_line("日" * 40, frozenset("日"), limit=12) == "日" * 5 + "…"
+
+
+def test_characters_without_a_font_are_left_out_with_a_note() -> None:
+    known = characters(findfont("DejaVu Sans"))
+    assert one_line("Ελλάδα 日本 日本, ok?", known) == "Ελλάδα […], ok?" + NO_FONT
+    assert len(one_line("日" * 200, known)) <= 100
+
+
+def test_an_installed_font_is_used_for_characters_that_the_default_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    enclosing_circle = "\u20dd"
+    assert enclosing_circle not in characters(findfont("DejaVu Sans"))
+    assert font_families("plain") == ["DejaVu Sans"]
+    stix = [font for font in fontManager.ttflist if font.name in ("STIXGeneral", "Last Resort High-Efficiency")]
+    monkeypatch.setattr(fontManager, "ttflist", stix)
+    assert font_families(enclosing_circle) == ["DejaVu Sans", "STIXGeneral"]
+    figure = draw(
+        [white_tile()], Kept(range(1), torch.zeros(1, 20), [0.1], None), "title", f"a{enclosing_circle} \u65e5"
+    )
+    (shown,) = [text for text in figure.texts if text.get_text() == f"a{enclosing_circle} […]" + NO_FONT]
+    assert shown.get_family() == ["DejaVu Sans", "STIXGeneral"]
 
 
 def test_percentages_at_the_axis_are_exact() -> None:

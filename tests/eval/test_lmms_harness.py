@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sparsight import recipe
-from sparsight.eval.evaluate import FULL
-from sparsight.eval.intervals import interval, paired_p_value
+from sparsight.eval.evaluator import FULL
 from sparsight.eval.lmms_harness import _leaves, _task, aggregates, samples
-from sparsight.eval.store import Store
+from sparsight.eval.result_store import ResultStore
+from sparsight.eval.significance import bootstrap_interval, paired_p_value
 
 FOUND = {
     "results": {
@@ -60,7 +60,7 @@ def test_groups_of_groups_are_opened() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path) -> dict[str, Any]:
-    store = Store(tmp_path, {})
+    store = ResultStore(tmp_path, {})
     recipes = [recipe("vl-cache", budget=0.1), recipe("snapkv", budget=0.1)]
     for chosen, right in zip([FULL, *recipes], ([1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]), strict=True):
         examples = {number: {"answers": ["x"], "anls": float(value)} for number, value in enumerate(right)}
@@ -70,14 +70,14 @@ def task(tmp_path: Path) -> dict[str, Any]:
             "cider": {"value": 2.0, "error": 0.5, "higher_is_better": True},
         }
         store.append("docs", chosen.to_json(), examples, 2.0, figures)
-    return _task(Store(tmp_path, {}), "docs", recipes)
+    return _task(ResultStore(tmp_path, {}), "docs", recipes)
 
 
 def test_results_have_the_form_of_the_built_in_ones(task: dict[str, Any]) -> None:
     assert (task["task"], task["metric"], task["examples"]) == ("docs", "anls", 4)
     assert task["metrics"]["anls"]["percent"] is True
     assert task["metrics"]["cider"]["percent"] is False
-    low, high = interval(np.array([1.0, 1.0, 1.0, 0.0]), np.ones(4))
+    low, high = bootstrap_interval(np.array([1.0, 1.0, 1.0, 0.0]), np.ones(4))
     assert task["full"]["anls"] == {"value": 0.75, "low": low, "high": high}
     assert task["full"]["cider"] == {"value": 2.0, "low": 2 - 1.96 / 2, "high": 2 + 1.96 / 2}
     assert json.loads(json.dumps(task)) == task

@@ -1,4 +1,4 @@
-"""One recorded prefill gives every recipe the cache that it would have after a prefill of its own."""
+"""A snapshot gives every recipe the cache that it would have after a prefill of its own."""
 
 import pytest
 import torch
@@ -19,22 +19,32 @@ def prefilled(model, chosen, inputs):
     return cache
 
 
+def continued(inputs, first):
+    """Text inputs with a token ``[B, 1]`` after the prompt."""
+    return {
+        "input_ids": torch.cat([inputs["input_ids"], first], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(first)], dim=1),
+    }
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("method", RECIPES)
-def test_a_cache_from_a_record_is_the_cache_of_an_own_prefill(family, method, monkeypatch):
-    # Records are of the model's own attention, which one pass of ours would round otherwise.
+def test_a_cache_from_a_snapshot_equals_the_cache_of_an_own_prefill(family, method, monkeypatch):
+    # The snapshot runs the model's own attention, whose rounding differs from the fused pass.
     monkeypatch.setattr(layer, "is_plain", lambda *_, **__: False)
     model, inputs = models.model(family), models.inputs(family, ONE_IMAGE, THREE_IMAGES)
-    recorded = PrefillSnapshot(model, inputs)
-    # Another budget first: what it observed is shared, and must not have changed.
-    recorded.cache(recipe_for(model, method, budget=0.6))
+    snapshot = PrefillSnapshot(model, inputs)
+    # Another budget first: the statistics are shared and must not change.
+    snapshot.cache(recipe_for(model, method, budget=0.6))
     chosen = recipe_for(model, method, budget=0.3)
-    cache, own = recorded.cache(chosen), prefilled(model, chosen, inputs)
+    cache, own = snapshot.cache(chosen), prefilled(model, chosen, inputs)
     assert cache.report() == own.report()
-    for one, twin in zip(cache.compressed, own.compressed, strict=True):
-        assert torch.equal(one.store.positions, twin.store.positions)
-        assert torch.equal(one.store.keys, twin.store.keys)
-        assert torch.equal(one.store.values, twin.store.values)
+    for layer_number in own.report().layers:
+        assert torch.equal(cache.kept_positions(layer_number), own.kept_positions(layer_number))
+    # The same keys and values give the same logits.
+    following = continued(inputs, snapshot.logits.argmax(-1, keepdim=True))
+    one, twin = (models.logits(model, following, 1, past_key_values=each)[0] for each in (cache, own))
+    assert torch.equal(one, twin)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -42,13 +52,9 @@ def test_a_cache_from_a_record_is_the_cache_of_an_own_prefill(family, method, mo
 def test_decoding_goes_on_as_after_an_own_prefill(family, method):
     model, inputs = models.model(family), models.inputs(family, ONE_IMAGE, THREE_IMAGES)
     chosen = recipe_for(model, method, budget=0.3)
-    recorded = PrefillSnapshot(model, inputs)
-    first = recorded.logits.argmax(-1, keepdim=True)
-    going_on = {
-        "input_ids": torch.cat([inputs["input_ids"], first], dim=1),
-        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(first)], dim=1),
-    }
-    tokens = models.generate(model, going_on, 9, past_key_values=recorded.cache(chosen))
+    snapshot = PrefillSnapshot(model, inputs)
+    first = snapshot.logits.argmax(-1, keepdim=True)
+    tokens = models.generate(model, continued(inputs, first), 9, past_key_values=snapshot.cache(chosen))
     whole = models.generate(model, inputs, 10, past_key_values=CompressedCache(model, chosen, inputs))
     assert torch.equal(torch.cat([first, tokens], dim=1), whole)
 
@@ -58,7 +64,7 @@ def test_the_logits_are_the_models_own():
     assert_close(PrefillSnapshot(model, inputs).logits, models.logits(model, inputs, 1)[0])
 
 
-def test_the_states_give_the_attention_that_the_model_pays():
+def test_the_states_give_the_models_attention():
     eager = models.fresh_model("llava")
     eager.set_attn_implementation({"text_config": "eager"})
     inputs = models.inputs("llava", ONE_IMAGE)
@@ -70,26 +76,26 @@ def test_the_states_give_the_attention_that_the_model_pays():
         assert_close(logits.masked_fill(~causal, -torch.inf).softmax(-1), weights)
 
 
-def test_layers_with_a_sliding_window_are_recorded_too():
+def test_layers_with_a_sliding_window_are_in_the_snapshot():
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Qwen2Config(**models.text_config("1:2"), use_sliding_window=True, sliding_window=16, layer_types=layers)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).eval()
     inputs, chosen = models.inputs("llama", NO_IMAGE, NO_IMAGE), recipe("vl-cache", budget=0.3)
-    recorded = PrefillSnapshot(model, inputs)
+    snapshot = PrefillSnapshot(model, inputs)
     whole = models.generate(model, inputs, 20, past_key_values=CompressedCache(model, chosen, inputs))
     going_on = {"input_ids": torch.cat([inputs["input_ids"], whole[:, :1]], dim=1)}
     going_on["attention_mask"] = torch.ones_like(going_on["input_ids"])
-    # The second time nothing of the first must be left.
+    # Caches of a snapshot do not share state.
     for _ in range(2):
-        tokens = models.generate(model, going_on, 19, past_key_values=recorded.cache(chosen))
+        tokens = models.generate(model, going_on, 19, past_key_values=snapshot.cache(chosen))
         assert torch.equal(tokens, whole[:, 1:])
 
 
-def test_a_model_keeps_nothing_of_a_record():
+def test_a_model_keeps_nothing_of_a_snapshot():
     model, inputs = models.fresh_model("llava"), models.inputs("llava", ONE_IMAGE)
     before = model.config.text_config._attn_implementation
-    recorded = PrefillSnapshot(model, inputs)
-    recorded.cache(recipe("vl-cache"))
-    del recorded
+    snapshot = PrefillSnapshot(model, inputs)
+    snapshot.cache(recipe("vl-cache"))
+    del snapshot
     assert model.config.text_config._attn_implementation == before

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from sparsight import recipe
 from sparsight.eval import render
-from sparsight.eval.accuracy_plots import draw_budgets, draw_records
-from sparsight.eval.evaluate import FULL, Plan
-from sparsight.eval.intervals import interval, paired_p_value
-from sparsight.eval.store import Store
-from sparsight.eval.summary import best, results
+from sparsight.eval.accuracy_plots import draw_budgets, draw_page_sizes
+from sparsight.eval.aggregation import aggregate, best
+from sparsight.eval.evaluator import FULL, EvaluationConfig
+from sparsight.eval.result_store import ResultStore
+from sparsight.eval.significance import bootstrap_interval, paired_p_value
 from sparsight.eval.tasks import task
 
 TASKS = [task("look-up:16"), task("growing:16"), task("transcribe:4")]
@@ -51,13 +51,13 @@ def figures(chosen: Any, number: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    store = Store(
+    store = ResultStore(
         tmp_path_factory.mktemp("run"), {"model": "<m> & co", "weights": "abc", "dtype": "float32", "seed": 7}
     )
     for each in TASKS:
         for chosen in [FULL, *RECIPES]:
             store.append(each.label, chosen.to_json(), {n: figures(chosen, n) for n in range(COUNT)}, 1.25)
-    return results(Plan(TASKS, RECIPES, COUNT, 7, 8), store)
+    return aggregate(EvaluationConfig(TASKS, RECIPES, COUNT, 7, 8), store)
 
 
 def cell(found: dict[str, Any], number: int, method: str, budget: float) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_shares_are_means_over_examples(found: dict[str, Any]) -> None:
     metrics = cell(found, 0, "snapkv", 0.05)["metrics"]
     assert metrics["exact"]["value"] == 36 / 40
     assert metrics["rouge_l"]["value"] == 18 / 40
-    assert (metrics["exact"]["low"], metrics["exact"]["high"]) == interval(
+    assert (metrics["exact"]["low"], metrics["exact"]["high"]) == bootstrap_interval(
         np.array([1.0] * 36 + [0.0] * 4), np.ones(40)
     )
     assert found["tasks"][0]["full"]["exact"]["value"] == 38 / 40
@@ -101,11 +101,11 @@ def test_what_is_retained_is_a_share_of_the_full_caches(found: dict[str, Any]) -
 
 
 def test_nothing_can_be_retained_of_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path, {})
+    store = ResultStore(tmp_path, {})
     for chosen in (FULL, RECIPES[0]):
         wrong = {number: {**figures(chosen, number), "exact": 0.0} for number in range(4)}
         store.append(TASKS[0].label, chosen.to_json(), wrong, 1)
-    (only,) = results(Plan(TASKS[:1], RECIPES[:1], 4, 0, 4), store)["tasks"]
+    (only,) = aggregate(EvaluationConfig(TASKS[:1], RECIPES[:1], 4, 0, 4), store)["tasks"]
     assert "retained" not in only["metrics"]
     assert "retained" not in only["cells"][0]["metrics"]
 
@@ -179,7 +179,7 @@ def test_the_written_report_is_complete_and_self_contained(found: dict[str, Any]
 def test_the_markdown_holds_every_table(found: dict[str, Any], tmp_path: Path) -> None:
     render.write(found, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "Model `<m> & co` (weights `abc`, float32), seed 7, 40 examples a task." in text
+    assert "Model `<m> & co` (weights `abc`, float32), seed 7, 40 examples per task." in text
     assert "![" in text and "](accuracy.png)" in text
     tables = re.findall(
         r"(?m)^\| (.+?), 40 examples \| 5 % \| 10 % \|\n\|---\|---\|---\|\n\| `vl-cache` \|.*\n\| `snapkv` \|.*\n$",
@@ -201,15 +201,25 @@ def test_a_panel_draws_every_cell_where_it_belongs(found: dict[str, Any]) -> Non
     assert panels[0].lines[0].get_ydata() == [38 / 40, 38 / 40]
 
 
+def test_the_axis_of_perplexity_has_plain_numbers(found: dict[str, Any]) -> None:
+    wide = json.loads(json.dumps(found))
+    wide["tasks"][0]["cells"][0]["metrics"]["perplexity"]["value"] = 1500.0
+    panel = draw_budgets(wide, "perplexity").axes[0]
+    panel.figure.canvas.draw()
+    labels = {label.get_text() for label in panel.get_yticklabels()}
+    assert {"2", "5", "10", "100", "1,000"} <= labels
+    assert not panel.get_yminorticklabels()
+
+
 def test_growing_pages_have_a_picture_of_their_own(found: dict[str, Any]) -> None:
-    figure = draw_records(found, 0.05)
+    figure = draw_page_sizes(found, 0.05)
     assert figure is not None
     panel = figure.axes[0]
     assert [line.get_label() for line in panel.lines] == ["full cache", "vl-cache", "snapkv"]
     assert panel.lines[2].get_xdata().tolist() == [8, 16]
     assert panel.lines[2].get_ydata().tolist() == [18 / 20, 18 / 20]
     alone = {**found, "tasks": [{**each, "full_by_records": {}} for each in found["tasks"]]}
-    assert draw_records(alone, 0.05) is None
+    assert draw_page_sizes(alone, 0.05) is None
 
 
 def test_pictures_have_ink(found: dict[str, Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tasks: the same for a seed, never seen in training, and honest about how much of the page they need."""
+"""Tasks: reproducible, held out from training, and with the right share of needed patches."""
 
 import re
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ImageChops
 
-from sparsight.eval.tasks import TASKS, needed, records, task
+from sparsight.eval.tasks import TASKS, answer_patch_share, record_count, task
 from sparsight.reader.page import is_held_out
 from sparsight.reader.skills import Example
 
@@ -32,15 +32,15 @@ def test_pages_are_held_out(name: str) -> None:
 def test_the_size_is_the_number_of_records(text: str, count: int) -> None:
     example = task(text).example(0, 1)
     assert all(len(page.records) == count for page in example.images)
-    assert records(example) == count
+    assert record_count(example) == count
     assert task(text).label == (text if ":" in text else f"{text}:{count}")
 
 
 def test_a_conversation_asks_for_as_many_records_as_its_size() -> None:
     example = task("conversation:6").example(0, 0)
-    asked = {(re.search(r"\b[A-Z]{2}\b", question)[0], answer) for question, answer in example.turns}
-    assert len(asked) == len(example.turns) == 6
-    assert asked <= set(example.images[0].records)
+    pairs = {(re.search(r"\b[A-Z]{2}\b", question)[0], answer) for question, answer in example.turns}
+    assert len(pairs) == len(example.turns) == 6
+    assert pairs <= set(example.images[0].records)
 
 
 def test_transcribing_asks_for_every_record_in_order() -> None:
@@ -59,16 +59,16 @@ def test_two_pages_are_asked_about_one_record_of_the_one_that_is_named() -> None
 
 
 def test_growing_pages_grow_and_begin_again() -> None:
-    assert [records(task("growing:32").example(0, number)) for number in range(5)] == [8, 16, 24, 32, 8]
-    assert [records(task("growing:5").example(0, number)) for number in range(2)] == [5, 5]
+    assert [record_count(task("growing:32").example(0, number)) for number in range(5)] == [8, 16, 24, 32, 8]
+    assert [record_count(task("growing:5").example(0, number)) for number in range(2)] == [5, 5]
 
 
 @pytest.mark.parametrize("text", ["look-up", "look-up:5", "conversation", "two-pages", "transcribe"])
 def test_the_needed_patches_are_where_the_ink_of_the_answers_is(text: str) -> None:
     for number in range(8):
         example = task(text).example(1, number)
-        # Without ink for what is not asked, every patch with ink on it is needed, and hardly another one.
-        asked = {answer for _, answer in example.turns}
+        # With ink for the wanted records alone, the patches with ink are the needed ones, up to overlaps.
+        answers = {answer for _, answer in example.turns}
         inked, total = 0, 0
         for page in example.images:
             plain = replace(page.style, noise=0.0, ink=(0, 0, 0), paper=(255, 255, 255))
@@ -89,14 +89,14 @@ def test_the_needed_patches_are_where_the_ink_of_the_answers_is(text: str) -> No
             darkest = picture.reshape(page.height // 14, 14, 24, 14).max((1, 3))
             inked += int((darkest > 20).sum())
             total += darkest.size
-        assert asked
+        assert answers
         # A character whose middle is in one patch may reach into the next ones.
-        assert inked / 4 <= needed(example) * total <= inked
+        assert inked / 4 <= answer_patch_share(example) * total <= inked
 
 
 def test_a_larger_share_of_the_page_matters_with_more_to_answer() -> None:
     def share(text: str) -> float:
-        return float(np.mean([needed(task(text).example(0, number)) for number in range(10)]))
+        return float(np.mean([answer_patch_share(task(text).example(0, number)) for number in range(10)]))
 
     assert share("look-up") < share("conversation:4") < share("conversation:16")
     assert share("transcribe:4") < share("transcribe:20")
@@ -105,8 +105,10 @@ def test_a_larger_share_of_the_page_matters_with_more_to_answer() -> None:
 
 def test_a_question_without_a_key_is_about_all_records() -> None:
     page = task("look-up").example(0, 0).images[0]
-    reading = needed(Example((page,), (("Read the page.", ""),)))
-    one_by_one = [needed(Example((page,), ((f"Find {key} on the page.", value),))) for key, value in page.records]
+    reading = answer_patch_share(Example((page,), (("Read the page.", ""),)))
+    one_by_one = [
+        answer_patch_share(Example((page,), ((f"Find {key} on the page.", value),))) for key, value in page.records
+    ]
     # Two records may share a patch.
     assert 0.8 * sum(one_by_one) < reading <= sum(one_by_one)
 

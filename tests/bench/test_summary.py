@@ -5,10 +5,10 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from sparsight import recipe
+from sparsight.bench.benchmark import Case
 from sparsight.bench.measure import Sample
-from sparsight.bench.rounds import Cell
 from sparsight.bench.speed_plots import draw_growth, draw_speed_up, tokens
-from sparsight.bench.summarize import results
+from sparsight.bench.summary import summarize
 from sparsight.bench.tables import draw, name_of, tables, write
 
 
@@ -18,28 +18,28 @@ def sample(first=4.0, token=1.0, end=10.0, held=1000, entries=900, peak=5000):
 
 def size(context=100):
     """Plain transformers slows down from round to round, and the method with it: twice as fast in each."""
-    full = Cell("transformers", 1.0, context, 2)
+    full = Case("transformers", 1.0, context, 2)
     full.samples = [sample(token=drift, end=10 * drift) for drift in (1.0, 2.0, 3.0)]
-    kept = Cell("kept-length", 0.1, context, 2)
+    kept = Case("kept-length", 0.1, context, 2)
     kept.samples = [sample(token=drift / 4, held=100) for drift in (1.0, 2.0, 3.0)]
-    ours = Cell("vl-cache", 0.1, context, 2, recipe("vl-cache"))
+    ours = Case("vl-cache", 0.1, context, 2, recipe("vl-cache"))
     ours.samples = [
         sample(first=5.0, token=drift / 2, end=4 * drift, held=200, entries=100, peak=peak)
         for drift, peak in ((1.0, 7), (2.0, 9), (3.0, 8))
     ]
-    theirs = Cell("kvpress", 0.1, context, 2)
+    theirs = Case("kvpress", 0.1, context, 2)
     theirs.samples = [
         replace(sample(first=2.0, token=drift, end=10 * drift, held=400), statistics=None, compaction=None)
         for drift in (1.0, 2.0, 3.0)
     ]
     for cell in (full, kept, ours, theirs):
         cell.bandwidths = [2000.0, 1000.0, 500.0]
-    large = Cell("elastic", 0.1, context, 2, recipe("elastic"), reason="does not fit: memory ran out")
+    large = Case("elastic", 0.1, context, 2, recipe("elastic"), reason="does not fit: memory ran out")
     return [full, kept, ours, large, theirs]
 
 
 def found(context=100):
-    return results([size(context)], new_tokens=6, weights=400, room=1900)
+    return summarize([size(context)], new_tokens=6, weights=400, free=1900)
 
 
 def test_ratios_are_taken_within_rounds():
@@ -66,7 +66,7 @@ def test_rates_limits_and_memory():
     assert found()[0]["batch_that_fits"] == 3
 
 
-def test_a_cell_without_samples_has_its_reason_and_nothing_else():
+def test_a_case_without_samples_has_only_a_reason():
     assert found()[3] == {
         "context": 100,
         "batch": 2,
@@ -77,14 +77,14 @@ def test_a_cell_without_samples_has_its_reason_and_nothing_else():
     }
 
 
-def test_stages_that_are_not_told_apart_are_none():
+def test_stages_that_are_not_measured_are_none():
     theirs = found()[4]
     assert theirs["seconds"]["statistics"] is theirs["seconds"]["compaction"] is None
     assert theirs["seconds"]["first_token"]["median"] == 2
 
 
-def test_without_something_to_compare_with_there_are_no_ratios():
-    alone = results([size()[2:3]], new_tokens=6, weights=400, room=1900)[0]
+def test_without_a_reference_there_are_no_ratios():
+    alone = summarize([size()[2:3]], new_tokens=6, weights=400, free=1900)[0]
     assert alone["of_full"] == alone["of_kvpress"] == dict.fromkeys(("first_token", "token", "end_to_end", "bytes"))
     assert alone["of_kept_length"] is None
 
@@ -96,14 +96,14 @@ def curves(figure: Figure) -> list[dict[str, list[tuple[float, float]]]]:
     ]
 
 
-def test_pictures_show_speed_up_and_growth_by_context():
+def test_figures_show_speed_up_and_growth_by_context():
     cells = [cell for context in (1024, 4096) for cell in found(context) if cell["reason"] is None]
     decoding, end_to_end = curves(draw_speed_up(cells))
     assert decoding["vl-cache 10 %"] == [(1024, 2), (4096, 2)]
     assert decoding["transformers"] == [(1024, 1), (4096, 1)]
-    assert decoding["kept-length 10 %"] == [(1024, 4), (4096, 4)]
+    assert decoding["transformers, 10 % of prompt"] == [(1024, 4), (4096, 4)]
     assert end_to_end["vl-cache 10 %"] == [(1024, 2.5), (4096, 2.5)]
-    assert "kept-length 10 %" not in end_to_end
+    assert "transformers, 10 % of prompt" not in end_to_end
     first, token, held = curves(draw_growth(cells))
     assert first["vl-cache 10 %"] == [(1024, 5), (4096, 5)]
     assert token["vl-cache 10 %"] == [(1024, 1000), (4096, 1000)]
@@ -117,15 +117,16 @@ def test_files_are_written_and_no_speed_up_without_plain_transformers(tmp_path):
     write({"cells": found()}, tmp_path)
     assert json.loads((tmp_path / "bench.json").read_text()) == {"cells": found()}
     assert [path.name for path in draw({"cells": found()}, tmp_path)] == ["growth.png", "speed-up.png"]
-    alone = results([size()[2:3]], new_tokens=6, weights=400, room=1900)
+    alone = summarize([size()[2:3]], new_tokens=6, weights=400, free=1900)
     assert [path.name for path in draw({"cells": alone}, tmp_path)] == ["growth.png"]
     assert draw({"cells": found()[3:4]}, tmp_path) == []
 
 
-def test_tables_have_a_row_for_every_cell_that_was_measured_and_the_others_say_why():
-    headline, times, reason, _, costs, _ = tables({"cells": found()})
+def test_tables_have_a_row_for_every_measured_case_and_reasons_for_the_others():
+    headline, times, reason, _, costs, _, legend = tables({"cells": found()})
     assert headline.plain.startswith("prompt of 100 tokens, batch 2")
+    assert legend.plain.startswith("vs short prompt: ")
     assert (times.row_count, costs.row_count) == (4, 4)
     assert reason.plain == "elastic 10 %: does not fit: memory ran out"
-    names = ["transformers", "kept-length 10 %", "vl-cache 10 %", "elastic 10 %", "kvpress 10 %"]
+    names = ["transformers", "transformers, 10 % of prompt", "vl-cache 10 %", "elastic 10 %", "kvpress 10 %"]
     assert [name_of(cell) for cell in found()] == names

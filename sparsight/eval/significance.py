@@ -1,42 +1,42 @@
-"""Uncertainty: bootstrap intervals and a paired test, over examples."""
+"""Uncertainty over examples: bootstrap intervals and a paired randomization test."""
 
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-Figures = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 RESAMPLES = 2000
 FLIPS = 9999
 SEED = 0
 
 
-def interval(sums: Figures, weights: Figures, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(sums: FloatArray, weights: FloatArray, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of ``sum(sums) / sum(weights)`` over examples.
 
     Args:
-        sums: a figure of each example, ``[N]``.
-        weights: what it is to be divided by, ``[N]``; ones for a mean.
-        level: how often the interval is to hold the true value.
+        sums: numerator of each example, ``[N]``.
+        weights: denominator of each example, ``[N]``; ones for a mean.
+        level: confidence level.
     """
     counts = _resamples(len(sums))
     totals = counts @ weights
-    # A resample of examples without any weight has no ratio.
+    # A resample in which all weights are 0 has no ratio.
     ratios = (counts @ sums)[totals > 0] / totals[totals > 0]
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def paired_p_value(one: Figures, other: Figures) -> float:
-    """Two-sided p-value of a paired sign-flip test: that which of two methods is which does not matter.
+def paired_p_value(one: FloatArray, other: FloatArray) -> float:
+    """Two-sided p-value of a paired sign-flip test (Fisher's randomization test) of equal means.
 
-    The mean difference is compared with its values under random swaps of each example's pair (Fisher's randomisation
-    test). 1 where all pairs are equal; ``1 / (FLIPS + 1)`` at the least.
+    The mean difference is compared with the mean differences after random swaps within pairs. The result is 1 if all
+    pairs are equal, and at least ``1 / (FLIPS + 1)``.
 
     Args:
-        one: a figure of each example under one method, ``[N]``.
-        other: of the same examples under another.
+        one: metric of each example with one method, ``[N]``.
+        other: metric of the same examples with the other method, ``[N]``.
     """
     differences = one - other
     flipped = np.abs(_signs(len(differences)) @ differences)
@@ -46,14 +46,14 @@ def paired_p_value(one: Figures, other: Figures) -> float:
 
 
 @lru_cache(maxsize=8)
-def _resamples(count: int) -> Figures:
+def _resamples(count: int) -> FloatArray:
     """How often each of ``count`` examples is in each resample, ``[RESAMPLES, count]``."""
     rng = np.random.default_rng(SEED)
     return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
 
 
 @lru_cache(maxsize=8)
-def _signs(count: int) -> Figures:
+def _signs(count: int) -> FloatArray:
     """Random signs, ``[FLIPS, count]``."""
     rng = np.random.default_rng(SEED)
     return rng.integers(0, 2, size=(FLIPS, count)).astype(np.float64) * 2 - 1

@@ -1,9 +1,9 @@
-"""kvpress's SnapKV, measured in a process and an environment of its own: a line of JSON in, a line of JSON out.
+"""Measures kvpress's SnapKV in a separate process: requests and replies are lines of JSON.
 
-It runs under the older transformers that kvpress pins, and so imports nothing of Sparsight. The first line describes
-the model: ``config``, ``dtype``, ``device`` and ``threads``; every further one a turn: ``budget``, ``tokens``,
-``batch``, ``new_tokens``, and the bytes of memory to have at hand, ``room``. Each is answered by what was found, or by
-``{"error": why not}``.
+It runs with the older transformers that kvpress pins, so it imports nothing of Sparsight. The first request describes
+the model: ``config``, ``dtype``, ``device`` and ``threads``. Each further one is a case: ``budget``, ``tokens``,
+``batch``, ``new_tokens``, and ``reserve``, bytes of GPU memory to allocate in advance. The reply is the measurement, or
+``{"error": reason}``.
 """
 
 import gc
@@ -19,23 +19,23 @@ from typing import Any
 import torch
 
 WINDOW, POOL = 32, 7
-"""Those of the paper, and of Sparsight's SnapKV."""
+"""As in the paper and in Sparsight's SnapKV."""
 
 
 def main() -> None:
-    """Answer every line until there are no more."""
+    """Reply to requests until the end of the input."""
     replies = os.fdopen(os.dup(1), "w")
-    # What libraries print is no answer.
+    # Libraries print to stderr instead.
     os.dup2(2, 1)
     model = None
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
             if model is None:
-                model = load(**asked)
+                model = load(**request)
                 reply = {name: version(name) for name in ("kvpress", "transformers", "torch")}
             else:
-                reply = answer(model, **asked)
+                reply = measure(model, **request)
         except Exception as error:
             reply = {"error": reason(error)}
         print(json.dumps(reply), file=replies, flush=True)
@@ -43,7 +43,7 @@ def main() -> None:
 
 def load(config: dict[str, Any], dtype: str, device: str, threads: int) -> Any:
     """A model with random weights."""
-    import kvpress  # noqa: F401, it changes transformers' attention when it is imported
+    import kvpress  # noqa: F401, it patches transformers' attention on import
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.set_num_threads(threads)
@@ -55,15 +55,15 @@ def load(config: dict[str, Any], dtype: str, device: str, threads: int) -> Any:
 
 
 @torch.inference_mode()
-def answer(model: Any, budget: float, tokens: int, batch: int, new_tokens: int, room: int) -> dict[str, Any]:
-    """Answer prompts of random tokens, as its pipeline does: the prompt within the press, further tokens without."""
+def measure(model: Any, budget: float, tokens: int, batch: int, new_tokens: int, reserve: int) -> dict[str, Any]:
+    """Measure answers to random prompts as in kvpress's pipeline: the press applies to the prompt only."""
     from kvpress import SnapKVPress
     from transformers import DynamicCache
 
     cuda = model.device.type == "cuda"
     if cuda:
-        # Taken in one piece and kept by torch's allocator: no time goes into asking the driver for memory.
-        torch.empty(room, dtype=torch.uint8, device=model.device)
+        # Torch's allocator keeps this block, so the measurement contains no allocations by the driver.
+        torch.empty(reserve, dtype=torch.uint8, device=model.device)
     gc.collect()
     input_ids = torch.randint(model.config.vocab_size, (batch, tokens)).to(model.device)
     cache: Any = DynamicCache(config=model.config)
@@ -71,7 +71,7 @@ def answer(model: Any, budget: float, tokens: int, batch: int, new_tokens: int, 
     try:
         with SnapKVPress(compression_ratio=1 - budget, window_size=WINDOW, kernel_size=POOL)(model):
             first_token, token = step(model, input_ids, cache, 0)
-        held, entries = held_bytes(cache)
+        occupied, entries = cache_bytes(cache)
         seconds = []
         for position in range(tokens, tokens + new_tokens - 1):
             taken, token = step(model, token, cache, position)
@@ -80,7 +80,7 @@ def answer(model: Any, budget: float, tokens: int, batch: int, new_tokens: int, 
             "first_token": first_token,
             "token": statistics.median(seconds),
             "end_to_end": first_token + sum(seconds),
-            "bytes_held": held,
+            "bytes_held": occupied,
             "entry_bytes": entries,
             "peak_bytes": peak_bytes(cuda) if peak_known else None,
         }
@@ -90,17 +90,17 @@ def answer(model: Any, budget: float, tokens: int, batch: int, new_tokens: int, 
             torch.cuda.empty_cache()
 
 
-def held_bytes(cache: Any) -> tuple[int, int]:
-    """Bytes that a cache occupies, and of them those of keys and values."""
-    held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-    return sum(each.untyped_storage().nbytes() for each in held), sum(each.nbytes for each in held)
+def cache_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes that a cache occupies, and bytes of its keys and values."""
+    tensors = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    return sum(each.untyped_storage().nbytes() for each in tensors), sum(each.nbytes for each in tensors)
 
 
 def step(model: Any, tokens: torch.Tensor, cache: Any, position: int) -> tuple[float, torch.Tensor]:
-    """Seconds of one pass through the model whose first token is at ``position``, and the next tokens ``[B, 1]``."""
+    """Seconds of one forward pass whose first token is at ``position``, and the next tokens ``[B, 1]``."""
     synchronize(model)
     start = time.perf_counter()
-    # The cache counts what it holds, not what it has seen.
+    # The cache reports entries held, not tokens seen.
     positions = torch.arange(position, position + tokens.shape[1], device=model.device)[None]
     output = model(input_ids=tokens, past_key_values=cache, position_ids=positions, logits_to_keep=1)
     token = output.logits.argmax(-1)
@@ -109,13 +109,13 @@ def step(model: Any, tokens: torch.Tensor, cache: Any, position: int) -> tuple[f
 
 
 def synchronize(model: Any) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait for the GPU."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
 
 
 def reset_peak(cuda: bool) -> bool:
-    """Begin to look for the highest use of memory; whether this machine tells it."""
+    """Reset the peak of memory use; returns whether this machine can measure it."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -127,7 +127,7 @@ def reset_peak(cuda: bool) -> bool:
 
 
 def peak_bytes(cuda: bool) -> int:
-    """The highest use of memory since then: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak of memory use since the reset: of tensors on a GPU, of the process on a CPU."""
     if cuda:
         return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -135,7 +135,7 @@ def peak_bytes(cuda: bool) -> int:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "does not fit: memory ran out" if "memory" in text and "allocate" in text else text.rstrip(".")
 
