@@ -30,7 +30,7 @@ def run_harness(
 ) -> dict[str, Any]:
     """Evaluate what the store lacks, and return all results.
 
-    They have the form of :func:`sparsight.eval.aggregation.results`.
+    They have the form of :func:`sparsight.eval.aggregation.aggregate`.
 
     Args:
         tasks: names of lmms-eval's tasks or task groups.
