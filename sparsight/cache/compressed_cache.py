@@ -20,6 +20,7 @@ from sparsight.cache.prefill import Prefill
 from sparsight.cache.report import Report
 from sparsight.compression import VisualHeads
 from sparsight.compression.recipe import Recipe
+from sparsight.methods import with_shipped_scores
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
 
@@ -76,7 +77,7 @@ class CompressedCache(Cache):
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
         language = _language_part(model)
-        self.recipe = recipe
+        self.recipe = recipe = with_shipped_scores(recipe, str(model.name_or_path))
         prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None

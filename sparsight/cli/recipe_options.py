@@ -4,10 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from sparsight import methods
-from sparsight.cli.options import DEFAULT_MODEL
 from sparsight.compression import VisualHeads
 from sparsight.compression.recipe import Recipe
-from sparsight.reader import head_scores_path
 from sparsight.utils.head_scores import read_scores
 
 
@@ -29,9 +27,9 @@ def recipe_from_options(
 
 
 def with_scores(recipe: Recipe, model: str | None, heads: Path | None) -> Recipe:
-    """A recipe with head scores if its allocation uses them: those of ``heads``, or those of the bundled model."""
-    if heads is None and model == DEFAULT_MODEL:
-        heads = head_scores_path()
-    if heads is None or not isinstance(recipe.allocate, VisualHeads):
+    """A recipe with head scores if its allocation uses them: those of ``heads``, or those of the model that ships."""
+    if heads is None:
+        return recipe if model is None else methods.with_shipped_scores(recipe, model)
+    if not isinstance(recipe.allocate, VisualHeads):
         return recipe
     return dataclasses.replace(recipe, allocate=dataclasses.replace(recipe.allocate, scores=read_scores(heads)))

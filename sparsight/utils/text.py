@@ -5,13 +5,19 @@ import unicodedata
 ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 """Unicode categories of control characters, lone surrogates, and line and paragraph separators."""
 
+BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that change the direction of the text around them."""
+
 
 def escape(text: object, keep: str = "") -> str:
     r"""``str(text)`` with control characters, except those in ``keep``, as escape sequences such as ``\x1b``."""
     return "".join(
-        char.encode("unicode_escape").decode() if char not in keep and unicodedata.category(char) in ESCAPED else char
-        for char in str(text)
+        char.encode("unicode_escape").decode() if char not in keep and _is_control(char) else char for char in str(text)
     )
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) in ESCAPED or char in BIDIRECTIONAL
 
 
 def printable(text: object, limit: int = 200) -> str:

@@ -123,7 +123,7 @@ def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pict
         "long": (
             {"image": "good.png", "prompt": "?" * 4096},
             "prompt too long",
-            "but the model's context is 4,096 tokens.",
+            "but the model takes 4,096 in all.",
         ),
     }
     rows = [{"id": "first", "image": "good.png"}, *({"id": name, **row} for name, (row, _, _) in wrong.items())]
@@ -164,7 +164,7 @@ def test_a_prompt_as_long_as_the_model_takes_is_answered(llava: str, pictures: P
     found = {result.id: result for result in sparsight.batch(rows, model=llava, max_new_tokens=3)}
     assert (found["0"].prompt_tokens, found["0"].tokens) == (4093, 3)
     assert found["1"].error == (
-        "The prompt has 4,094 tokens and the answer may have 3, but the model's context is 4,096 tokens."
+        "The prompt has 4,094 tokens and the answer may have 3, but the model takes 4,096 in all."
     )
 
 
