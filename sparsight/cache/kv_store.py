@@ -126,7 +126,7 @@ class KVStore(ABC):
             keys: ``[B, H_kv, 1, D]``.
             values: ``[B, H_kv, 1, D]``.
             slots: int64 ``[N]``, which slot of its row each takes.
-            added: int64 ``[N]``, how many entries each row holds more than before.
+            added: bool or int64 ``[N]``, how many entries each row holds more than before.
             step: the positions of the tokens.
         """
         places = self.starts + slots

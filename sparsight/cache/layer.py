@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sparsight.attention.function import is_plain, own_attention, visible
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
-from sparsight.cache.kv_store import KVStore
+from sparsight.cache.kv_store import VACANT, KVStore
 from sparsight.cache.prefill import Prefill
 from sparsight.cache.step_metadata import StepMetadata, writable
 from sparsight.compression.eviction import EvictionState, fitted
@@ -220,7 +220,7 @@ class CompressedLayer(CacheLayerMixin):
         self.seen += count
         added = store.held - before
         state.turn_tokens = state.turn_tokens + added
-        state.padding = state.padding + (count - added)
+        state.excluded = state.excluded + count
         self.recipe.decode.protect(store, state, self.seen)
         self._rounded_up = True
         self._begin_decoding()
@@ -238,9 +238,10 @@ class CompressedLayer(CacheLayerMixin):
     # Sequences of a static batch that leave and join
 
     def clear(self, sequence: int) -> None:
-        """Leave of a sequence only its place, with one entry that nobody reads."""
+        """Drop a sequence and keep its place."""
         self._decoding()[0].clear(sequence)
-        self._step().put(sequence, 0, 1, active=0)
+        # What is written there until another comes has no position: the slots stay vacant.
+        self._step().put(sequence, VACANT, 0, active=0)
 
     def put(self, sequence: int, other: "CompressedLayer") -> None:
         """Give the place of a sequence to that of ``other``, which was compressed alone by the same recipe.

@@ -45,14 +45,15 @@ class EvictionState:
 
     Attributes:
         ratio: float64 ``[N]``, entries that may be held for every token seen.
-        padding, turn_tokens: float64 ``[N]``, padding tokens, and tokens of new turns, among the tokens seen.
+        excluded: float64 ``[N]``, tokens seen that do not count: padding, and the tokens of new turns.
+        turn_tokens: float64 ``[N]``, tokens of new turns.
         protected: int64 ``[N]``, entries that may not be dropped.
         boundary: int32 ``[N]``, the position from which on entries may be dropped, for rules with a fixed place.
         scores: float32 ``[N, C]``, the attention that each slot's entry received, where the rule tracks it; else empty.
     """
 
     ratio: Tensor
-    padding: Tensor
+    excluded: Tensor
     turn_tokens: Tensor
     protected: Tensor
     boundary: Tensor
@@ -61,11 +62,11 @@ class EvictionState:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of the above."""
-        return self.ratio, self.padding, self.turn_tokens, self.protected, self.boundary, self.scores
+        return self.ratio, self.excluded, self.turn_tokens, self.protected, self.boundary, self.scores
 
     def allowance(self, seen: Tensor | int) -> Tensor:
         """Entries that each row may hold once ``seen`` tokens have been processed, float64 ``[N]``."""
-        return self.ratio * (seen - self.padding - self.turn_tokens) + self.turn_tokens
+        return torch.addcmul(self.turn_tokens, self.ratio, seen - self.excluded)
 
     def select(self, index: Tensor) -> "EvictionState":
         """The state of the rows at ``index``."""
@@ -80,11 +81,11 @@ class EvictionState:
     def join(states: Sequence["EvictionState"], padding: Sequence[int], capacity: int) -> "EvictionState":
         """The rows of several, with ``padding[i]`` more tokens in front of those of ``states[i]``."""
         fields = zip(*(state.tensors for state in states), strict=True)
-        ratio, pads, turns, protected, boundary, scores = (list(each) for each in fields)
-        pads = [each + more for each, more in zip(pads, padding, strict=True)]
+        ratio, excluded, turns, protected, boundary, scores = (list(each) for each in fields)
+        excluded = [each + more for each, more in zip(excluded, padding, strict=True)]
         later = [(each.long() + more).clamp(max=NEVER).int() for each, more in zip(boundary, padding, strict=True)]
         scores = [fitted(each, capacity) for each in scores]
-        return EvictionState(*(torch.cat(each) for each in (ratio, pads, turns, protected, later, scores)))
+        return EvictionState(*(torch.cat(each) for each in (ratio, excluded, turns, protected, later, scores)))
 
 
 class EvictionRule(ABC):
@@ -123,14 +124,14 @@ class EvictionRule(ABC):
             rows: with at least one vacant slot in every row that may grow.
             state: of these rows.
             newest: int32 ``[N]``, the position of the new token.
-            steps: int64 ``[N]``, 1; 0 for rows whose sequence has left, which always take their first slot.
+            steps: int64 ``[N]``, 1; 0 for rows whose sequence has left.
 
         Returns:
-            The slots, and how many entries each row holds more than before, int64 ``[N]`` both.
+            The slots, int64 ``[N]``, and how many entries each row holds more than before, bool or int64 ``[N]``.
         """
         grows = (rows.held + 1 <= state.allowance(newest + 1)) | (rows.held <= self.protected_now(rows, state))
-        slots = torch.where(grows, first_vacant(rows.positions), self.order(rows, state).argmin(-1))
-        return slots * steps, grows * steps
+        # Of the positions as they are, those of vacant slots are the lowest.
+        return torch.where(grows[:, None], rows.positions, self.order(rows, state)).argmin(-1), grows
 
     def excess(self, rows: Rows, state: EvictionState, seen: int) -> Tensor:
         """Slots to vacate so that the token at position ``seen`` replaces one entry of a row at most, bool ``[N, C]``.
@@ -268,12 +269,6 @@ class HeavyHitter(EvictionRule):
 
 
 DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter
-
-
-def first_vacant(positions: Tensor) -> Tensor:
-    """The first vacant slot, int64 ``[N]``, of positions ``[N, C]``."""
-    slots = torch.arange(positions.shape[-1], device=positions.device)
-    return torch.where(positions < 0, slots, positions.shape[-1]).argmin(-1)
 
 
 def position_at(index: Tensor, rows: Rows, seen: int) -> Tensor:

@@ -81,7 +81,7 @@ def test_attention_over_rows_of_different_lengths_is_exact(kind, held, group, co
 def test_any_sequence_of_changes_leaves_what_lists_would_hold(kind, held, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     store, rows = filled(kind, held, seed=seed)
-    position = 100
+    position = first = 100
     for change in steps:
         count = 3 if change == "turn" else 1
         keys, values = torch.randn(2, 2, HEADS, count, SIZE, generator=generator)
@@ -94,7 +94,8 @@ def test_any_sequence_of_changes_leaves_what_lists_would_hold(kind, held, steps,
             rows = [[*row, *entries] for row, entries in zip(rows, new, strict=True)]
             position += count
         elif change == "crop":
-            position = max(position - 2, 100)
+            # What was overwritten is lost: only tokens appended since then can be taken back.
+            position = max(position - 2, first)
             store.crop(position)
             rows = [[entry for entry in row if entry[0] < position] for row in rows]
         elif change == "select":
@@ -113,7 +114,7 @@ def test_any_sequence_of_changes_leaves_what_lists_would_hold(kind, held, steps,
             store.write(keys, values, slots, added, step)
             rows = [sorted(row, key=lambda e: e[0])[1 - more :] for row, more in zip(rows, added.tolist(), strict=True)]
             rows = [[*row, *entries] for row, entries in zip(rows, new, strict=True)]
-            position += 1
+            position = first = position + 1
         elif all(len(row) > 1 for row in rows):
             oldest = torch.tensor([min(p for p, _, _ in row) for row in rows])
             store.vacate(store.positions == oldest[:, None])

@@ -117,7 +117,7 @@ def test_the_least_attended_entry_before_the_recent_ones_goes(count, ratio, rece
     check(HeavyHitter(recent=recent), [count], [ratio], place, lambda positions: by_position[positions.long()], seen)
 
 
-def test_a_row_whose_sequence_has_left_takes_its_first_slot():
+def test_a_row_whose_sequence_has_left_takes_a_vacant_slot():
     states = torch.zeros(2, 1, 1, 1)
     store = DenseStore.allocate([3, 3], states, states)
     store.fill(0, torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), torch.arange(3).expand(2, -1))
@@ -127,8 +127,8 @@ def test_a_row_whose_sequence_has_left_takes_its_first_slot():
     )
     steps = torch.tensor([1, 0])
     for rule in (Grow(), Sliding(sinks=1)):
-        slots, added = rule.slots(store, state, torch.tensor([3, 0]), steps)
-        assert (slots[1], added[1]) == (0, 0)
+        slots, _ = rule.slots(store, state, torch.tensor([3, -1], dtype=torch.int32), steps)
+        assert store.positions[1, slots[1]] == -1
 
 
 @pytest.mark.parametrize(("index", "position"), [(0, 0), (3, 6), (4, 50), (6, 52)])
@@ -140,7 +140,7 @@ def test_the_position_at_an_index_counts_coming_entries(index, position):
 
 
 def test_an_allowance_grows_with_tokens_and_by_whole_turns():
-    numbers = [torch.tensor([each], dtype=torch.float64) for each in (0.25, 3, 5)]
+    numbers = [torch.tensor([each], dtype=torch.float64) for each in (0.25, 8, 5)]
     state = EvictionState(*numbers, torch.zeros(1).long(), torch.zeros(1).int(), torch.zeros(1, 0))
     assert math.isclose(state.allowance(28), 0.25 * 20 + 5)
 
