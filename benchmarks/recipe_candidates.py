@@ -19,7 +19,7 @@ from rich.table import Table
 
 from sparsight import Recipe
 from sparsight.compression import AcrossHeads, Evict, Grow, PostVision, SparsityAware, Uniform
-from sparsight.compression.layer_statistics import KeepRatio, LayerStatistics
+from sparsight.compression.allocate import KeepRatio, LayerStatistics
 from sparsight.compression.score import Window
 from sparsight.eval.evaluator import EvaluationConfig, run_evaluation, weights_digest
 from sparsight.eval.result_store import ResultStore

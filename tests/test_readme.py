@@ -102,7 +102,7 @@ def test_the_batch_of_the_page_has_the_results_of_the_page(capsys: pytest.Captur
     assert len(results) == 4
     for expected in map(json.loads, shown.splitlines()):
         assert results[expected["id"]] | {"seconds": 0} == expected | {"seconds": 0}
-    assert "KV memory after compression   13.2% of the full cache" in capsys.readouterr().out
+    assert "KV memory, spare capacity included   13.2% of the full cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -104,6 +104,4 @@ def _bytes(cache: Any) -> tuple[int, int]:
     if not isinstance(cache, CompressedCache):
         occupied = sum(map(layer_bytes, cache.layers))
         return occupied, occupied
-    stores = [layer.store for layer in cache.compressed if layer.store is not None]
-    others = cache.nbytes - sum(layer.nbytes for layer in cache.compressed)
-    return cache.nbytes, others + sum(int(store.held.sum()) * store.token_bytes // len(store.held) for store in stores)
+    return cache.nbytes, cache.report().entry_bytes

@@ -10,8 +10,8 @@ from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
 from sparsight.cache.ragged_store import RaggedStore
 from sparsight.cache.step_metadata import writable
+from sparsight.compression.allocate import KeepRatio
 from sparsight.compression.eviction import EvictionState
-from sparsight.compression.layer_statistics import KeepRatio
 
 
 def by_head(ratios: Sequence[KeepRatio], heads: int) -> list[list[float]]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparsight.attention.function import is_causal, mark, override_attention, visible
+from sparsight.attention.interface import is_causal, mark, override_attention, visible
 from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.layer import CompressedLayer
@@ -341,6 +341,7 @@ class CompressedCache(Cache):
             kept=[store.by_head(layer.kept) for layer, store in compacted],
             held=[store.by_head(store.held.tolist()) for _, store in compacted],
             sparsity=self._sparsity,
+            entry_bytes=sum(layer.entry_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
         )

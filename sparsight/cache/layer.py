@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sparsight.attention.function import is_plain, own_attention, visible
+from sparsight.attention.interface import is_plain, own_attention, visible
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
 from sparsight.cache.kv_store import VACANT, KVStore
 from sparsight.cache.prefill import Prefill
 from sparsight.cache.step_metadata import StepMetadata, writable
+from sparsight.compression.allocate import KeepRatio
 from sparsight.compression.eviction import EvictionState, fitted
-from sparsight.compression.layer_statistics import KeepRatio
 from sparsight.compression.recipe import Recipe
 from sparsight.models.prompt import Prompt
 
@@ -360,6 +360,13 @@ class CompressedLayer(CacheLayerMixin):
         """Bytes that the layer's tensors occupy."""
         if self.store is not None:
             return self.store.nbytes
+        return 0 if self.prefill is None else self.prefill.nbytes
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the keys and values of the entries held."""
+        if self.store is not None:
+            return int(self.store.held.sum()) * self.store.token_bytes // len(self.store.held)
         return 0 if self.prefill is None else self.prefill.nbytes
 
     @property

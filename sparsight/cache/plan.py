@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsight.cache.prefill import Prefill
-from sparsight.compression.layer_statistics import KeepRatio, gather_to_cpu
+from sparsight.compression.allocate import KeepRatio, gather_to_cpu
 
 
 @dataclass(frozen=True)

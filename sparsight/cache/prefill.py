@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from sparsight.compression import PostVision
-from sparsight.compression.layer_statistics import LayerStatistics
+from sparsight.compression.allocate import LayerStatistics
+from sparsight.compression.attention_statistics import attend_and_sum, visible_pairs
 from sparsight.compression.recipe import Recipe
 from sparsight.compression.score import AttentionSums
-from sparsight.compression.statistics import attend_and_sum, visible_pairs
 from sparsight.models.prompt import Prompt
 
 

@@ -24,7 +24,8 @@ class Report:
         held: entries held now, by layer, sequence and KV head.
         sparsity: share of post-vision attention that the threshold filter zeroes, by layer and sequence; None where the
             recipe does not measure it.
-        bytes_held: bytes that the tensors of the cache occupy, room to grow included.
+        entry_bytes: bytes of the keys and values of the entries held.
+        bytes_held: bytes that the tensors of the cache occupy: entries, their positions, and spare capacity.
         full_bytes: bytes that the full cache's keys and values would occupy for the tokens seen.
     """
 
@@ -39,6 +40,7 @@ class Report:
     kept: list[list[list[int]]]
     held: list[list[list[int]]]
     sparsity: list[list[float]] | None
+    entry_bytes: int
     bytes_held: int
     full_bytes: int
 
@@ -54,18 +56,23 @@ class Report:
         """What the prefill's bound made different from a prefill without, a sentence each."""
         said = []
         if not self.exact:
-            said.append("Approximate: each chunk of the prompt saw only what the bound left of those before it.")
+            said.append("Approximate: each chunk of the prompt attended only to what the bound left of earlier chunks.")
         if self.cut_short:
             layers = ", ".join(map(str, self.cut_short))
             said.append(f"Cut short: fewer entries than planned were left by the bound in layers {layers}.")
         return said
 
+    def memory(self) -> str:
+        """Bytes of the entries held, against the full cache's, and what spare capacity adds."""
+        share = f"{self.entry_bytes / max(self.full_bytes, 1):.1%}"
+        spare = f"{mebibytes(self.bytes_held)} with spare capacity"
+        return f"{mebibytes(self.entry_bytes)} held of {mebibytes(self.full_bytes)} ({share}), {spare}"
+
     def __str__(self) -> str:
         prompt, vision = sum(self.prompt_tokens), sum(self.vision_tokens)
         lines = [
             f"{self.method} at {self.budget:.1%}: {prompt} prompt tokens, {vision} of them vision",
-            f"{mebibytes(self.bytes_held)} held, {mebibytes(self.full_bytes)} in the full cache "
-            f"({self.bytes_held / max(self.full_bytes, 1):.1%})",
+            self.memory(),
             *self.caveats(),
             "layer  kept per head   share  sparsity",
         ]
@@ -77,7 +84,7 @@ class Report:
 
 
 def mebibytes(count: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in MiB."""
     return f"{count / 2**20:.2f} MiB"
 
 

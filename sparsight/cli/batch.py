@@ -221,7 +221,7 @@ def table(summary: dict[str, Any]) -> Table:
     shown.add_row("new tokens", f"{summary['new_tokens']:,}")
     if summary["full_kv_bytes"]:
         share = summary["kv_bytes"] / summary["full_kv_bytes"]
-        shown.add_row("KV memory after compression", f"{share:.1%} of the full cache")
+        shown.add_row("KV memory, spare capacity included", f"{share:.1%} of the full cache")
     return shown
 
 

@@ -77,14 +77,14 @@ def main(
     compressed = answer(session, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
     report = cache.report()
     result = {"model": question.checkpoint.name, "method": recipe.name, "budget": recipe.budget}
-    result |= describe(compressed, report, report.kept_per_layer(), report.bytes_held)
+    result |= describe(compressed, report, report.kept_per_layer(), report.bytes_held, report.entry_bytes)
     result |= {"exact": report.exact, "cut_short": report.cut_short}
     if compare:
         full_cache: Any = DynamicCache(config=session.model.config.get_text_config(decoder=True))
         full = answer(session, full_cache, max_new_tokens, prefill_chunk)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in full_cache.layers)
         kept = [float(report.prompt_tokens[0])] * len(report.kept)
-        result["full"] = describe(full, report, kept, held) | {"full_kv_bytes": held}
+        result["full"] = describe(full, report, kept, held, held) | {"full_kv_bytes": held}
         result["agreement"] = agreement(compressed, full)
     if as_json:
         print(json.dumps(result))
@@ -93,7 +93,9 @@ def main(
         show(table(f"{recipe.name}, {recipe.budget * 100:.3g}%", result))
 
 
-def describe(answer: Answer, report: Report, kept_per_layer: list[float], kv_bytes: int) -> dict[str, Any]:
+def describe(
+    answer: Answer, report: Report, kept_per_layer: list[float], kv_bytes: int, entry_bytes: int
+) -> dict[str, Any]:
     """One run as plain data."""
     return {
         "text": answer.text,
@@ -102,6 +104,7 @@ def describe(answer: Answer, report: Report, kept_per_layer: list[float], kv_byt
         "vision_tokens": report.vision_tokens[0],
         "layers": report.layers,
         "kept_per_layer": kept_per_layer,
+        "entry_bytes": entry_bytes,
         "kv_bytes": kv_bytes,
         "full_kv_bytes": report.full_bytes,
         "prefill_seconds": answer.prefill_seconds,
@@ -137,7 +140,10 @@ ROWS = {
     "prompt tokens": lambda run: f"{run['prompt_tokens']:,}",
     "vision tokens": lambda run: f"{run['vision_tokens']:,}",
     "entries kept per layer, mean": _entries,
-    "KV memory": lambda run: f"{mebibytes(run['kv_bytes'])} ({run['kv_bytes'] / run['full_kv_bytes']:.1%})",
+    "KV memory of the entries": lambda run: (
+        f"{mebibytes(run['entry_bytes'])} ({run['entry_bytes'] / run['full_kv_bytes']:.1%})"
+    ),
+    "with spare capacity": lambda run: mebibytes(run["kv_bytes"]),
     "time to first token": lambda run: f"{run['prefill_seconds']:.2f} s",
     "tokens per second": _speed,
     "new tokens": lambda run: f"{run['new_tokens']:,}",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsight.cache import CompressedCache
-from sparsight.cache.report import Report, mebibytes
+from sparsight.cache.report import Report
 from sparsight.cli import options
 from sparsight.cli.answer import answer
 from sparsight.cli.output import check_file, writing
@@ -103,7 +103,7 @@ def summary(report: Report) -> str:
     mean = sum(report.kept_per_layer()) / len(report.kept)
     return (
         f"{report.prompt_tokens[0]:,} prompt tokens, {report.vision_tokens[0]:,} of them vision; a layer keeps "
-        f"{mean:,.1f} entries on average; KV memory {mebibytes(report.bytes_held)} of {mebibytes(report.full_bytes)}"
+        f"{mean:,.1f} entries on average; KV memory {report.memory()}"
     )
 
 
@@ -118,6 +118,7 @@ def describe(output: Path, tiles: list[Tile], kept: Kept, report: Report) -> dic
         "layers": report.layers,
         "kept_per_layer": report.kept_per_layer(),
         "sparsity_per_layer": kept.sparsity,
+        "entry_bytes": report.entry_bytes,
         "kv_bytes": report.bytes_held,
         "full_kv_bytes": report.full_bytes,
         "tiles": [{"name": tile.name, "rows": len(tile.tokens), "columns": tile.tokens.shape[1]} for tile in tiles],

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsight.compression.allocate import water_fill
-from sparsight.compression.layer_statistics import KeepRatio, LayerStatistics, gather_to_cpu
+from sparsight.compression.allocate import KeepRatio, LayerStatistics, gather_to_cpu, water_fill
 from sparsight.utils import checks
 
 

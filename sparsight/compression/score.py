@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.compression.statistics import attention_sums
+from sparsight.compression.attention_statistics import attention_sums
 from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
@@ -44,7 +44,7 @@ class AttentionSums:
         visible: Tensor | None,
         places: Tensor | None,
     ) -> Tensor | None:
-        """Add :func:`~sparsight.compression.statistics.attention_sums` of some queries.
+        """Add :func:`~sparsight.compression.attention_statistics.attention_sums` of some queries.
 
         ``places`` ``[H_kv, n]`` says where the keys are in the sequence, if they are not its first.
 

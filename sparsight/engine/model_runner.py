@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from sparsight.attention.function import AttributeOverride
+from sparsight.attention.interface import AttributeOverride
 from sparsight.cache import CompressedCache
 from sparsight.compression.recipe import Recipe
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsight.compression import VisualHeads
+from sparsight.compression.attention_statistics import attention_sums, visible_pairs
 from sparsight.compression.recipe import Recipe
 from sparsight.compression.reduce import top_positions
-from sparsight.compression.statistics import attention_sums, visible_pairs
 from sparsight.eval.prefill_snapshot import PrefillSnapshot, States
 from sparsight.eval.significance import bootstrap_interval
 from sparsight.methods import RECIPES, recipe

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsight.attention.function import is_causal, visible
+from sparsight.attention.interface import is_causal, visible
 from sparsight.cache import CompressedCache
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.prefill import Prefill

@@ -2,7 +2,7 @@ import json
 
 from sparsight import CompressedCache, ElasticCache, VLCache
 from tests.support import models
-from tests.support.models import ONE_IMAGE, THREE_IMAGES
+from tests.support.models import NO_IMAGE, ONE_IMAGE, THREE_IMAGES
 
 
 def reported(recipe):
@@ -23,6 +23,8 @@ def test_the_report_counts_entries_by_layer_sequence_and_head():
     assert report.kept_per_layer()[0] == (report.kept[0][0][0] + report.kept[0][1][0]) / 2
     assert 0 < min(map(min, report.sparsity)) <= max(map(max, report.sparsity)) < 1
     assert json.loads(json.dumps(report.to_dict()))["bytes_held"] == report.bytes_held
+    heads = [count for layer in report.held for sequence in layer for count in sequence]
+    assert report.entry_bytes == sum(heads) * 2 * 16 * 4 < report.bytes_held
 
 
 def test_the_printed_report_shows_shares_and_sparsity():
@@ -37,3 +39,14 @@ def test_before_the_prompt_nothing_is_held():
     report = CompressedCache(model, VLCache(), inputs).report()
     assert (report.bytes_held, report.full_bytes, report.tokens_seen) == (0, 0, 0)
     assert "0.00 MiB held" in str(report)
+
+
+def test_the_share_is_that_of_the_entries_however_short_the_prompt():
+    model, inputs = models.model("llava"), models.inputs("llava", NO_IMAGE)
+    cache = CompressedCache(model, VLCache(budget=0.5), inputs)
+    models.generate(model, inputs, 1, past_key_values=cache)
+    report = cache.report()
+    assert report.bytes_held > 0.5 * report.full_bytes
+    share = report.entry_bytes / report.full_bytes
+    assert abs(share - 0.5) < 0.03
+    assert f"({share:.1%})" in str(report)

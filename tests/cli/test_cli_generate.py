@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from sparsight import CompressedCache, recipe
+from sparsight.cache.report import mebibytes
 from sparsight.cli import generate, session
 from sparsight.cli.answer import Answer, agreement
 from sparsight.cli.options import DEFAULT_METHOD
@@ -21,6 +22,7 @@ KEYS = {
     "vision_tokens",
     "layers",
     "kept_per_layer",
+    "entry_bytes",
     "kv_bytes",
     "full_kv_bytes",
     "prefill_seconds",
@@ -123,7 +125,7 @@ def test_chunks_change_the_answer_only_under_a_bound_which_is_reported(
     assert bounded["cut_short"] == [0]
     code, out, _ = run(*arguments, "--prefill-chunk", 8, "--prefill-bound", 1, "--allocate", "pyramid")
     assert code == 0
-    assert "\nApproximate: each chunk of the prompt saw only what the bound left of those before it.\n" in out
+    assert "\nApproximate: each chunk of the prompt attended only to what the bound left of earlier chunks.\n" in out
     assert "\nCut short: fewer entries than planned were left by the bound in layers 0.\n" in out
     assert "Approximate" not in run(*arguments)[1]
 
@@ -155,7 +157,9 @@ def test_the_answer_is_shown_before_a_table_of_its_figures(
     mean = sum(cache.report().kept_per_layer()) / tiny.LAYERS
     assert shown["entries kept per layer, mean"] == f"{mean:.1f} ({mean / 31:.1%})"
     assert shown["new tokens"] == "12"
-    assert shown["KV memory"].endswith("%)")
+    report = cache.report()
+    assert shown["KV memory of the entries"].endswith(f"({report.entry_bytes / report.full_bytes:.1%})")
+    assert shown["with spare capacity"] == mebibytes(report.bytes_held)
     assert float(shown["tokens per second"].replace(",", "")) > 0
 
 

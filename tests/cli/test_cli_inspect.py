@@ -85,6 +85,7 @@ def test_the_plot_and_the_json_show_what_the_cache_keeps(
         "layers": report.layers,
         "kept_per_layer": report.kept_per_layer(),
         "sparsity_per_layer": drawn.kept.sparsity,
+        "entry_bytes": report.entry_bytes,
         "kv_bytes": report.bytes_held,
         "full_kv_bytes": report.full_bytes,
         "tiles": [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.compression import Pyramid, SharedMass, SparsityAware, Uniform
-from sparsight.compression.layer_statistics import LayerStatistics
+from sparsight.compression.allocate import LayerStatistics
 from tests.support import reference
 
 

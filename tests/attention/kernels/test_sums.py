@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sparsight.compression import statistics
-from sparsight.compression.statistics import visible_pairs
+from sparsight.compression import attention_statistics
+from sparsight.compression.attention_statistics import visible_pairs
 from tests.attention.kernels.conftest import DEVICE
-from tests.compression.test_statistics import brute_force, random_states
+from tests.compression.test_attention_statistics import brute_force, random_states
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
 from sparsight.attention.kernels import sums as kernel
@@ -21,7 +21,7 @@ def both(query, key, scaling, threshold, visible=None):
     """Sums and survivors by the kernel and by torch, on the CPU."""
     given_ = [None if each is None else each.to(DEVICE) for each in (query, key, visible)]
     ours = kernel.attention_sums(given_[0], given_[1], scaling, threshold, given_[2])
-    return [each.cpu() for each in ours], statistics._blocked_sums(
+    return [each.cpu() for each in ours], attention_statistics._blocked_sums(
         query, key, scaling, threshold, query.shape[1], visible
     )
 

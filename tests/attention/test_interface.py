@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from sparsight.attention import function
-from sparsight.attention.function import is_causal
+from sparsight.attention import interface
+from sparsight.attention.interface import is_causal
 
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("past", [0, 3])
 def test_a_mask_is_causal_if_every_token_sees_all_tokens_up_to_its_own(monkeypatch, past, rows, eager):
-    monkeypatch.setattr(function, "MASK_ROWS", rows)
+    monkeypatch.setattr(interface, "MASK_ROWS", rows)
     tokens = 9 + past
     # The prompt ends before the last token; the second sequence is padded.
     valid = torch.ones(2, tokens - 1, dtype=torch.bool)

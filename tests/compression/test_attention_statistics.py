@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from sparsight.compression import statistics
-from sparsight.compression.statistics import attend_and_sum, attention_sums
+from sparsight.compression import attention_statistics
+from sparsight.compression.attention_statistics import attend_and_sum, attention_sums
 from tests.support import reference
 from tests.support.memory import PeakMemory
 
@@ -58,7 +58,7 @@ def test_sums_and_zeroed_weights_equal_the_full_matrix(kv_heads, group, keys, ro
 
 @pytest.mark.parametrize("rows", [1, 33, 300])
 def test_two_passes_over_blocks_of_keys_equal_the_full_matrix(rows, monkeypatch):
-    monkeypatch.setattr(statistics, "BLOCK_KEYS", 64)
+    monkeypatch.setattr(attention_statistics, "BLOCK_KEYS", 64)
     query, key = random_states(4, 2, rows, 300, 16, torch.float32)
     sums, zeroed = attention_sums(query, key, 0.25, threshold=0.05)
     expected_sums, expected_zeroed = brute_force(query, key, 0.25, 0.05)
@@ -83,9 +83,9 @@ def test_one_pass_gives_the_attention_and_what_two_passes_tell_of_it(
     query, key = random_states(kv_heads * group, kv_heads, rows, keys, 8, dtype, seed)
     value = random_states(1, kv_heads, 1, keys, 12, dtype, seed + 1)[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "BLOCK_KEYS", block_keys)
-        patch.setattr(statistics, "BLOCK_ROWS", 2)
-        patch.setattr(statistics, "BLOCK_ELEMENTS", block_elements)
+        patch.setattr(attention_statistics, "BLOCK_KEYS", block_keys)
+        patch.setattr(attention_statistics, "BLOCK_ROWS", 2)
+        patch.setattr(attention_statistics, "BLOCK_ELEMENTS", block_elements)
         attended, sums, zeroed = attend_and_sum(query, key, value, 0.3, 0.01, counted)
     logits = query.double() @ key.double().repeat_interleave(group, dim=0).mT * 0.3
     attention = logits.masked_fill(torch.ones(rows, keys).triu(keys - rows + 1).bool(), -torch.inf).softmax(-1)
@@ -145,11 +145,11 @@ def test_sums_over_the_keys_that_each_query_sees_equal_the_full_matrix(kv_heads,
     visible = torch.rand(rows, keys, generator=torch.Generator().manual_seed(seed)) < 0.5
     visible[torch.arange(rows), torch.arange(rows)] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "BLOCK_KEYS", block_keys)
+        patch.setattr(attention_statistics, "BLOCK_KEYS", block_keys)
         sums, zeroed = attention_sums(query, key, 0.5, threshold=0.02, visible=visible)
     logits = query @ key.repeat_interleave(group, dim=0).mT * 0.5
     attention = torch.where(visible, logits, -torch.inf).softmax(-1)
     assert_close(sums.double(), reference.column_sums(attention, list(range(rows)), kv_heads), rtol=1e-5, atol=1e-5)
     low = attention < 0.02 * attention.amax(-1, keepdim=True)
     assert abs(zeroed.item() - int((low & visible).sum())) <= 1
-    assert statistics.visible_pairs(rows, keys, visible) == visible.sum()
+    assert attention_statistics.visible_pairs(rows, keys, visible) == visible.sum()
