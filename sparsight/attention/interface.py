@@ -1,4 +1,4 @@
-"""The one attention function that transformers calls, and the lease that switches a model to it.
+"""The one attention function that transformers calls, and the override that switches a model to it.
 
 Keys that come out of a :class:`~sparsight.CompressedCache` carry the cache's own attention with them; all other keys go
 to the model's attention as if this function were not there. So nothing is shared between caches, models or threads.
@@ -19,16 +19,16 @@ PREFIX = "sparsight_"
 ATTEND = "_sparsight_attend"
 
 MASK_ROWS = 256
-"""Rows of a mask that are looked at together."""
+"""Rows of a mask that are compared at a time: masks are large."""
 
-# One lease a config, however many caches use it. The lock is re-entrant because a lease may be collected, and its
-# config restored, while another is being taken.
+# One override per config, shared by its caches. The lock is re-entrant because an override may be collected, and its
+# config restored, while another is being made.
 _overrides: "weakref.WeakValueDictionary[int, AttentionOverride]" = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
 def mark(key: Tensor, attend: Callable[..., Any]) -> Tensor:
-    """A view of ``key`` that tells :func:`attention` to call ``attend``."""
+    """A view of ``key`` for which :func:`attention` calls ``attend``."""
     marked = key.view_as(key)
     setattr(marked, ATTEND, attend)
     return marked
@@ -79,7 +79,6 @@ def is_causal(mask: Tensor | None, valid: Tensor) -> bool:
     count, keys = mask.shape[-2:]
     valid = functional.pad(valid[:, :keys], (0, max(keys - valid.shape[1], 0)), value=True).to(mask.device)
     differ = []
-    # Some rows at a time: masks are large.
     for first in range(keys - count, keys, MASK_ROWS):
         seen = visible(mask[:, 0, first - keys + count :][:, :MASK_ROWS])
         rows = seen.shape[1]
@@ -89,9 +88,9 @@ def is_causal(mask: Tensor | None, valid: Tensor) -> bool:
 
 
 def is_plain(module: Any, *states: Tensor, **kwargs: Any) -> bool:
-    """Whether the model's attention, of these queries, keys and values, is sdpa on a CPU without dropout or gradients.
+    """Whether the model's attention over these states is sdpa on a CPU without dropout or gradients.
 
-    Whether it is causal the mask tells, if there is one.
+    If there is a mask, it says whether attention is causal (see :func:`is_causal`).
     """
     return (
         module.config._attn_implementation.removeprefix(PREFIX) == "sdpa"
@@ -104,7 +103,7 @@ def is_plain(module: Any, *states: Tensor, **kwargs: Any) -> bool:
 
 
 class AttributeOverride:
-    """An object as it is but for some attributes."""
+    """An object with some attributes replaced."""
 
     def __init__(self, target: Any, **attributes: Any) -> None:
         self.__dict__.update(attributes, _target=target)
@@ -114,7 +113,7 @@ class AttributeOverride:
 
 
 class AttentionOverride:
-    """Keeps the language part of a model switched to :func:`attention` for as long as a cache holds the lease."""
+    """Keeps the language part of a model switched to :func:`attention` while a cache holds a reference to it."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
@@ -126,7 +125,7 @@ class AttentionOverride:
 
 
 def override_attention(config: PreTrainedConfig) -> AttentionOverride:
-    """Switch the language part of a model, by its config, to :func:`attention` until the lease's last holder is gone.
+    """Switch the language part of a model, by its config, to :func:`attention` until the last reference is gone.
 
     Raises:
         ValueError: the model's own attention is neither sdpa, eager nor a flash attention.
@@ -149,7 +148,7 @@ def override_attention(config: PreTrainedConfig) -> AttentionOverride:
 
 
 def _restore(config: PreTrainedConfig) -> None:
-    """Give a model its own attention back, unless it has been leased again or given another meanwhile."""
+    """Restore a model's own attention, unless it has been overridden again or replaced in the meantime."""
     with _lock:
         if id(config) not in _overrides and config._attn_implementation.startswith(PREFIX):
             config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)

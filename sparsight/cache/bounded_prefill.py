@@ -1,4 +1,4 @@
-"""One layer during a prefill that holds no more of the prompt than a multiple of the budget."""
+"""Statistics of a prefill whose memory is bounded: each layer holds at most a multiple of the budget."""
 
 import math
 
@@ -35,7 +35,8 @@ def check_cuts(recipe: Recipe, *, causal: bool) -> None:
     if waits or not causal:
         why = f"score {recipe.score.kind!r} needs all of it" if waits else "the model lets tokens attend to later ones"
         raise ValueError(
-            f"A prompt in chunks cannot be cut between them, since {why}: give it whole, or leave prefill_bound out."
+            f"A prompt in chunks cannot be cut between them, since {why}: give it in one piece, or leave prefill_bound "
+            "out."
         )
 
 
@@ -110,7 +111,7 @@ class BoundedPrefill(Prefill):
                 chosen = self.recipe.reduce.select(score.gather(1, places), self.allowances[sequence])
                 kept = *self.recipe.reduce.apply(keys, values, chosen), places.gather(1, chosen)
             else:
-                # A view would keep the whole batch alive.
+                # A view would keep the batch in memory.
                 kept = keys.clone(), values.clone(), places
             remaining.append(kept)
         self.remaining = remaining

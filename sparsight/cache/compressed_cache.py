@@ -28,33 +28,34 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of transformers' attention functions that change the weights in ways the statistics do not know."""
 
 LINEAR_STATES = ("conv_states", "recurrent_states")
-"""What transformers' linear attention layers remember."""
+"""States of transformers' linear attention layers."""
 
 
 class CompressedCache(Cache):
     """A KV cache that keeps a budget of the prompt's entries.
 
-    It observes the prefill, plans what every layer keeps, compacts, and serves decoding from what it kept::
+    It gathers statistics during the prefill, plans what every layer keeps, compacts, and decodes over what it kept::
 
         cache = CompressedCache(model, VLCache(budget=0.1), inputs)
         output = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         print(cache.report())
 
-    A second ``generate`` with the same cache and more tokens continues the conversation: the new turn's entries are
-    added as they are. Layers with a sliding window or linear attention are bounded already and stay as they are.
+    A second ``generate`` with the same cache and more tokens continues the conversation: the entries of the new turn
+    are added uncompressed. Layers with a sliding window or linear attention are bounded already and are left unchanged.
 
     Args:
         model: an unmodified transformers model. While the cache lives, attention of its language part goes through
-            Sparsight, which leaves everything but this cache's own calls to the model's attention.
+            Sparsight, which forwards every call except this cache's own to the model's attention.
         recipe: the method and its numbers.
-        inputs: what the processor returned for the prompts, as they will be given to ``generate``.
-        max_new_tokens: make room for so many tokens after the prompt, and after each new turn, where their addresses
-            stay: then ``generate`` compiles decoding on a GPU, as it does with transformers' own static cache
-            (see also :func:`sparsight.generate`, which chunks of a prompt need there). An answer that is continued
-            without a new turn counts from its beginning. Storage grows as it needs to if None.
-        prefill_bound: to bound the peak of memory, cut each layer to so many times the budget as soon as it has seen
-            the prompt; the outcome is the same, but in layers that were planned more. A prompt that comes in chunks
-            (``prefill_chunk_size``) is cut after each of them, which is approximate. The report tells of both.
+        inputs: the processor's output for the prompts, as it will be given to ``generate``.
+        max_new_tokens: allocate static storage for this many tokens after the prompt, and after each new turn. Then
+            ``generate`` compiles decoding on a GPU, as with transformers' own static cache; use
+            :func:`sparsight.generate` for prompts in chunks. An answer that is continued without a new turn counts from
+            its beginning. If None, storage grows as needed.
+        prefill_bound: bound peak memory by cutting each layer to this multiple of the budget as soon as it has seen the
+            prompt. The result is the same except in layers for which more was planned. A prompt in chunks
+            (``prefill_chunk_size``) is cut after each chunk, which is approximate. The report says where either
+            happened.
 
     Raises:
         ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a batch
@@ -73,7 +74,7 @@ class CompressedCache(Cache):
         if max_new_tokens is not None:
             checks.count("max_new_tokens", max_new_tokens, least=1)
         if not isinstance(recipe, Recipe):
-            raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got {recipe!r}.")
+            raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got a {type(recipe).__name__}.")
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
         language = _language_part(model)
@@ -106,10 +107,10 @@ class CompressedCache(Cache):
 
     @classmethod
     def join(cls, caches: Sequence["CompressedCache"]) -> "CompressedCache":
-        """One cache of the sequences of several, so that prompts which were compressed one by one decode together.
+        """One cache of the sequences of several, so that prompts that were compressed one by one decode together.
 
-        It is as if the prompts had been given together, padded on the left to the longest. The caches are used up: they
-        wait for their prompts again, so that no more than one layer is ever held twice.
+        The result is that of one batch, padded on the left to the longest prompt. The given caches are emptied layer by
+        layer, so that at most one layer is in memory twice.
 
         Raises:
             ValueError: the caches are of several models or recipes, or have not seen their prompts or more than that.
@@ -168,9 +169,11 @@ class CompressedCache(Cache):
 
     def _check_prompt(self, layer: CompressedLayer, batch: int, count: int) -> None:
         """Raise ValueError unless ``count`` tokens of ``batch`` sequences can be (the next part of) the prompt."""
-        rows, length = self.prompt.vision_mask.shape
-        if batch % rows or (layer.seen and batch != rows):
-            raise ValueError(f"The cache was made for inputs of {rows} sequences, but the model was given {batch}.")
+        sequences, length = self.prompt.vision_mask.shape
+        if batch % sequences or (layer.seen and batch != sequences):
+            raise ValueError(
+                f"The cache was made for inputs of {sequences} sequences, but the model was given {batch}."
+            )
         seen = layer.seen + count
         # Decoding has begun too early, or the prompt is too long (assisted generation adds its candidates to it).
         if (count == 1 and seen < length) or (seen > length and not layer.record_past):
@@ -179,9 +182,9 @@ class CompressedCache(Cache):
                 f"The cache was made for inputs of {length} tokens, but the model was given {given}: "
                 "make a cache for each prompt, or reset() this one to start over."
             )
-        if batch != rows:
+        if batch != sequences:
             # Beam search and several return sequences repeat each prompt.
-            self._start(self.prompt.select([row for row in range(rows) for _ in range(batch // rows)]))
+            self._start(self.prompt.select([each for each in range(sequences) for _ in range(batch // sequences)]))
 
     def _attend(
         self, layer: CompressedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
@@ -248,28 +251,28 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by those at ``beam_idx``, in that order, for beam search."""
-        self._select_rows(beam_idx)
+        self._select_sequences(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at ``indices``."""
-        self._select_rows(indices)
+        self._select_sequences(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times in a row."""
-        self._select_rows(torch.arange(len(self.prompt.spans)).repeat_interleave(repeats))
+        self._select_sequences(torch.arange(len(self.prompt.spans)).repeat_interleave(repeats))
 
-    def _select_rows(self, indices: Any) -> None:
+    def _select_sequences(self, indices: Any) -> None:
         index = torch.as_tensor(indices).cpu()
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
-        rows = index.tolist()
-        self.prompt = self.prompt.select(rows)
+        sequences = index.tolist()
+        self.prompt = self.prompt.select(sequences)
         if self._sparsity is not None:
-            self._sparsity = [[layer[row] for row in rows] for layer in self._sparsity]
+            self._sparsity = [[layer[sequence] for sequence in sequences] for layer in self._sparsity]
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
-                layer.select_rows(self.prompt, index)
+                layer.select(self.prompt, index)
             else:
-                layer.reorder_cache(torch.LongTensor(rows))
+                layer.reorder_cache(torch.LongTensor(sequences))
 
     def reset(self) -> None:
         """Forget everything: the cache waits for its prompt again."""
@@ -307,11 +310,13 @@ class CompressedCache(Cache):
         return store.entries(sequence * store.heads + head)
 
     def _store(self, layer: int) -> KVStore:
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"There is no layer {layer}: the model has layers 0 to {len(self.layers) - 1}.")
         found = self.layers[layer]
         if not isinstance(found, CompressedLayer):
             raise ValueError(f"Layer {layer} is not compressed: it is not one of plain full attention.")
         if found.store is None:
-            raise ValueError("Nothing is compressed yet: the model has not seen the whole prompt.")
+            raise ValueError("Nothing is compressed yet: the model has not processed the complete prompt.")
         return found.store
 
     @property

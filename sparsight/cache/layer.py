@@ -263,7 +263,7 @@ class CompressedLayer(CacheLayerMixin):
         return self.recipe.decode.croppable
 
     def activate_past_recording(self) -> None:
-        """Expect candidates that may be taken back; refused where they could not be."""
+        """Prepare for candidate tokens that may be cropped; refused where the decode rule cannot crop."""
         if not self.is_croppable:
             self._refuse_crop()
         if self.bound is not None:
@@ -302,14 +302,16 @@ class CompressedLayer(CacheLayerMixin):
             "assisted generation and crop need a recipe whose decode rule is 'grow'."
         )
 
-    def select_rows(self, prompt: Prompt, index: Tensor) -> None:
+    def select(self, prompt: Prompt, index: Tensor) -> None:
         """Replace the sequences by those at ``index``, a tensor on the CPU, whose prompts are ``prompt``.
 
         Raises:
             ValueError: the prompt has been seen in part only.
         """
         if self.prefill is not None:
-            raise ValueError("The sequences of a cache cannot be reordered before it has seen the whole prompt.")
+            raise ValueError(
+                "The sequences of a cache cannot be reordered before the prompt is complete."
+            )
         self.prompt = prompt
         self.sync_lengths()
         if self.store is not None and self.eviction is not None:

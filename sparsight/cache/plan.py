@@ -23,7 +23,7 @@ class Plan:
 
 
 def make_plan(prefills: Sequence[Prefill]) -> Plan:
-    """The plan of a recipe for layers that have seen the whole prompt; waits for a GPU a constant number of times."""
+    """The plan for layers that have seen the complete prompt; waits for the GPU a constant number of times."""
     for prefill in prefills:
         prefill.finish()
     counts = gather_to_cpu(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)

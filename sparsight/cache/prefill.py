@@ -137,7 +137,7 @@ class Prefill:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Turn what was accumulated into scores, once the whole prompt has been observed."""
+        """Turn what was accumulated into scores, once the prompt is complete."""
         self.scores = [self._score(sequence) for sequence in range(len(self.prompt.spans))]
         self.attention = []
 

@@ -70,6 +70,8 @@ class Report:
 
     def __str__(self) -> str:
         prompt, vision = sum(self.prompt_tokens), sum(self.vision_tokens)
+        if not self.tokens_seen:
+            return f"{self.method} at {self.budget:.1%}: no token of the prompt has been processed yet"
         lines = [
             f"{self.method} at {self.budget:.1%}: {prompt} prompt tokens, {vision} of them vision",
             self.memory(),

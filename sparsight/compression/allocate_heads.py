@@ -36,7 +36,7 @@ class AcrossHeads:
         length = layers[0].score.shape[1]
         equal = max(1, round(budget * length))
         chosen = gather_to_cpu(self._chosen(layer, equal) for layer in layers).tolist()
-        counts = (whole([self.floor * equal + (1 - self.floor) * best for best in heads]) for heads in chosen)
+        counts = (round_to_sum([self.floor * equal + (1 - self.floor) * best for best in heads]) for heads in chosen)
         return [[count / length for count in heads] for heads in counts]
 
     def _chosen(self, layer: LayerStatistics, equal: int) -> Tensor:
@@ -100,8 +100,8 @@ class VisualHeads:
         return (least + (1 - least) * rest).view_as(scores).tolist()
 
 
-def whole(numbers: Sequence[float]) -> list[int]:
-    """Whole numbers near ``numbers`` with the same sum, itself whole: the largest remainders are rounded up."""
+def round_to_sum(numbers: Sequence[float]) -> list[int]:
+    """Integers near ``numbers`` with the same sum, itself an integer: the largest remainders are rounded up."""
     floors = [math.floor(number) for number in numbers]
     by_remainder = sorted(range(len(floors)), key=lambda index: floors[index] - numbers[index])
     for index in by_remainder[: round(sum(numbers) - sum(floors))]:

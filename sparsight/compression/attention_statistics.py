@@ -54,7 +54,7 @@ def attention_sums(
 def attend_and_sum(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, threshold: float | None = None, counted: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Causal attention, and what :func:`attention_sums` tells about it, in one pass.
+    """Causal attention, and what :func:`attention_sums` returns for it, in one pass.
 
     Args:
         query: ``[H, R, D]``, after RoPE: the queries of the last ``R`` of the ``S`` positions.
@@ -108,7 +108,7 @@ def _blocked_sums(
         heads = slice(head, head + head_step)
         states, values = key[heads], value[heads] if value is not None else None
         if keys <= BLOCK_KEYS:
-            # What every block takes whole is converted once.
+            # Every block reads all keys: they are converted once.
             states, values = states.float(), values.float() if values is not None else None
         for block in blocks:
             queries = (query[heads, :, block].float() * scaling).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The score of AirCache, whose observation window is known only when the whole prompt is."""
+"""The score of AirCache, whose observation window is known only once the prompt is complete."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -44,7 +44,7 @@ class Recipe:
         if self.allocate.head_wise and not self.reduce.per_head:
             raise ValueError(
                 f"Allocation {self.allocate.kind!r} gives each KV head its own number of entries, but under reduction "
-                f"{self.reduce.kind!r} as it is set the heads share one choice: give the reduction per_head=True, or "
+                f"{self.reduce.kind!r} as configured the heads share one choice: give the reduction per_head=True, or "
                 "take another."
             )
 
@@ -52,7 +52,7 @@ class Recipe:
         """The recipe with other parts, by role and kind, with their default numbers.
 
         ``VLCache().combined(reduce="merge-nearest")`` is VL-Cache that merges what it would evict. Its name then
-        tells what it was made of. None keeps a role's part.
+        lists the parts. None keeps a role's part.
 
         Raises:
             ValueError: a role has no part of that kind.

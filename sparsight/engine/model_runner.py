@@ -1,4 +1,4 @@
-"""Decode steps that are recorded once: as a CUDA graph, or compiled for a CPU."""
+"""Generation with captured decode steps: a CUDA graph on a GPU, a compiled step on a CPU."""
 
 from collections.abc import Callable, Mapping
 from functools import cache as once
@@ -24,45 +24,42 @@ def generate(
     compile: bool = False,
     **options: Any,
 ) -> Any:
-    """Answer through a compressed cache, on a GPU with decode steps that are recorded once and replayed.
+    """Generate with a compressed cache; on a GPU the decode step is captured once in a CUDA graph and replayed.
 
-    It is ``model.generate(**inputs, past_key_values=CompressedCache(model, recipe, inputs), ...)``, with the same
-    tokens::
+    The tokens are those of ``model.generate(**inputs, past_key_values=CompressedCache(model, recipe, inputs), ...)``::
 
         tokens = sparsight.generate(model, inputs, VLCache(budget=0.1), max_new_tokens=100)
 
-    Models with layers that are bounded already (a sliding window, linear attention) and models that are spread over
-    several devices decode as ever.
+    Models with sliding-window or linear attention layers, and models spread over several devices, decode without one.
 
     Args:
         model: an unmodified transformers model.
         inputs: what the processor returned for the prompts.
         recipe: the method and its numbers.
         max_new_tokens: the longest answer.
-        compile: on a CPU, compile the decode step, once for each batch size, with weights reordered for products with
-            few rows. That takes minutes for billions of weights, and their memory a second time for as long as the
-            process runs; many answers may be worth it. It needs a C++ compiler.
+        compile: on a CPU, compile the decode step, once per batch size, with weights packed for products with few rows.
+            This takes minutes for billions of weights and keeps them in memory twice until the process ends, which
+            pays off over many answers. It needs a C++ compiler.
         options: further arguments of ``model.generate``.
 
     Returns:
-        What ``model.generate`` returns: token ids ``[B, T + n]``, the prompts' included; with
-        ``return_dict_in_generate=True`` the cache is its ``past_key_values``, whose ``report()`` tells what was held.
+        What ``model.generate`` returns: token ids ``[B, T + n]``, prompts included. With
+        ``return_dict_in_generate=True`` its ``past_key_values`` is the cache, whose ``report()`` says what was held.
 
     Raises:
-        ValueError: the cache or ``model.generate`` refuse their arguments, there is no C++ compiler to compile with, or
-            they ask for beams or an assistant where steps are recorded, which go through ``model.generate`` and a
-            :class:`CompressedCache`.
+        ValueError: the cache or ``model.generate`` refuses an argument, a C++ compiler is missing, or the options ask
+            for beams or an assistant: give ``model.generate`` a :class:`CompressedCache` for those.
     """
+    if (options.get("num_beams") or 1) > 1 or options.get("assistant_model") is not None:
+        raise _one_token_at_a_time()
     cache = CompressedCache(model, recipe, inputs, static_capacity(model, max_new_tokens, compile=compile))
     options |= capture_options(cache, options.get("streamer"))
-    if "custom_generate" in options and options.get("assistant_model") is not None:
-        raise _not_one_by_one()
     answer: Any = model.generate
     return answer(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
 
 
 def static_capacity(model: PreTrainedModel, tokens: int, *, compile: bool = False) -> int | None:
-    """``max_new_tokens`` of a cache: as many where decode steps are recorded, or on a CPU compiled; None elsewhere.
+    """``max_new_tokens`` of a cache: ``tokens`` where decode steps are captured or compiled, otherwise None.
 
     Raises:
         ValueError: there is no C++ compiler to compile with.
@@ -76,25 +73,25 @@ def static_capacity(model: PreTrainedModel, tokens: int, *, compile: bool = Fals
 
 
 def capture_options(cache: Cache, streamer: Any = None) -> dict[str, Any]:
-    """Arguments of ``model.generate`` with which a cache's decode steps are recorded, if they can be."""
+    """Arguments of ``model.generate`` that capture a cache's decode steps, if they can be captured."""
     if not (isinstance(cache, CompressedCache) and cache.is_compileable):
         return {}
-    # transformers does not hand a streamer on to a function of one's own.
+    # transformers does not pass a streamer on to a custom function.
     return {"custom_generate": partial(_sample, streamer=streamer)}
 
 
 def decode_step(model: PreTrainedModel) -> Callable[..., Any]:
-    """A model's pass over one new token of every sequence, recorded as its device does it."""
+    """A function that runs a model on one new token of every sequence: a CUDA graph on a GPU, compiled on a CPU."""
     return ModelRunner(model) if model.device.type == "cuda" else partial(compiled_step, model)
 
 
 def compiled_step(model: PreTrainedModel, **inputs: Any) -> Any:
-    """What ``model(**inputs)`` returns for one new token of every sequence, as torch.compile makes it for a CPU."""
+    """``model(**inputs)`` for one new token of every sequence, by torch.compile for a CPU."""
     from torch._inductor import config as weights
     from torch.fx.experimental import _config as shapes
 
-    # Frozen weights are constants, which oneDNN reorders; sizes that happen to be equal need not stay so.
-    with weights.patch(freezing=True), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # made at run time
+    # Frozen weights are constants that oneDNN can pack; sizes that are equal by chance may differ later.
+    with weights.patch(freezing=True), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # defined at run time
         return _compiled()(model, _without_mask(inputs))
 
 
@@ -116,23 +113,23 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of a decode step with a mask that is not looked at.
+    """Inputs of a decode step with a mask that is ignored: the cache knows which slots are occupied.
 
-    What can be seen the cache's entries tell. A mask would grow with every token, and without one the model makes its
-    own, unless it has as many dimensions as that.
+    A real mask would grow with every token. Without a mask the model builds one, unless it is given one of four
+    dimensions.
     """
     tokens = inputs["input_ids"]
     return inputs | {"attention_mask": tokens.new_ones(len(tokens), 1, 1, 1, dtype=torch.bool)}
 
 
 class ModelRunner:
-    """A model's pass over one new token of every sequence, recorded the second time and replayed from then on.
+    """Runs a model on one new token of every sequence: the second call captures a CUDA graph, later calls replay it.
 
-    The first time shows the device all that must not happen for the first time while a graph is recorded. What is
-    returned is overwritten by the next call.
+    The first call is a warm-up: libraries initialise and kernels compile, which cannot be captured. The next call
+    overwrites the returned tensors.
 
     Args:
-        model: a model that a :class:`CompressedCache` was made for, with ``max_new_tokens``, so that addresses stay.
+        model: the model of a :class:`CompressedCache` with ``max_new_tokens``, whose storage is static.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -141,7 +138,7 @@ class ModelRunner:
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, **inputs: Any) -> Any:
-        """What ``model(**inputs)`` returns, where ``inputs`` have the same names and shapes every time."""
+        """``model(**inputs)``, for ``inputs`` with the same names and shapes in every call."""
         inputs = _without_mask(inputs)
         if not self._warm:
             self._warm = True
@@ -149,15 +146,15 @@ class ModelRunner:
         tensors = {name: each for name, each in inputs.items() if isinstance(each, Tensor)}
         if self._replay is None:
             self._inputs = {name: each.clone() for name, each in tensors.items()}
-            self._replay, self._output = record(partial(self.model, **(inputs | self._inputs)))
+            self._replay, self._output = capture(partial(self.model, **(inputs | self._inputs)))
         for name, each in tensors.items():
             self._inputs[name].copy_(each)
         self._replay()
         return self._output
 
 
-def record(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A CUDA graph of a step, which does not run meanwhile: how to run it, and what it will write its results to."""
+def capture(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Capture a step in a CUDA graph without running it: a function that replays it, and the output it writes."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step()
@@ -167,15 +164,15 @@ def record(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def _sample(
     model: Any, input_ids: Tensor, *, generation_config: GenerationConfig, streamer: Any = None, **arguments: Any
 ) -> Any:
-    """The loop of ``model.generate`` with a recorded step where it would compile the model, and on a CPU."""
+    """The loop of ``model.generate`` with our decode step where it would call a compiled model."""
     if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise _not_one_by_one()
+        raise _one_token_at_a_time()
 
     def prefill(ids: Tensor, config: GenerationConfig, *rest: Any, **more: Any) -> Any:
-        # Chunks of a prompt would be compiled otherwise.
+        # transformers would compile the chunks of a prompt.
         return model._prefill(ids, AttributeOverride(config, disable_compile=True), *rest, **more)
 
-    # A recorded step overwrites what it gave before; of that transformers copies the logits alone.
+    # A replay overwrites its earlier output, of which transformers copies only the logits.
     kept = generation_config.output_hidden_states or generation_config.output_attentions
     step = model.__call__ if kept else decode_step(model)
     changed: dict[str, Any] = {"get_compiled_call": lambda config: step, "_prefill": prefill}
@@ -185,8 +182,8 @@ def _sample(
     return type(model)._sample(stepping, input_ids, generation_config=generation_config, streamer=streamer, **arguments)
 
 
-def _not_one_by_one() -> ValueError:
+def _one_token_at_a_time() -> ValueError:
     return ValueError(
-        "sparsight.generate takes the likeliest token or draws one: for beams and assistants give "
-        "model.generate(...) a CompressedCache."
+        "sparsight.generate searches greedily or samples: for beams and assistants give model.generate(...) a "
+        "CompressedCache."
     )

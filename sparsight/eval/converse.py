@@ -48,13 +48,13 @@ class Turn:
 
 
 @torch.inference_mode()
-def converse(recorded: PrefillSnapshot, recipe: Recipe, conversations: Conversations) -> list[Turn]:
+def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversations) -> list[Turn]:
     """Hold the conversations with a recipe's cache; its decode rule applies to every token.
 
     Each turn is answered twice: by greedy decoding, and with the right answer forced, which the next turn continues.
     """
-    model: Any = recorded.model
-    cache, logits = recorded.cache(recipe), recorded.logits
+    model: Any = snapshot.model
+    cache, logits = snapshot.cache(recipe), snapshot.logits
     ids, mask = conversations.inputs["input_ids"], conversations.inputs["attention_mask"]
     turns = []
     for number, answer in enumerate(conversations.answers):

@@ -65,7 +65,7 @@ def test_measuring_leaves_no_trace_in_the_classes(model, inputs):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures its own graphs")
 def test_static_caches_decode_with_a_captured_step(model, inputs, monkeypatch):
     steps = []
-    monkeypatch.setattr(model_runner, "record", lambda step: (steps.append(step), recorder.record(step))[1])
+    monkeypatch.setattr(model_runner, "capture", lambda step: (steps.append(step), recorder.record(step))[1])
     monkeypatch.setattr(module, "decode_step", model_runner.ModelRunner)
     cache = CompressedCache(model, recipe("elastic", budget=0.1), inputs, max_new_tokens=5)
     sample = measure(model, inputs["input_ids"], cache, 5)

@@ -54,7 +54,7 @@ def test_all_that_is_measured_can_be_shown(monkeypatch: pytest.MonkeyPatch, caps
     # Without a GPU to watch, work takes a millisecond and seven launches.
     watched = []
     monkeypatch.setattr(kernels, "profiled", lambda work: watched.append(work()) or (1e-3, 7))
-    monkeypatch.setattr(model_runner, "record", recorder.record)
+    monkeypatch.setattr(model_runner, "capture", recorder.record)
     monkeypatch.setitem(kernels.SHAPES, "small", TINY)
     monkeypatch.setattr(machine, "COPIED_BYTES", {"cpu": 2**16})
     for name, value in {"MODELS": ("small",), "CONTEXTS": (80,), "BATCHES": (1, 2), "PROMPT": 150}.items():

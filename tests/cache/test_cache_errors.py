@@ -105,7 +105,7 @@ def test_rows_cannot_be_reordered_in_the_middle_of_a_prompt():
     model, inputs = models.model("llama"), models.inputs("llama", NO_IMAGE, NO_IMAGE)
     cache = compressed(model, inputs)
     model(input_ids=inputs["input_ids"][:, :7], past_key_values=cache)
-    with pytest.raises(ValueError, match="before it has seen the whole prompt"):
+    with pytest.raises(ValueError, match="before the prompt is complete"):
         cache.reorder_cache(torch.tensor([1, 0]))
 
 

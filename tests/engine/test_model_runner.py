@@ -32,7 +32,7 @@ def recorded(monkeypatch):
         steps.append(step)
         return recorder.record(step)
 
-    monkeypatch.setattr(model_runner, "record", record)
+    monkeypatch.setattr(model_runner, "capture", record)
     monkeypatch.setattr(model_runner, "decode_step", ModelRunner)
     monkeypatch.setattr(
         "transformers.generation.GenerationMixin._valid_auto_compile_criteria",
@@ -154,9 +154,8 @@ def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
 
 
 @on_the_cpu
-def test_beams_are_refused_where_steps_are_recorded(recorded, monkeypatch):
+def test_beams_and_assistants_are_refused_on_every_device():
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    monkeypatch.setattr(model_runner, "static_capacity", lambda model, tokens, compile: tokens)
     for options in ({"num_beams": 2}, {"assistant_model": tiny}):
         with pytest.raises(ValueError, match="for beams and assistants"):
             sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)

@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(step):
-    """As :func:`model_runner.record`, which does not run the step: here that was the first replay already."""
+    """As :func:`model_runner.capture`, which does not run the step: here that was the first replay already."""
     recorder = Recorder()
     with recorder:
         output = step()
