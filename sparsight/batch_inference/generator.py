@@ -71,10 +71,18 @@ class BatchGenerator:
         preprocessor: makes the model's inputs; used again after a batch ran out of memory.
         recipe: how caches are compressed.
         batch_size: sequences that decode together, if they fit in memory; :data:`MAX_BATCH_SIZE` if None.
+        prefill_bound: as :class:`~sparsight.CompressedCache` takes it.
     """
 
-    def __init__(self, model: Any, preprocessor: Preprocessor, recipe: Recipe, batch_size: int | None = None) -> None:
-        self.model, self.preprocessor, self.recipe = model, preprocessor, recipe
+    def __init__(
+        self,
+        model: Any,
+        preprocessor: Preprocessor,
+        recipe: Recipe,
+        batch_size: int | None = None,
+        prefill_bound: float | None = None,
+    ) -> None:
+        self.model, self.preprocessor, self.recipe, self.prefill_bound = model, preprocessor, recipe, prefill_bound
         self.batch_size = batch_size or MAX_BATCH_SIZE
         self._cache_bytes_limit: float | None = None
         self._waiting: dict[int, list[PrefilledSequence]] = {}
@@ -145,7 +153,7 @@ class BatchGenerator:
         started = time.perf_counter()
         inputs = inputs.to(self.model.device, self.model.dtype)
         try:
-            cache = CompressedCache(self.model, self.recipe, inputs)
+            cache = CompressedCache(self.model, self.recipe, inputs, prefill_bound=self.prefill_bound)
             ids = self._generate(1, **inputs, past_key_values=cache)
         except ValueError as error:
             return RowError("refused by the model", str(error))

@@ -14,6 +14,7 @@ from sparsight.batch_inference.generator import BatchGenerator
 from sparsight.batch_inference.preprocessing import Preprocessor, preprocess_ahead
 from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row
+from sparsight.cache.bounded_prefill import check_bound
 from sparsight.compression.recipe import Recipe
 from sparsight.models.images import MAX_PIXELS
 from sparsight.models.loading import Checkpoint, load_model
@@ -31,6 +32,7 @@ class Job:
         batch_size: sequences that decode together; None for as many as fit in memory.
         device, dtype: as :func:`sparsight.models.loading.load_model` takes them.
         max_pixels: largest image.
+        prefill_bound: as :class:`~sparsight.CompressedCache` takes it.
     """
 
     checkpoint: Checkpoint
@@ -40,6 +42,7 @@ class Job:
     device: str = "auto"
     dtype: str = "auto"
     max_pixels: int = MAX_PIXELS
+    prefill_bound: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("max_new_tokens", self.max_new_tokens), ("batch_size", self.batch_size)):
@@ -47,6 +50,8 @@ class Job:
             if not is_none and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 or_none = " or None" if name == "batch_size" else ""
                 raise ValueError(f"{name} must be an integer above 0{or_none}, got {value!r}.")
+        if self.prefill_bound is not None:
+            check_bound(self.prefill_bound, self.recipe)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,6 +65,7 @@ class Job:
             **recipe,
             "max_new_tokens": self.max_new_tokens,
             "max_pixels": self.max_pixels,
+            "prefill_bound": self.prefill_bound,
         }
 
     @property
@@ -75,7 +81,7 @@ class Job:
         """
         if model is None:
             model = load_model(self.checkpoint, self.device, self.dtype)
-        return BatchGenerator(model, self.preprocessor, self.recipe, self.batch_size)
+        return BatchGenerator(model, self.preprocessor, self.recipe, self.batch_size, self.prefill_bound)
 
 
 def _model_settings(name: str) -> dict[str, str]:

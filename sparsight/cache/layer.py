@@ -309,9 +309,7 @@ class CompressedLayer(CacheLayerMixin):
             ValueError: the prompt has been seen in part only.
         """
         if self.prefill is not None:
-            raise ValueError(
-                "The sequences of a cache cannot be reordered before the prompt is complete."
-            )
+            raise ValueError("The sequences of a cache cannot be reordered before the prompt is complete.")
         self.prompt = prompt
         self.sync_lengths()
         if self.store is not None and self.eviction is not None:

@@ -69,6 +69,7 @@ def main(
     reduce: options.Reduce = None,
     decode: options.Decode = None,
     heads: options.Heads = None,
+    prefill_bound: options.PrefillBound = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     batch_size: Annotated[
         str, typer.Option(help="Sequences that decode together; auto: as many as fit in memory.", metavar="NUMBER")
@@ -104,7 +105,7 @@ def main(
     prompt = read_prompt(prompt, prompt_file)
     with open_input(source, prompt, fields) as rows:
         prompts = rows.scan()
-        job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels)
+        job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels, prefill_bound)
         with _open_output(output, job.settings, fields, retry_errors) as results:
             missing = results.missing(prompts)
             totals = Totals(len(prompts) - len(missing))

@@ -33,13 +33,7 @@ def main(
     reduce: options.Reduce = None,
     decode: options.Decode = None,
     heads: options.Heads = None,
-    prefill_bound: Annotated[
-        float | None,
-        typer.Option(
-            help="Bound each layer's entries during prefill to this many times its budget, at least 1.",
-            rich_help_panel=options.METHOD,
-        ),
-    ] = None,
+    prefill_bound: options.PrefillBound = None,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(help="Prefill the prompt in chunks of this many tokens.", min=2, rich_help_panel=options.METHOD),

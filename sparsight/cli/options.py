@@ -55,6 +55,13 @@ Score = Annotated[str | None, _part("score", "score")]
 Allocate = Annotated[str | None, _part("allocate", "allocation")]
 Reduce = Annotated[str | None, _part("reduce", "reduction")]
 Decode = Annotated[str | None, _part("decode", "decode rule")]
+PrefillBound = Annotated[
+    float | None,
+    typer.Option(
+        help="Bound each layer's entries during prefill to this many times its budget, at least 1.",
+        rich_help_panel=METHOD,
+    ),
+]
 Heads = Annotated[
     Path | None,
     typer.Option(

@@ -399,3 +399,13 @@ def test_the_default_method_is_that_of_python(
     assert list(sparsight.batch(asked, model=llava)) == []
     assert run("batch", asked, tmp_path / "out.jsonl", "--model", llava)[0] == 0
     assert json.loads((tmp_path / "out.jsonl.run.json").read_text()) == {**jobs[0].settings, "keep": []}
+
+
+def test_a_bounded_prefill_gives_the_same_answers(
+    run: Run, asked: Path, options: tuple[Any, ...], expected: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert run("batch", asked, output, *options, "--prefill-bound", 3)[0] == 0
+    assert {key: {**row, "seconds": None} for key, row in read(output).items()} == expected
+    code, _, err = run("batch", asked, tmp_path / "new.jsonl", *options, "--prefill-bound", 0.5)
+    assert (code, err) == (2, "Error: prefill_bound must be a number of at least 1, got 0.5.\n")
