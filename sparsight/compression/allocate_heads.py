@@ -21,12 +21,15 @@ class AcrossHeads:
 
     Args:
         floor: fraction of the equal share that every head has; the rest is shared by those counts.
+        normalize: before the selection over all heads, weight each head by the share of its scores that its equal part
+            of the budget holds. An option of the authors' code, off by default there.
     """
 
     kind: ClassVar[str] = "across-heads"
     head_wise: ClassVar[bool] = True
     threshold: ClassVar[float | None] = None
     floor: float = 0.2
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         checks.fraction("floor", self.floor, zero=True)
@@ -42,7 +45,14 @@ class AcrossHeads:
     def _chosen(self, layer: LayerStatistics, equal: int) -> Tensor:
         """How many of the best entries of a layer are each head's, of as many as all heads keep in sum, ``[H_kv]``."""
         heads, length = layer.score.shape
-        score = layer.score.masked_fill(layer.always.to(layer.score.device, non_blocking=True), torch.inf)
+        always = layer.always.to(layer.score.device, non_blocking=True)
+        score = layer.score
+        if self.normalize:
+            others = score.masked_fill(always, 0)
+            count = max(equal - int(layer.always.sum()), 0)
+            held = others.topk(count).values.sum(-1, keepdim=True)
+            score = score * held / others.sum(-1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
+        score = score.masked_fill(always, torch.inf)
         best = score.flatten().sort(descending=True, stable=True).indices[: heads * equal] // length
         # Unlike bincount, this does not wait for a GPU.
         return best.new_zeros(heads).scatter_add_(0, best, torch.ones_like(best))

@@ -21,6 +21,8 @@ from sparsight.utils import checks
 Window = int | tuple[int, int]
 """Width along the sequence, or height and width on a grid."""
 
+POOLINGS = ("max", "average")
+
 Grids = Sequence[Tensor]
 """Positions of the vision tokens of images, ``[rows, columns]`` each."""
 
@@ -96,14 +98,17 @@ class PostVision(BaseScore):
     """Attention summed over the post-vision queries (VL-Cache, arXiv 2410.23317, section 4.2).
 
     Args:
-        pool: width of the max pooling along the sequence, or height and width on the images' patch grids; odd numbers.
+        pool: width of the pooling along the sequence, or height and width on the images' patch grids; odd numbers.
+        pooling: ``max`` or ``average``.
     """
 
     kind: ClassVar[str] = "post-vision"
     pool: Window = 1
+    pooling: str = "max"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pool", as_window(self.pool))
+        checks.one_of("pooling", self.pooling, POOLINGS)
 
     def queries(self, span: Span) -> range:
         """Query positions whose attention is summed."""
@@ -111,7 +116,7 @@ class PostVision(BaseScore):
 
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
         """Score ``[H_kv, T]`` from attention sums ``[H_kv, T]``, the vision mask ``[T]`` and the images' grids."""
-        return pooled(sums, self.pool, grids)
+        return pooled(sums, self.pool, grids, self.pooling)
 
 
 @dataclass(frozen=True)
@@ -119,16 +124,19 @@ class Accumulated(BaseScore):
     """Attention summed over every query of the prompt (H2O, arXiv 2306.14048; Elastic Cache, arXiv 2407.18121).
 
     Args:
-        pool: width of the max pooling along the sequence, or height and width on the images' patch grids; odd numbers.
+        pool: width of the pooling along the sequence, or height and width on the images' patch grids; odd numbers.
+        pooling: ``max`` or ``average``.
         text_first: every text token is more important than every vision token (LOOK-M, arXiv 2406.18139, section 3.2).
     """
 
     kind: ClassVar[str] = "accumulated"
     pool: Window = 1
+    pooling: str = "max"
     text_first: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pool", as_window(self.pool))
+        checks.one_of("pooling", self.pooling, POOLINGS)
 
     def queries(self, span: Span) -> range:
         """Query positions whose attention is summed."""
@@ -136,7 +144,7 @@ class Accumulated(BaseScore):
 
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
         """Score ``[H_kv, T]`` from attention sums ``[H_kv, T]``, the vision mask ``[T]`` and the images' grids."""
-        score = pooled(sums, self.pool, grids)
+        score = pooled(sums, self.pool, grids, self.pooling)
         return score + score.amax(-1, keepdim=True) * ~vision if self.text_first else score
 
 
@@ -146,17 +154,20 @@ class LastWindow(BaseScore):
 
     Args:
         window: how many queries.
-        pool: width of the max pooling along the sequence, an odd number; 1 for none. The window itself is not pooled:
+        pool: width of the pooling along the sequence, an odd number; 1 for none. The window itself is not pooled:
             its own attention would spill over the positions in front of it.
+        pooling: ``max``, or ``average`` as by default in the authors' code.
     """
 
     kind: ClassVar[str] = "last-window"
     window: int = 32
     pool: Window = 7
+    pooling: str = "max"
 
     def __post_init__(self) -> None:
         checks.count("window", self.window, least=1)
         object.__setattr__(self, "pool", as_window(self.pool))
+        checks.one_of("pooling", self.pooling, POOLINGS)
 
     def queries(self, span: Span) -> range:
         """Query positions whose attention is summed."""
@@ -167,7 +178,7 @@ class LastWindow(BaseScore):
         before = max(sums.shape[-1] - self.window, 0)
         in_front = sums.clone()
         in_front[:, before:] = 0
-        return torch.cat([pooled(in_front, self.pool, grids)[:, :before], sums[:, before:]], dim=-1)
+        return torch.cat([pooled(in_front, self.pool, grids, self.pooling)[:, :before], sums[:, before:]], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -221,8 +232,8 @@ def as_window(pool: Any) -> Window:
     return window
 
 
-def pooled(score: Tensor, pool: Window, grids: Grids) -> Tensor:
-    """The largest score in a window around each position, ``[H, T]`` of ``[H, T]``.
+def pooled(score: Tensor, pool: Window, grids: Grids, pooling: str = "max") -> Tensor:
+    """The largest or the average score in a window around each position, ``[H, T]`` of ``[H, T]``.
 
     A window of two sides lies on the patch grid of the position's image and ends at the image's edges; other positions
     stay as they are. Where there is no grid its width lies along the sequence.
@@ -230,14 +241,17 @@ def pooled(score: Tensor, pool: Window, grids: Grids) -> Tensor:
     Args:
         score: ``[H, T]``.
         pool: width along the sequence, or height and width.
+        pooling: ``max``, or ``average``, where what lies beyond an edge counts as 0.
         grids: positions ``[rows, columns]`` of each image's vision tokens.
     """
     if isinstance(pool, int) or not grids:
         width = pool if isinstance(pool, int) else pool[1]
         if width == 1 or not score.shape[-1]:
             return score
-        return functional.max_pool1d(score, width, stride=1, padding=width // 2)
+        along = functional.max_pool1d if pooling == "max" else functional.avg_pool1d
+        return along(score, width, stride=1, padding=width // 2)
+    on_grid = functional.max_pool2d if pooling == "max" else functional.avg_pool2d
     score = score.clone()
     for grid in grids:
-        score[:, grid] = functional.max_pool2d(score[:, grid], pool, stride=1, padding=[side // 2 for side in pool])
+        score[:, grid] = on_grid(score[:, grid], pool, stride=1, padding=[side // 2 for side in pool])
     return score

@@ -4,7 +4,9 @@ from sparsight.compression import AcrossHeads, Evict, Grow, LastWindow
 from sparsight.compression.recipe import Recipe
 
 
-def AdaKV(budget: float = 0.1, *, floor: float = 0.2, window: int = 32, pool: int = 7) -> Recipe:
+def AdaKV(
+    budget: float = 0.1, *, floor: float = 0.2, window: int = 32, pool: int = 7, normalize: bool = False
+) -> Recipe:
     """AdaKV: the KV heads of a layer compete for its budget; a head keeps, and allocates memory for, only its share.
 
     Feng et al.: Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference, NeurIPS
@@ -19,12 +21,13 @@ def AdaKV(budget: float = 0.1, *, floor: float = 0.2, window: int = 32, pool: in
         floor: fraction of the uniform share that every head is given.
         window: number of last queries whose attention is summed and whose own entries are always kept.
         pool: width of the max pooling along the sequence, an odd number.
+        normalize: weight each head by how concentrated its scores are, an option of the authors' code.
     """
     return Recipe(
         name="adakv",
         budget=budget,
         score=LastWindow(window=window, pool=pool),
-        allocate=AcrossHeads(floor=floor),
+        allocate=AcrossHeads(floor=floor, normalize=normalize),
         reduce=Evict(recent=0, last=window),
         decode=Grow(),
     )

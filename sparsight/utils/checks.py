@@ -1,6 +1,7 @@
 """Range checks for numeric arguments."""
 
 import math
+from collections.abc import Sequence
 
 
 def fraction(name: str, value: float, *, zero: bool = False) -> None:
@@ -27,3 +28,9 @@ def window(name: str, value: int | tuple[int, int]) -> None:
     sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
     if not all(isinstance(side, int) and side >= 1 and side % 2 for side in sides):
         raise ValueError(f"{name} must be an odd whole number of at least 1, or a pair of them, got {value!r}.")
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}.")

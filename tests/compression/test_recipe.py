@@ -63,7 +63,7 @@ def test_parts_combine_by_kind():
 
 
 def test_heads_that_choose_together_cannot_hold_different_numbers():
-    with pytest.raises(ValueError, match=r"'across-heads' .* under reduction 'merge-nearest' as it is set the heads"):
+    with pytest.raises(ValueError, match=r"'across-heads' .* under reduction 'merge-nearest' as configured the heads"):
         ElasticCache().combined(allocate="across-heads")
     assert recipe("adakv").combined(score="post-vision").allocate == AcrossHeads()
 

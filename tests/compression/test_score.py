@@ -107,3 +107,19 @@ def test_chance_is_the_same_for_the_same_seed_and_differs_by_head():
 def test_numbers_out_of_range_are_refused(score, numbers, message):
     with pytest.raises(ValueError, match=message):
         score(**numbers)
+
+
+@given(length=st.integers(1, 30), width=st.sampled_from([1, 3, 5]))
+def test_average_pooling_counts_what_lies_beyond_an_edge_as_zero(length, width):
+    score = torch.rand(2, length, dtype=torch.float64)
+    expected = [
+        [sum(row[max(0, j - width // 2) : j + width // 2 + 1]) / width for j in range(length)] for row in score.tolist()
+    ]
+    assert torch.allclose(pooled(score, width, [], "average"), torch.tensor(expected, dtype=torch.float64))
+    grid = torch.arange(length)[:, None]
+    assert torch.allclose(pooled(score, (width, 1), [grid], "average"), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match="pooling must be 'max' or 'average', got 'min'"):
+        PostVision(pooling="min")
