@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.attention import decode, kernels
-from sparsight.cache.kv_store import VACANT, KVStore, growth_step, shifted
+from sparsight.cache.kv_store import KVStore, growth_step, shifted
 from sparsight.cache.step_metadata import writable
+from sparsight.compression.eviction import VACANT
 
 
 class DenseStore(KVStore):

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from sparsight.attention import kernels
 from sparsight.cache.step_metadata import StepMetadata, writable
+from sparsight.compression.eviction import VACANT
 
 LEAST_GROWTH = 16
 """Slots by which storage grows at least when it is full."""
-
-VACANT = -1
 
 
 def growth_step(used: int) -> int:
@@ -106,18 +105,23 @@ class KVStore(ABC):
 
     # Entries that come and go
 
-    @writable
-    def reserve(self, count: int) -> None:
-        """Grow the storage, in steps, until ``count`` more entries fit in every row."""
-        if self._free < count:
-            used, capacities = self.used.tolist(), self.capacities
-            missing = [slots + count - capacity for slots, capacity in zip(used, capacities, strict=True)]
-            if max(missing) > 0:
-                # The same number everywhere: where every row takes each new entry, all are full at the same time.
-                step = growth_step(sum(used) // len(used))
-                self.resize([max(slots, step) if slots > 0 else 0 for slots in missing])
-            self._free = min(capacity - slots for slots, capacity in zip(used, self.capacities, strict=True))
+    def reserve(self, count: int) -> bool:
+        """Make room for ``count`` more entries in every row; whether the storage had to grow."""
+        grows = self._free < count and self._grow(count)
         self._free -= count
+        return grows
+
+    @writable
+    def _grow(self, count: int) -> bool:
+        """Grow the storage, in steps, until ``count`` more entries fit; whether they did not."""
+        used, capacities = self.used.tolist(), self.capacities
+        missing = [slots + count - capacity for slots, capacity in zip(used, capacities, strict=True)]
+        if max(missing) > 0:
+            # The same number everywhere: where every row takes each new entry, all are full at the same time.
+            step = growth_step(sum(used) // len(used))
+            self.resize([max(slots, step) if slots > 0 else 0 for slots in missing])
+        self._free = min(capacity - slots for slots, capacity in zip(used, self.capacities, strict=True))
+        return max(missing) > 0
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor, added: Tensor, step: StepMetadata) -> None:
         """Write the entries of each sequence's newest token, in place.

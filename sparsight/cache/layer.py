@@ -10,11 +10,11 @@ from transformers.cache_utils import CacheLayerMixin
 from sparsight.attention.interface import is_plain, own_attention, visible
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
-from sparsight.cache.kv_store import VACANT, KVStore
+from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
 from sparsight.cache.step_metadata import StepMetadata, writable
 from sparsight.compression.allocate import KeepRatio
-from sparsight.compression.eviction import EvictionState, fitted
+from sparsight.compression.eviction import VACANT, EvictionState, fitted
 from sparsight.compression.recipe import Recipe
 from sparsight.models.prompt import Prompt
 
@@ -201,11 +201,11 @@ class CompressedLayer(CacheLayerMixin):
             if self._rounded_up:
                 self._drop_excess()
             self.seen += 1
-            store.reserve(1)
-            self._fit_scores()
+            if store.reserve(1):
+                self._fit_scores()
         if self.leads:
             step.advance()
-        slots, added = self.recipe.decode.slots(store, state, step.row_positions, step.row_steps)
+        slots, added = self.recipe.decode.slots(store, state, step.row_seen, step.row_steps)
         store.write(key, value, slots, added, step)
         if self.recipe.decode.tracks_attention:
             # What took the place of an entry does not inherit its score.

@@ -10,8 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sparsight.attention import decode, kernels
 from sparsight.cache.dense_store import DenseStore, vacant_slots
-from sparsight.cache.kv_store import VACANT, KVStore, growth_step, shifted
+from sparsight.cache.kv_store import KVStore, growth_step, shifted
 from sparsight.cache.step_metadata import writable
+from sparsight.compression.eviction import VACANT
 
 
 class RaggedStore(KVStore):

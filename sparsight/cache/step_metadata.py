@@ -17,6 +17,7 @@ class StepMetadata:
         end: int64 ``[B]``, the first position that does not fit.
         active: int64 ``[B]``, 1 where there is a sequence, 0 where one has left.
         row_positions: int32 ``[N]``, ``position`` of each KV head of each sequence.
+        row_seen: float64 ``[N]``, tokens seen by then.
         row_steps: int64 ``[N]``, ``active`` of each KV head of each sequence.
     """
 
@@ -26,12 +27,13 @@ class StepMetadata:
         self.end = self.position + (UNBOUNDED if room is None else room + 1)
         self.active = torch.ones_like(self.position)
         self.row_positions = torch.zeros(batch * heads, dtype=torch.int32, device=device)
+        self.row_seen = torch.zeros(batch * heads, dtype=torch.float64, device=device)
         self.row_steps = torch.ones(batch * heads, dtype=torch.int64, device=device)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What changes with every token."""
-        return self.position, self.end, self.active, self.row_positions, self.row_steps
+        return self.position, self.end, self.active, self.row_positions, self.row_seen, self.row_steps
 
     @property
     def seen(self) -> Tensor:
@@ -48,6 +50,7 @@ class StepMetadata:
         fits = (self.position < self.end).all()
         torch._assert_async(fits, "There is no room for another token: give CompressedCache a larger max_new_tokens.")
         self.row_positions.view(len(self.position), -1).copy_(self.position[:, None])
+        torch.add(self.row_positions, 1, out=self.row_seen)
 
     def put(self, sequence: int, position: Tensor | int, end: Tensor | int, active: int) -> None:
         """Set where one sequence is."""

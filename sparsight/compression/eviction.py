@@ -19,6 +19,9 @@ from sparsight.utils import checks
 NEVER = torch.iinfo(torch.int32).max
 """A position that no token reaches."""
 
+VACANT = -1
+"""The position of a slot without an entry."""
+
 
 class Rows(Protocol):
     """What an eviction rule reads of the rows of one layer.
@@ -114,7 +117,7 @@ class EvictionRule(ABC):
         state.protected = self.protected(rows.held)
         state.boundary = position_at(state.protected, rows, seen)
 
-    def slots(self, rows: Rows, state: EvictionState, newest: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def slots(self, rows: Rows, state: EvictionState, seen: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """The slot that the entry of each row's newest token takes.
 
         Rows that may hold more entries, or have none that may go, take a vacant slot; the others overwrite the first in
@@ -123,15 +126,20 @@ class EvictionRule(ABC):
         Args:
             rows: with at least one vacant slot in every row that may grow.
             state: of these rows.
-            newest: int32 ``[N]``, the position of the new token.
+            seen: float64 ``[N]``, tokens seen, the new one included.
             steps: int64 ``[N]``, 1; 0 for rows whose sequence has left.
 
         Returns:
             The slots, int64 ``[N]``, and how many entries each row holds more than before, bool or int64 ``[N]``.
         """
-        grows = (rows.held + 1 <= state.allowance(newest + 1)) | (rows.held <= self.protected_now(rows, state))
+        least = self.protected_now(rows, state) + 1
+        grows = rows.held + 1 <= torch.maximum(state.allowance(seen), least)
+        return self.lowest(rows, state, grows).argmin(-1), grows
+
+    def lowest(self, rows: Rows, state: EvictionState, grows: Tensor) -> Tensor:
+        """Numbers ``[N, C]`` whose first minimum is a vacant slot where ``grows`` ``[N]``, else the first to go."""
         # Of the positions as they are, those of vacant slots are the lowest.
-        return torch.where(grows[:, None], rows.positions, self.order(rows, state)).argmin(-1), grows
+        return torch.where(grows[:, None], rows.positions, self.order(rows, state))
 
     def excess(self, rows: Rows, state: EvictionState, seen: int) -> Tensor:
         """Slots to vacate so that the token at position ``seen`` replaces one entry of a row at most, bool ``[N, C]``.
@@ -159,6 +167,12 @@ class Ring(EvictionRule):
         """By age, from the fixed place on."""
         return torch.where(rows.positions >= state.boundary[:, None], rows.positions, NEVER)
 
+    def lowest(self, rows: Rows, state: EvictionState, grows: Tensor) -> Tensor:
+        """:meth:`EvictionRule.lowest` in fewer operations: what a position is ahead of a limit, others far above it."""
+        limit = torch.where(grows, VACANT, state.boundary)
+        # The sign bit is cleared, so that positions before the limit are the largest.
+        return torch.sub(rows.positions, limit[:, None]).bitwise_and_(NEVER)
+
     def growth(self, rows: Rows, state: EvictionState, seen: int, tokens: int) -> int:
         """Up to the allowance, and one entry more than may not go."""
         most = torch.maximum(state.allowance(seen + tokens).ceil(), state.protected + 1.0)
@@ -184,7 +198,7 @@ class Grow(EvictionRule):
         """None."""
         return torch.zeros_like(rows.positions, dtype=torch.bool)
 
-    def slots(self, rows: Rows, state: EvictionState, newest: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def slots(self, rows: Rows, state: EvictionState, seen: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """The slot after the last one used, without looking at positions."""
         return rows.used, steps
 

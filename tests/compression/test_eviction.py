@@ -50,7 +50,7 @@ def overwritten_in_slots(rule, kept, ratios, scores=None, seen=None):
         if rule.tracks_attention:
             state.scores = scores(store.positions)
         step.advance()
-        slots, added = rule.slots(store, state, step.row_positions, step.row_steps)
+        slots, added = rule.slots(store, state, step.row_seen, step.row_steps)
         key = (position - padding).view(1, count, 1, 1)
         store.write(key, key, slots, added, step)
         rows = [store.entries(row) for row in range(count)]
@@ -127,7 +127,7 @@ def test_a_row_whose_sequence_has_left_takes_a_vacant_slot():
     )
     steps = torch.tensor([1, 0])
     for rule in (Grow(), Sliding(sinks=1)):
-        slots, _ = rule.slots(store, state, torch.tensor([3, -1], dtype=torch.int32), steps)
+        slots, _ = rule.slots(store, state, torch.tensor([4.0, 0.0], dtype=torch.float64), steps)
         assert store.positions[1, slots[1]] == -1
 
 
