@@ -15,6 +15,7 @@ from sparsight.batch_inference.parquet import parquet
 from sparsight.batch_inference.result import NAMES, Result
 from sparsight.batch_inference.rows import URL, RowKey
 from sparsight.utils.jsonl import append, recover
+from sparsight.utils.lock import lock
 from sparsight.utils.text import printable, quoted
 
 RETRIED_KINDS = ("malformed row", "out of memory")
@@ -137,7 +138,7 @@ class OutputFile(Output):
         if not self._run_path.exists():
             self._check_empty()
         self._run_file = open(self._run_path, "a+", encoding="utf-8")  # noqa: SIM115, stays open: it is the lock
-        _lock(self._run_file, self.path)
+        lock(self._run_file, self.path)
         self._run_file.seek(0)
         text = self._run_file.read()
         # A run that was killed before its first result may have left an incomplete line.
@@ -329,22 +330,6 @@ def _sync_folder(folder: Path) -> None:
         opened = os.open(folder, os.O_RDONLY)
         os.fsync(opened)
         os.close(opened)
-
-
-def _lock(file: TextIO, path: Path) -> None:
-    """Lock ``path`` against other processes until ``file`` is closed.
-
-    Raises:
-        ValueError: another process has the lock.
-    """
-    # Windows has no fcntl.
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"Another run is writing {printable(str(path))}.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,8 @@ import contextlib
 from pathlib import Path
 from typing import IO, Any
 
+from sparsight.utils.text import printable
+
 
 def lock(file: IO[Any], path: Path) -> None:
     """Lock an open file until it is closed; ``path`` is what the lock protects, for the message.
@@ -20,4 +22,4 @@ def lock(file: IO[Any], path: Path) -> None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"Another run is writing {path}.") from error
+            raise ValueError(f"Another run is writing {printable(path)}.") from error
