@@ -253,9 +253,8 @@ def _filter(scores: Tensor, filters: Filters) -> Tensor:
         warpers.append(TopPLogitsWarper(filters.top_p))
     if filters.min_p:
         warpers.append(MinPLogitsWarper(filters.min_p))
-    # With a highest score of 0, a low temperature cannot overflow.
     ids: Any = None
-    return warpers(ids, scores - scores.amax(dim=-1, keepdim=True))
+    return warpers(ids, scores)
 
 
 def _draw(scores: Tensor, numbers: Sequence[float]) -> Tensor:

@@ -123,9 +123,7 @@ class VisionCache:
             return [entry for image in images for entry in self._run(encoder, [image], sizes)]
         stacked = isinstance(output.pooler_output, Tensor)
         # Copies, as the features of all images lie in one tensor.
-        return [
-            _Entry(tuple(_flat([layer]).clone() for layer in image), stacked) for image in zip(*layers, strict=True)
-        ]
+        return [_Entry(tuple(_flat([layer]) for layer in image), stacked) for image in zip(*layers, strict=True)]
 
     def _get(self, key: bytes) -> _Entry | None:
         with self._lock:

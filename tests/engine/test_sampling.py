@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,13 @@ def test_greedy_sequences_take_the_first_of_the_highest_logits(dtype):
 @pytest.mark.parametrize("temperature", [1e-4, 0.01])
 def test_a_low_temperature_takes_the_most_likely_token(temperature):
     assert tokens(sampler(temperature=temperature), 1000 * LOGITS, 20) == [0] * 20
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (math.nextafter(1, 0), 4)])
+def test_extreme_random_numbers_draw_no_token_that_was_left_out(number, token):
+    one = sampler(temperature=1.0)
+    one.random = SimpleNamespace(random=lambda: number)
+    assert tokens(one, torch.tensor([-math.inf, 1.0, 1.0, 1.0, 1.1, -math.inf]), 1) == [token]
 
 
 def test_frequency_and_presence_penalties_count_the_answer_alone():
