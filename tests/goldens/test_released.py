@@ -9,9 +9,11 @@ import pytest
 from tests.goldens.inputs import axis_keys, causal_rows, ranked_attention, rows, sharpened_rows, states, uniform
 from tests.support.released import (
     adakv,
+    bacon,
     elastic,
     h2o,
     look_m,
+    mixkv,
     prefixkv,
     pyramidkv,
     snapkv,
@@ -201,6 +203,40 @@ def test_look_m_merges_as_in_its_equations(merge, key, value):
     assert merged_values[0, 0] == pytest.approx(value)
     assert merged_keys[1].tolist() == [0.0, -1.0]
     assert merged_values[1, 0] == 7.0
+
+
+@cases("mixkv")
+def test_mixkv_ranks_as_released(case):
+    seed, kv_heads, length, size = (case[k] for k in ("seed", "kv_heads", "length", "size"))
+    queries, keys = prompt(case)
+    keys += 1.5 * states(seed + 700, kv_heads, 1, size)
+    values = states(seed + 900, kv_heads, length, size) * (0.2 + uniform(seed + 950, kv_heads, length, 1))
+    redundancy = case["redundancy"] if case["fixed"] else mixkv.mixkv_redundancy(keys)
+    np.testing.assert_allclose(redundancy, case["redundancy"], rtol=1e-12)
+    options = (case["keep"], case["window"], case["kernel"], "average", redundancy)
+    window = list(range(length - case["window"], length))
+    kept = mixkv.mixkv(queries, keys, values, *options)
+    assert kept == [sorted(head) + window for head in case["ranked"]]
+    scores = window_scores(causal_attention(queries, keys), case["window"], case["kernel"], "average", kv_heads)
+    ranked = np.argsort(-mixkv.mixkv_scores(scores, keys, values, redundancy))
+    assert ranked[:, : case["keep"] - case["window"]].tolist() == case["ranked"]
+
+
+@cases("bacon")
+def test_bacon_gives_the_released_scores(case):
+    heads, length = case["heads"], case["length"]
+    options = (case["window"], case["kernel"], case["pooling"], case["kv_heads"])
+    layers = [
+        bacon.bacon_inputs(causal_rows(case["seed"] + layer, heads, length, length), *options)
+        for layer in range(case["layers"])
+    ]
+    base, last = (np.stack(scores) for scores in zip(*layers, strict=True))
+    np.testing.assert_allclose(bacon.bacon_scores(base, last, case["capacity"]), case["scores"], rtol=1e-9)
+
+
+def test_bacon_without_evidence_leaves_the_scores():
+    base = np.array([[[0.3, 0.2, 0.1]]])
+    assert bacon.bacon_scores(base, base, 1).tolist() == base.tolist()
 
 
 @cases("sparsemm", lambda case: "budgets" in case)
