@@ -11,6 +11,7 @@ from tests.support.released import (
     adakv,
     bacon,
     elastic,
+    expected_attention,
     h2o,
     look_m,
     mixkv,
@@ -19,6 +20,7 @@ from tests.support.released import (
     snapkv,
     sparsemm,
     streaming_llm,
+    tgv_kv,
     vl_cache,
 )
 from tests.support.released.common import causal_attention, largest, window_scores
@@ -237,6 +239,71 @@ def test_bacon_gives_the_released_scores(case):
 def test_bacon_without_evidence_leaves_the_scores():
     base = np.array([[[0.3, 0.2, 0.1]]])
     assert bacon.bacon_scores(base, base, 1).tolist() == base.tolist()
+
+
+def picture_prompt(case):
+    first, end = case["picture"]
+    heads, length, seed = case["heads"], case["length"], case["seed"]
+    attentions = []
+    for layer in range(case["layers"]):
+        weights = causal_rows(seed + layer, heads, length, length)
+        weights[:, end:, first:end] *= uniform(seed + 90 + layer, heads, 1, 1) ** layer
+        attentions.append(weights / weights.sum(-1, keepdims=True))
+    return attentions, np.array([first <= j < end for j in range(length)])
+
+
+@cases("tgv_kv")
+def test_tgv_kv_gives_the_released_shares_and_positions(case):
+    attentions, vision = picture_prompt(case)
+    shares = tgv_kv.tgv_kv_shares(attentions, vision)
+    np.testing.assert_allclose(shares, case["shares"], rtol=1e-12)
+    scores = [tgv_kv.tgv_kv_scores(attention, vision) for attention in attentions]
+    np.testing.assert_allclose(scores[-1], case["scores"], atol=1e-11)
+    budgets = tgv_kv.tgv_kv_budgets(shares, case["ratio"], case["length"])
+    assert [tgv_kv.tgv_kv_positions(*layer) for layer in zip(scores, budgets, strict=True)] == case["positions"]
+
+
+@cases("tgv_kv")
+def test_tgv_kv_drops_the_released_entries_in_decoding(case):
+    _, vision = picture_prompt(case)
+    for layer, (kept, history) in enumerate(zip(case["positions"], case["history"], strict=True)):
+        entries = [len(held) + 1 for held in [kept, *history[:-1]]]
+        seed = case["seed"] + 1000 * (layer + 1)
+        decoded = [rows(seed + step, case["heads"], count) for step, count in enumerate(entries)]
+        arguments = (kept, decoded, vision, case["shares"][layer], case["ratio"], case["layers"])
+        assert tgv_kv.tgv_kv_decode(*arguments) == history
+
+
+def test_tgv_kv_protects_a_suffix_or_the_text_after_the_picture():
+    vision = np.array([True] * 6 + [False] * 2)
+    least = [[[9, 9, 9, 9, 8, 7, 6, 5, 4]], [[9, 9, 9, 9, 8, 6, 5, 4, 3]]]
+    arguments = ([*range(8)], np.array(least), vision, 1.0, 0.1, 1)
+    assert tgv_kv.tgv_kv_decode(*arguments) == [[0, 1, 2, 3, 4, 5, 7, 8], [0, 1, 2, 3, 4, 5, 8, 9]]
+    assert tgv_kv.tgv_kv_decode(*arguments, protect="text") == [[0, 1, 2, 3, 4, 6, 7, 8], [0, 1, 2, 3, 4, 6, 7, 9]]
+
+
+@cases("expected_attention")
+def test_expected_attention_gives_the_released_scores(case):
+    heads, kv_heads, length, size = (case[k] for k in ("heads", "kv_heads", "length", "size"))
+    queries, keys = prompt(case)
+    queries += states(case["seed"] + 300, heads, 1, size)
+    values = states(case["seed"] + 900, kv_heads, length, size)
+    frequencies = 10000.0 ** (-2 * np.arange(size // 2) / size)
+    options = {name: case[name] for name in ("future", "sinks", "epsilon", "covariance")}
+    scores = expected_attention.expected_attention_scores(queries, keys, values, frequencies, **options)
+    sinks = case["sinks"]
+    np.testing.assert_allclose(scores[:, sinks:], np.array(case["scores"])[:, sinks:], rtol=1e-10)
+    assert np.isinf(scores[:, :sinks]).all()
+
+
+def test_expected_attention_of_equal_queries_is_the_attention_of_that_query_at_the_next_position():
+    # Rotated by a quarter turn, (1, 0) becomes (0, 1): the second key wins.
+    queries, values = np.tile([1.0, 0.0], (1, 3, 1)), np.ones((1, 3, 1))
+    keys = np.array([[[5.0, 5.0], [1.0, 0.0], [0.0, 1.0]]])
+    frequencies, numbers = np.array([np.pi / 2]), {"future": 1, "sinks": 1}
+    scores = expected_attention.expected_attention_scores(queries, keys, values, frequencies, 1, **numbers)
+    weight = np.exp(1 / np.sqrt(2))
+    assert scores[0, 1:].tolist() == pytest.approx([1 / (1 + weight), weight / (1 + weight)])
 
 
 @cases("sparsemm", lambda case: "budgets" in case)
