@@ -13,6 +13,8 @@ from tests.support.released import (
     elastic,
     expected_attention,
     h2o,
+    infinipot_v,
+    kvzip,
     look_m,
     mixkv,
     prefixkv,
@@ -304,6 +306,52 @@ def test_expected_attention_of_equal_queries_is_the_attention_of_that_query_at_t
     scores = expected_attention.expected_attention_scores(queries, keys, values, frequencies, 1, **numbers)
     weight = np.exp(1 / np.sqrt(2))
     assert scores[0, 1:].tolist() == pytest.approx([1 / (1 + weight), weight / (1 + weight)])
+
+
+@cases("kvzip")
+def test_kvzip_gives_the_released_scores_and_positions(case):
+    heads, kv_heads, length, size, first = (case[k] for k in ("heads", "kv_heads", "length", "size", "first"))
+    scores = []
+    for layer in range(case["layers"]):
+        seed, scale = case["seed"] + 10 * layer, 2 + layer
+        replays = []
+        for i, (start, end) in enumerate(kvzip.kvzip_chunks(first, length, case["chunk"])):
+            tokens = case["prompt"] + end - start
+            queries = states(seed + 100 * i, heads, tokens, size, scale)
+            replays.append((start, end, queries, states(seed + 100 * i + 5000, kv_heads, tokens, size, scale)))
+        scores.append(kvzip.kvzip_scores(replays, states(seed + 500, kv_heads, length, size, scale), first))
+    scores = np.stack(scores)
+    np.testing.assert_allclose(scores[..., first:], case["scores"], rtol=1e-10)
+    assert [kvzip.kvzip_positions(scores, ratio) for ratio in case["ratios"]] == case["positions"]
+
+
+def test_kvzip_keeps_one_pair_less_than_the_ratio_says_beside_the_system_prompt():
+    scores = np.array([[[np.inf, 0.1, 0.9, 0.5], [np.inf, 0.4, 0.2, 0.3]]])
+    assert kvzip.kvzip_positions(scores, 0.5) == [[[0, 2, 3], [0]]]
+
+
+@cases("infinipot_v")
+def test_infinipot_v_keeps_the_released_positions(case):
+    seed, kv_heads, frames, size = (case[k] for k in ("seed", "kv_heads", "frames", "size"))
+    grid = (case["height"], case["width"])
+    frame = grid[0] * grid[1]
+    keys = np.tile(states(seed, kv_heads, frame, size), (1, frames, 1))
+    keys += 0.8 * states(seed + 1, kv_heads, frames * frame, size)
+    values = states(seed + 2, kv_heads, frames * frame, size)
+    options = (frame, case["keep_frames"] * frame, case["alpha"], case["recent_ratio"], grid)
+    pooling = ((7, 3), (5, 2), (3, 1), (1, 1)) if case["pooling"] else ((1, 1),)
+    for (kernel, axes), positions in zip(pooling, case["positions"], strict=True):
+        smallest = min(kernel, frames, *grid) if axes > 1 else kernel
+        odd = smallest - (smallest % 2 == 0)
+        assert infinipot_v.infinipot_v(keys, values, *options, odd, axes) == positions
+
+
+def test_infinipot_v_keeps_recent_frames_then_what_moved_then_large_values():
+    # Three frames of two tokens; the first token of the first frame differs from the last frame's.
+    keys = np.array([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    values = np.array([[[1.0], [2.0], [3.0], [9.0], [1.0], [1.0]]])
+    assert infinipot_v.infinipot_v(keys, values, 2, 4, alpha=0.75) == [[0, 3, 4, 5]]
+    assert infinipot_v.infinipot_v(keys, values, 2, 4, alpha=0.25) == [[1, 2, 3, 5]]
 
 
 @cases("sparsemm", lambda case: "budgets" in case)
