@@ -8,7 +8,7 @@ from tests.support.released.common import average_groups, pool, window_scores
 def bacon_inputs(attention, window, kernel, kind, kv_heads):
     """Window scores `B` and last-query scores `Q`, both `[H_kv, T - window]`, of one layer's attention `[H, T, T]`.
 
-    Paper: `B` is the average attention of the last queries, `Q` the attention of the last query alone.
+    Project page: `B` is the average attention of the last queries, `Q` the attention of the last query alone.
 
     Released (ryu1ion/official_BACON, `bacon/bacon_utils.py`, `SnapKVCluster.update_kv`, `_bacon_q_pooled`): both are
     averaged over the queries of a group, then pooled alike. `B` is a *mean* over the window; with a sum `Q - B` would
@@ -41,8 +41,8 @@ def bacon_scores(base, last, capacity, strength=0.5, kernel=5, layers=4):
     share, not that of the head, and the heads' budgets come from `B`. PyramidKV passes the layer's own. Layers of
     other shapes are left out of the third term; here all layers have one.
 
-    Paper: evidence, intra-layer coherence, inter-layer persistence, and a strength that matches the standard
-    deviations. Its equations could not be read; where they differ from the code this function follows the code.
+    Paper: evidence, intra-layer coherence, inter-layer persistence, and a strength that matches variances. Only its
+    abstract and summaries were at hand, so this function follows the code.
     """
     capacities = np.broadcast_to(capacity, len(base))
     evidence = np.maximum(last - base, 0)

@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv 2510.00636)."""
+"""Expected Attention (arXiv 2510.00636); of the paper only the abstract and published reviews were at hand."""
 
 import numpy as np
 
@@ -27,9 +27,9 @@ def expected_attention_scores(
     """Scores `[H_kv, T]`; `queries` `[H, T, d]` before rotary embedding (after any query norm), `keys` `[H_kv, T, d]`
     after it, `values` `[H_kv, T, d]`, `frequencies` `[d / 2]`. The first `sinks` score infinity.
 
-    Paper: queries are taken as Gaussian; the expected unnormalised attention of a key is
-    `exp(k . mu / sqrt(d) + k' S k / (2 d))`, with mean and covariance rotated by the rotary matrix averaged over the
-    next positions; the normalised attention weighs the norm of the value's contribution.
+    Paper: queries are taken as Gaussian, so the expected attention of a key has a closed form,
+    `exp(k . mu / sqrt(d) + k' S k / (2 d))` before it is normalised; mean and covariance are rotated by a rotary matrix
+    averaged over the next 512 positions; the effect on the residual stream ranks the pairs.
 
     Released (NVIDIA/kvpress, `kvpress/presses/expected_attention_press.py`, `ExpectedAttentionPress`), all followed:
 

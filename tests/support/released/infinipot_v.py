@@ -1,4 +1,4 @@
-"""InfiniPot-V (arXiv 2506.15745).
+"""InfiniPot-V (arXiv 2506.15745); the paper's equations as published summaries give them.
 
 `keys` and `values` are those of the vision tokens alone, `[H_kv, f * p, d]`: `f` frames of `p` tokens each, in order.
 The keys carry their rotary position. Released: aiha-lab/InfiniPot-V, `kvcache_utils.py`, `process_kv_cache`; its README

@@ -6,11 +6,13 @@ import numpy as np
 def kvzip_chunks(first, length, size=2000):
     """Chunks `(start, end)` of the positions from `first`, the end of the system prompt, to `length`.
 
-    Paper (section 3.4): chunks of 2,000 tokens. Released (snu-mllab/KVzip, `model/wrapper.py`, `chunk_fn`, `self_task`):
-    the last chunk is what remains. Each chunk is replayed, in a pass of its own over the full cache, as: prompt, chat
-    suffix, chunk. The prompt of the first chunk is "\\n\\nRepeat the previous context exactly."; that of a later one is
-    "\\n\\nRepeat the part of the previous context exactly, starting with " and the last 8 tokens of the chunk before.
-    NVIDIA/kvpress (`kvzip_press.py`): 2,048 tokens, no space at the end of the second prompt.
+    Paper (section 3.4): chunks of 2,000 tokens.
+
+    Released (snu-mllab/KVzip, `model/wrapper.py`, `chunk_fn`, `self_task`): the last chunk is what remains. Each chunk
+    is replayed, in a pass of its own over the full cache, as prompt, chat suffix, chunk. The prompt is two line breaks
+    and "Repeat the previous context exactly."; for a later chunk "Repeat the part of the previous context exactly,
+    starting with " and the last 8 tokens of the chunk before. NVIDIA/kvpress (`kvzip_press.py`): 2,048 tokens, no
+    space at the end of the second prompt. Neither replays pictures.
     """
     return [(start, min(start + size, length)) for start in range(first, length, size)]
 

@@ -1,4 +1,4 @@
-"""MixKV (arXiv 2510.20707)."""
+"""MixKV (arXiv 2510.20707); the paper's equations as published summaries give them."""
 
 import numpy as np
 
@@ -12,8 +12,8 @@ def mixkv_redundancy(keys):
 
     Released (xuyang-liu16/MixKV, `mixkv/mixkv_utils.py`, `calcul_similarity_score`): the closed form over *all* keys,
     the observation window included. The published scripts do not use it: `head_score` is read from a file of
-    averages measured on a Qwen model (`load_similarity_score`), whatever the model, and the line that takes the value
-    of the prompt is commented out. The GUI repository (sakura-gui/GUI-grounding-MixKV,
+    averages for a Qwen model of 28 layers with 4 KV heads (`load_similarity_score`), whatever the model, and the line
+    that takes the value of the prompt is commented out. The GUI repository (sakura-gui/GUI-grounding-MixKV,
     `UI-Venus/sparsemm/sparsemm_utils.py`) takes the value of the prompt. This function follows the paper. Keys carry
     their rotary position. The value may be slightly negative; neither source clips it.
     """

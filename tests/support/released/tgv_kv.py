@@ -1,4 +1,4 @@
-"""TGV-KV (arXiv 2606.03075).
+"""TGV-KV (arXiv 2606.03075); the paper's equations as published summaries give them.
 
 `vision` `[T]` is true where the token is part of the picture. The text after the last vision token is what the paper
 calls text. Released (Danielement321/TGV-KV, `kv_caches/tgv_kv.py`, `TGVKVCache`): the picture is the block from the
@@ -45,7 +45,8 @@ def tgv_kv_shares(attentions, vision):
     """Share `[L]` of the total budget that each layer gets; `attentions` is `[L, H, T, T]`.
 
     Paper (text-vision budgeting) and released `_prefill`: the sum of `A` from the text after the picture to the
-    picture, over its sum over all layers.
+    picture, over its sum over all layers. The paper writes that block as a softmax of the text's queries and the
+    picture's keys; a softmax over those keys alone would give every layer the same share.
     """
     start = text_start(vision)
     sums = []
@@ -87,6 +88,8 @@ def tgv_kv_decode(kept, decoded, vision, share, ratio, layers, protect="suffix",
     query heads. Scores are not accumulated. Protected are the first 4 entries and a suffix of the cache as long as the
     text that was kept after the picture (at least 1). The suffix ends at the newest entry (`protect="suffix"`): it
     moves on with each new token, and the text after the picture can leave.
+
+    The summaries of the paper say no more of decoding than that new entries are appended.
 
     `protect="text"`: the kept text after the picture itself stays for good, and so does the newest entry; other
     generated tokens can leave. That the newest stays is a choice; the released suffix always holds it.
