@@ -57,7 +57,7 @@ def infinipot_v(keys, values, frame, budget, alpha=0.5, recent_ratio=0.25, grid=
     Paper, algorithm 1 and section 3.3: whenever the cache is full, the `r` most recent frames stay, the TaR scores
     choose `alpha * budget - r p` of the other tokens, and the value norms choose the remaining `(1 - alpha) * budget`.
 
-    Released: once the frames exceed `budget / p` (a whole number of frames there), after each block of the video but
+    Released: once the frames exceed `budget / p` (an integer there), after each block of the video but
     the last; here it is one such compression. `r = int(recent_ratio * f)`, with `alpha` 0.5 and `recent_ratio` 0.25;
     the part of the norms is `round((1 - alpha) * budget)`, halves to even; the norms choose among what TaR left, so
     that exactly `budget` stay. Fewer than 4 frames, or recent frames that exceed the part of TaR, are errors there;

@@ -28,8 +28,8 @@ def kvzip_chunk_scores(queries, keys, replay_keys, start, end, sinks):
     chunk and of the replay only.
 
     Released (`attention/score.py`, `KVScore._get_score`): over the first `sinks` keys too. `sinks` is the length of
-    the system prompt (`kvcache.py`, `self.sink = self.start_idx`); in kvpress it is at most 4. A replayed query sees
-    the replay up to itself and the whole chunk. The prompt's queries count towards the maximum.
+    the system prompt (`kvcache.py`, `self.sink = self.start_idx`); in kvpress it is at most 4. A replayed query
+    attends to the replay up to itself and to the full chunk. The prompt's queries count towards the maximum.
     """
     group = queries.shape[0] // keys.shape[0]
     scores = np.zeros((keys.shape[0], end - start))
@@ -37,8 +37,8 @@ def kvzip_chunk_scores(queries, keys, replay_keys, start, end, sinks):
         kv_head = head // group
         cached = np.concatenate([keys[kv_head, :sinks], keys[kv_head, start:end]])
         for i, query in enumerate(per_query):
-            visible = np.concatenate([cached, replay_keys[kv_head, : i + 1]])
-            logits = visible @ query / np.sqrt(len(query))
+            attended = np.concatenate([cached, replay_keys[kv_head, : i + 1]])
+            logits = attended @ query / np.sqrt(len(query))
             weights = np.exp(logits - logits.max())
             weights /= weights.sum()
             scores[kv_head] = np.maximum(scores[kv_head], weights[sinks : sinks + end - start])

@@ -19,7 +19,7 @@ def tgv_kv_scores(attention, vision, above=100.0):
 
     Paper (text-weighted ranking) and released `_prefill`, with `A` the mean over all query heads and `N` tokens of
     text: text token `j` weighs `w_j = sum_{i >= j} A[i, j] / (N - j + 1)` over the text's queries, `j` counted from 1,
-    so the mean attention from those that can see it, itself included; a vision token scores
+    so the mean attention from the tokens that can attend to it, itself included; a vision token scores
     `s_j = sum_i w_i A[i, j]` over the text's queries. The paper normalises `w` to a sum of 1, the code does not; the
     ranking of vision tokens is the same.
 
@@ -83,8 +83,8 @@ def tgv_kv_decode(kept, decoded, vision, share, ratio, layers, protect="suffix",
     `kept` are its positions after the prompt, `decoded[s]` `[H, entries]` the attention of step `s` over the entries
     held by then and, last, the new one.
 
-    Released `_decode`: the new token attends first; then, while the entries exceed `ratio * L * share * (tokens seen)`
-    by 1 or more, *one* entry leaves a step: the one with the least attention of this step's query, averaged over the
+    Released `_decode`: the new token attends first; then, where the entries exceed `ratio * L * share * (tokens seen)`
+    by 1 or more, *one* entry leaves: the one with the least attention of this step's query, averaged over the
     query heads. Scores are not accumulated. Protected are the first 4 entries and a suffix of the cache as long as the
     text that was kept after the picture (at least 1). The suffix ends at the newest entry (`protect="suffix"`): it
     moves on with each new token, and the text after the picture can leave.
