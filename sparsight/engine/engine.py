@@ -258,7 +258,7 @@ class Engine:
             if not request.inputs.done() and (self._running or self._alone):
                 return None
             try:
-                inputs = _to_device(request.inputs.result(), self.model)
+                inputs = request.inputs.result()
                 needed = self._most_bytes(inputs["input_ids"], request)
                 if needed > self.kv_bytes:
                     raise ValueError(
@@ -270,6 +270,7 @@ class Engine:
                 if len(sequences) + request.params.n > self.max_running or taken + needed > self.kv_bytes:
                     return None
                 self._waiting.popleft()
+                inputs = _to_device(inputs, self.model)
                 runner = PromptRunner(self.model, request.recipe, inputs, self.prefill_chunk, self._vision)
                 return request, runner, 0.0
             # Whatever is wrong with a request ends that request alone.
