@@ -19,6 +19,9 @@ from sparsight.utils import checks
 NEVER = torch.iinfo(torch.int32).max
 """A position that no token reaches."""
 
+ROUNDING = 1e-9
+"""What an allowance may exceed an integer by without allowing another entry."""
+
 VACANT = -1
 """The position of a slot without an entry."""
 
@@ -208,7 +211,8 @@ class FixedPoint(Ring):
     """Drop the entry at a fixed place (Elastic Cache, arXiv 2407.18121, section 3.3).
 
     The fixed place is ``distance`` before the end of the entries kept after prefill: the oldest and the most recent
-    part both stay.
+    part both stay. As in the authors' code, a layer may hold its share of the tokens seen, rounded up, and one entry
+    leaves per token.
 
     Args:
         distance: entries between the fixed place and the end of what was kept after prefill.
@@ -226,6 +230,15 @@ class FixedPoint(Ring):
     def protected(self, held: Tensor) -> Tensor:
         """Those before the fixed place."""
         return (held - self.distance).clamp(min=self.protect_first)
+
+    def slots(self, rows: Rows, state: EvictionState, seen: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`EvictionRule.slots` with the allowance rounded up."""
+        grows = rows.held < torch.maximum(state.allowance(seen) - ROUNDING, state.protected + 1)
+        return self.lowest(rows, state, grows).argmin(-1), grows
+
+    def excess(self, rows: Rows, state: EvictionState, seen: int) -> Tensor:
+        """None: what rounding kept of a prompt is within the allowance rounded up."""
+        return torch.zeros_like(rows.positions, dtype=torch.bool)
 
 
 @dataclass(frozen=True)

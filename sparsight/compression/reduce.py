@@ -48,13 +48,14 @@ class Evict:
 
 @dataclass(frozen=True)
 class MergeNearest:
-    """Merge every entry into the nearest anchor by position (Elastic Cache, arXiv 2407.18121, section 3.2).
+    """Merge every entry into the nearest anchor by position (Elastic Cache, arXiv 2407.18121, section 3.3).
 
-    Anchors are the first ``protect_first`` entries, the last one, and the highest-scored others; of two equally near
-    anchors an entry joins the earlier. An anchor's key and value become the mean over its bucket, itself included.
+    The first ``protect_first`` entries and the last one stay unchanged (section 4.1). The highest-scored others are the
+    anchors; of two equally near anchors an entry joins the earlier. An anchor's key and value become the mean over its
+    bucket, itself included. Where there is no anchor, entries are dropped.
 
     Args:
-        protect_first: entries at the prompt's beginning that are always anchors.
+        protect_first: entries at the prompt's beginning that always stay, unchanged.
         per_head: every KV head chooses its own anchors; otherwise the heads of a layer share one choice.
     """
 
@@ -67,18 +68,26 @@ class MergeNearest:
         checks.count("protect_first", self.protect_first)
 
     def always(self, kept: int, length: int) -> Tensor:
-        """Which of ``length`` positions are anchors whatever their score when ``kept`` are, bool ``[T]``."""
+        """Which of ``length`` positions stay unchanged when ``kept`` stay, bool ``[T]``."""
         return ends(kept, length, first=self.protect_first, last=1)
 
     def select(self, score: Tensor, kept: int) -> Tensor:
-        """Positions of the anchors, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
+        """Positions that stay, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
         return top_positions(score, kept, self.always(kept, score.shape[1]), per_head=self.per_head)
 
     def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the anchors after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
-        bucket = nearest_anchor(positions, keys.shape[1])
-        kept = positions.shape[1]
-        return bucket_means(keys, bucket, kept), bucket_means(values, bucket, kept)
+        """Keys and values that stay after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
+        first, last = min(self.protect_first, positions.shape[1] - 1), keys.shape[1] - 1
+        anchors = positions[:, first:-1] - first
+        count = anchors.shape[1]
+        if count == 0:
+            return _gather(keys, positions), _gather(values, positions)
+        bucket = nearest_anchor(anchors, last - first)
+        merged_keys, merged_values = (
+            torch.cat([states[:, :first], bucket_means(states[:, first:last], bucket, count), states[:, last:]], dim=1)
+            for states in (keys, values)
+        )
+        return merged_keys, merged_values
 
 
 @dataclass(frozen=True)

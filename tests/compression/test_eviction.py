@@ -11,6 +11,7 @@ from sparsight.cache.dense_store import DenseStore
 from sparsight.cache.step_metadata import StepMetadata
 from sparsight.compression import FixedPoint, Grow, HeavyHitter, Sliding
 from sparsight.compression.eviction import EvictionState, position_at
+from tests.support.released.elastic import allowance, drop_at_point
 
 STEPS = 60
 
@@ -82,8 +83,15 @@ def from_place(protected):
 @given(rows=ROWS, distance=st.integers(0, 25), first=st.integers(0, 5))
 def test_a_fixed_point_drops_there_and_appends(rows, distance, first):
     kept, ratios = zip(*rows, strict=True)
+    expected = []
+    for count, ratio in rows:
+        point = max(count - distance, first)
+        # An entry before the fixed place never leaves, so one more than those is always allowed.
+        allowances = [max(allowance(ratio, seen), point + 1) for seen in range(count + 1, count + 1 + STEPS)]
+        expected.append(drop_at_point(range(count), allowances, count, point))
     rule = FixedPoint(distance=distance, protect_first=first)
-    check(rule, kept, ratios, from_place(lambda count: max(count - distance, first)))
+    for step, held in enumerate(overwritten_in_slots(rule, kept, ratios)):
+        assert held == [each[step] for each in expected]
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,6 +7,9 @@ from torch.testing import assert_close
 from sparsight.compression import Evict, MergeNearest, MergeSimilar
 from sparsight.compression.reduce import ends, nearest_anchor, top_positions
 from tests.support import reference
+from tests.support.released.elastic import elastic_prefill
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @st.composite
@@ -24,14 +27,6 @@ def test_eviction_keeps_what_the_brute_force_keeps(case, recent):
     score, kept = case
     positions = Evict(recent=recent).select(score, kept)
     assert positions.tolist() == [reference.vl_cache_positions(head, kept, recent) for head in score.tolist()]
-
-
-@settings(deadline=None)
-@given(case=scores(), protect_first=st.integers(0, 5))
-def test_anchors_are_those_of_the_brute_force(case, protect_first):
-    score, kept = case
-    anchors = MergeNearest(protect_first=protect_first, per_head=True).select(score, kept)
-    assert anchors.tolist() == [reference.elastic_anchors(head, kept, protect_first) for head in score.tolist()]
 
 
 @settings(deadline=None)
@@ -66,19 +61,24 @@ def test_negative_scores_rank_below_positive_ones():
 
 
 @settings(deadline=None)
-@given(case=scores(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_merging_is_the_mean_over_each_bucket(case, dtype):
+@given(case=scores(), protect_first=st.integers(0, 5), dtype=st.sampled_from(DTYPES))
+def test_merging_is_the_mean_over_each_bucket_and_leaves_the_protected_entries_alone(case, protect_first, dtype):
     score, kept = case
-    heads, length = score.shape
-    states = torch.randn(heads, length, 4, generator=torch.Generator().manual_seed(length)).to(dtype)
-    anchors = MergeNearest(per_head=True).select(score, kept)
-    merged, merged_again = MergeNearest().apply(states, states, anchors)
-    assert torch.equal(merged, merged_again)
+    states = torch.randn(*score.shape, 4, generator=torch.Generator().manual_seed(score.shape[1])).to(dtype)
+    part = MergeNearest(protect_first=protect_first, per_head=True)
+    anchors = part.select(score, kept)
+    merged, negative = part.apply(states, -states, anchors)
+    assert torch.equal(merged, -negative)
     assert merged.dtype == dtype
-    for head in range(heads):
-        expected = torch.stack(reference.merged(states[head], anchors[head].tolist()))
+    first = min(protect_first, kept - 1)
+    assert torch.equal(merged[:, :first], states[:, :first])
+    assert torch.equal(merged[:, -1], states[:, -1])
+    for head in range(len(score)):
+        one = score[head].double().numpy()[None, None], *[states[head].double().numpy()[None]] * 2
+        positions, expected, _ = elastic_prefill(*one, kept, first)
+        assert anchors[head].tolist() == positions
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
-        assert_close(merged[head], expected, **tolerance)
+        assert_close(merged[head].double(), torch.from_numpy(expected[0]), **tolerance)
 
 
 def test_of_two_equally_near_anchors_an_entry_joins_the_earlier():

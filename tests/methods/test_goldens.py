@@ -1,11 +1,17 @@
 """Methods against what their authors' own functions returned (tests/goldens)."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
+from torch.testing import assert_close
 
 from sparsight import recipe
 from sparsight.compression.allocate import LayerStatistics
+from sparsight.compression.eviction import EvictionState
 from sparsight.models.prompt import Span
+from tests.goldens.inputs import ranked_attention, states
 from tests.goldens.test_released import cases, prompt
 
 
@@ -41,3 +47,62 @@ def test_adakv_shares_the_budget_as_the_authors_code_does_up_to_its_rounding(cas
     # Each head is rounded by itself there; here the heads' sum is the budget.
     assert sum(counts) == keep * len(counts)
     assert all(abs(ours - theirs) <= 1 for ours, theirs in zip(counts, case["lengths"], strict=True))
+
+
+def importance(attention):
+    """Attention `[H, T, T]` accumulated over the queries, float32 `[H, T]`."""
+    return torch.from_numpy(attention.sum(1)).float()
+
+
+@cases("elastic")
+def test_elastic_merges_as_the_authors_code_does(case):
+    shape = (case["layers"], case["heads"], case["length"], case["size"])
+    attention = ranked_attention(case["seed"], *shape[:3], case["start_size"])
+    keys, values = (states(case["seed"] + n, shape[0] * shape[1], *shape[2:]).reshape(shape) for n in (500, 900))
+    part = recipe("elastic", protect_first=case["start_size"]).reduce
+    for layer in range(case["layers"]):
+        positions = part.select(importance(attention[layer]), case["kept"])
+        assert positions.tolist() == [case["positions"][layer]] * case["heads"]
+        own = [torch.from_numpy(each[layer]).float() for each in (keys, values)]
+        for before, merged, name in zip(own, part.apply(*own, positions), ("keys", "values"), strict=True):
+            assert torch.equal(merged[:, -1], before[:, -1])
+            assert torch.equal(merged[:, : case["start_size"]], before[:, : case["start_size"]])
+            if name in case:
+                assert_close(merged.flatten(), torch.tensor(case[name][layer]), rtol=1e-5, atol=1e-6)
+
+
+@cases("elastic", lambda case: "point" in case)
+def test_elastic_decodes_as_the_authors_code_does(case):
+    # They count the distance from one entry more than they keep.
+    rule = recipe("elastic", distance=24).decode
+    history = list(decoded(rule, case["positions"][0], 1 - case["drop_ratio"], case["length"], len(case["entries"])))
+    assert [len(held) for held in history] == case["entries"]
+    assert history[-1] == case["last"]
+
+
+@dataclass
+class Rows:
+    """One KV head's slots."""
+
+    positions: Tensor
+
+    @property
+    def held(self):
+        return (self.positions >= 0).sum(-1)
+
+    @property
+    def used(self):
+        return self.held
+
+
+def decoded(rule, kept, ratio, length, steps):
+    """Positions held after each token of an answer, by a rule that may hold ``ratio`` of the tokens seen."""
+    rows = Rows(torch.full((1, len(kept) + steps), -1, dtype=torch.int32))
+    rows.positions[0, : len(kept)] = torch.tensor(kept)
+    zero = torch.zeros(1, dtype=torch.float64)
+    state = EvictionState(zero + ratio, zero, zero, zero.long(), zero.int(), torch.zeros(1, 0))
+    rule.protect(rows, state, length)
+    for position in range(length, length + steps):
+        slots, _ = rule.slots(rows, state, zero + position + 1, torch.ones(1, dtype=torch.int64))
+        rows.positions[0, slots] = position
+        yield sorted(p for p in rows.positions[0].tolist() if p >= 0)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
+from tests.support.released import elastic
+
 WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
 """Methods whose scores are SnapKV's."""
 
@@ -113,16 +115,6 @@ def vl_cache_positions(score: list[float], kept: int, recent: float) -> list[int
     newest = list(range(length - max(1, round(recent * kept)), length))[-kept:]
     others = [j for j in range(length) if j not in newest]
     return sorted(newest + best(score, others, kept - len(newest)))
-
-
-def elastic_anchors(score: list[float], kept: int, protect_first: int) -> list[int]:
-    length = len(score)
-    anchors = [length - 1]
-    for j in range(protect_first):
-        if len(anchors) < kept and j not in anchors:
-            anchors.append(j)
-    others = [j for j in range(length) if j not in anchors]
-    return sorted(anchors + best(score, others, kept - len(anchors)))
 
 
 def window_pooled(score: list[float], window: int, pool: int) -> list[float]:
@@ -285,14 +277,6 @@ def means(states: Tensor, anchors: list[int], bucket_of: list[int]) -> list[Tens
     return [(sum(bucket) / len(bucket)).to(states.dtype) for bucket in buckets]
 
 
-def merged(states: Tensor, anchors: list[int]) -> list[Tensor]:
-    """Mean over each anchor's bucket: every position joins the nearest anchor, the earlier of two equally near."""
-    buckets: dict[int, list[Tensor]] = {anchor: [] for anchor in anchors}
-    for j, state in enumerate(states):
-        buckets[min(anchors, key=lambda anchor: (abs(anchor - j), anchor))].append(state.double())
-    return [(sum(bucket) / len(bucket)).to(states.dtype) for bucket in buckets.values()]
-
-
 # The methods in a running model
 
 
@@ -371,8 +355,10 @@ class Twin:
                 self.sparsity[index].append(gammas[index])
                 self.shares[index].append(by_head)
                 keys, values = self.keys[index][b, :, start:stop], self.values[index][b, :, start:stop]
-                heads = [self.reduced(keys[h], values[h], s, kept[h], start) for h, s in enumerate(scores[index])]
-                fixed = [max(count - self.method.distance, self.method.protect_first) for count in kept]
+                heads = self.reduced(attention[index], keys, values, scores[index], kept, start)
+                fixed = [
+                    elastic.elastic_point(count, self.method.distance, self.method.protect_first) for count in kept
+                ]
                 if self.method.rule == "sliding":
                     fixed = [self.method.sinks] * len(kept)
                 self.rows[index].append(Row(heads, by_head, fixed))
@@ -434,12 +420,20 @@ class Twin:
             return prefix_shares([layer[0] for layer in scores], method.budget)
         return [method.budget] * self.layers
 
-    def reduced(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
+    def reduced(
+        self, attention: Tensor, keys: Tensor, values: Tensor, scores: list[list[float]], kept: list[int], start: int
+    ) -> list[list[Entry]]:
+        """What every KV head of a layer keeps."""
+        if self.method.name != "elastic":
+            return [self.head_reduced(keys[h], values[h], score, kept[h], start) for h, score in enumerate(scores)]
+        states = (x.double().numpy() for x in (attention, keys, values))
+        positions, *merged = elastic.elastic_prefill(*states, kept[0], min(self.method.protect_first, kept[0] - 1))
+        heads = zip(*(torch.from_numpy(each).to(keys.dtype) for each in merged), strict=True)
+        return [[Entry(start + j, *pair) for j, *pair in zip(positions, *head, strict=True)] for head in heads]
+
+    def head_reduced(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
         method, length = self.method, len(score)
-        if method.name == "elastic":
-            positions = elastic_anchors(score, kept, method.protect_first)
-            pairs = zip(merged(keys, positions), merged(values, positions), strict=True)
-        elif method.name == "look-m":
+        if method.name == "look-m":
             positions = vl_cache_positions(score, kept, method.recent)
             bucket_of = [most_similar(keys, positions, j) for j in range(length)]
             pairs = zip(means(keys, positions, bucket_of), means(values, positions, bucket_of), strict=True)
@@ -463,6 +457,8 @@ class Twin:
             for h, entries in enumerate(row.heads):
                 rule = self.method.rule
                 allowance = row.shares[h] * tokens_seen if rule != "grow" else math.inf
+                if rule == "fixed-point":
+                    allowance = elastic.allowance(row.shares[h], tokens_seen)
                 recent = max(1, round(self.method.recent * len(entries)))
                 while len(entries) + 1 > allowance and rule == "heavy-hitter" and len(entries) > recent:
                     older = entries[: len(entries) - recent]
