@@ -51,9 +51,10 @@ METHODS = {
     "snapkv, small window": (recipe("snapkv", budget=0.3, window=4, pool=3), Method("snapkv", 0.3, window=4, pool=3)),
     "pyramidkv": (recipe("pyramidkv", budget=0.3, window=5), Method("pyramidkv", 0.3, window=5)),
     "pyramidkv, full first layer": (
-        recipe("pyramidkv", budget=0.7, steepness=4.0),
-        Method("pyramidkv", 0.7, steepness=4.0),
+        recipe("pyramidkv", budget=0.56, window=2),
+        Method("pyramidkv", 0.56, window=2),
     ),
+    "pyramidkv, above half": (recipe("pyramidkv", budget=0.7), Method("pyramidkv", 0.7, window=8)),
     "prefixkv": (recipe("prefixkv", budget=0.2), Method("prefixkv", 0.2)),
     "look-m": (recipe("look-m", budget=0.2), Method("look-m", 0.2, recent=0.5)),
     "adakv": (recipe("adakv", budget=0.3, window=4, pool=3), Method("adakv", 0.3, window=4, pool=3)),

@@ -1,8 +1,10 @@
 """Methods against what their authors' own functions returned (tests/goldens)."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -47,6 +49,35 @@ def test_adakv_shares_the_budget_as_the_authors_code_does_up_to_its_rounding(cas
     # Each head is rounded by itself there; here the heads' sum is the budget.
     assert sum(counts) == keep * len(counts)
     assert all(abs(ours - theirs) <= 1 for ours, theirs in zip(counts, case["lengths"], strict=True))
+
+
+def shares_of(case, layers, **numbers):
+    """A recipe's allocation at the budget of a golden, times the prompt's length."""
+    length, keep = case["length"], min(case["keep"], case["length"])
+    chosen = recipe(**numbers, budget=keep / length)
+    always, vision = chosen.reduce.always(keep, length), torch.zeros(length, dtype=torch.bool)
+    one = LayerStatistics(torch.ones(case["kv_heads"], length), 0.0, vision, always)
+    shares = torch.tensor(chosen.allocate.shares([one] * layers, chosen.budget), dtype=torch.float64)
+    return (shares * length).tolist()
+
+
+@cases("pyramidkv", lambda case: case["above_half"] == "uniform")
+def test_pyramidkv_shares_the_budget_as_the_authors_code_does_up_to_its_rounding(case):
+    layers = case["layers"]
+    shares = shares_of(case, layers, name="pyramidkv", window=case["window"], steepness=case["beta"])
+    assert sum(shares) == pytest.approx(layers * min(case["keep"], case["length"]))
+    # There the first and the last budget are integers, and so is the step between layers, rounded down.
+    first, last = math.ceil(round(shares[0], 6)), math.floor(round(shares[-1], 6))
+    step = (first - last) // (layers - 1)
+    assert case["budgets"] == [first - layer * step for layer in range(layers)]
+
+
+@cases("pyramidkv", lambda case: "first_layer" in case)
+def test_pyramidkv_keeps_the_positions_of_the_authors_code(case):
+    chosen = recipe("pyramidkv", window=case["window"])
+    score = statistics(chosen, case, *prompt(case)).score
+    for budget, positions in ((case["budgets"][0], case["first_layer"]), (case["budgets"][-1], case["last_layer"])):
+        assert chosen.reduce.select(score, budget).tolist() == positions
 
 
 def importance(attention):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from tests.support.released import elastic
+from tests.support.released import elastic, pyramidkv
 
 WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
 """Methods whose scores are SnapKV's."""
@@ -139,18 +139,16 @@ def grid_pooled(score: list[float], grids: list[list[list[int]]], height: int, w
     return pooled
 
 
-def pyramid_shares(layers: int, budget: float, steepness: float) -> list[float]:
-    """PyramidKV: linear from the first layer to the last, the mean unchanged; what a full layer cannot hold goes on."""
-    if layers == 1:
-        return [budget]
-    last, first = budget / steepness, 2 * budget - budget / steepness
-    linear = [first + (last - first) * index / (layers - 1) for index in range(layers)]
-    low, high = 0.0, 1.0 / min(linear)
-    for _ in range(200):
-        middle = (low + high) / 2
-        total = sum(min(middle * share, 1.0) for share in linear)
-        low, high = (middle, high) if total < budget * layers else (low, middle)
-    return [min(high * share, 1.0) for share in linear]
+def pyramid_budgets(layers: int, keep: float, length: int, window: float, steepness: float) -> list[float]:
+    """PyramidKV: the released code's limits on the paper's line, without its rounding."""
+    if layers == 1 or 2 * (keep - window) > length:
+        return [keep] * layers
+    line = pyramidkv.pyramidkv_shares(layers, keep, window, steepness)
+    if line[0] <= length:
+        return line
+    # The first layer is full; the last has as much more than planned as the first has less.
+    last = 2 * keep - length
+    return [length - (length - last) * layer / (layers - 1) for layer in range(layers)]
 
 
 def prefix_shares(scores: list[list[float]], budget: float) -> list[float]:
@@ -415,7 +413,10 @@ class Twin:
         if method.name == "vl-cache":
             return layer_shares(gammas, method.budget, method.floor, method.water_fill)
         if method.name == "pyramidkv":
-            return pyramid_shares(self.layers, method.budget, method.steepness)
+            keep = method.budget * length
+            window = min(method.window, entries_to_keep(method.budget, length), keep)
+            budgets = pyramid_budgets(self.layers, keep, length, window, method.steepness)
+            return [budget / length for budget in budgets]
         if method.name == "prefixkv":
             return prefix_shares([layer[0] for layer in scores], method.budget)
         return [method.budget] * self.layers
