@@ -217,11 +217,14 @@ class FixedPoint(Ring):
     Args:
         distance: entries between the fixed place and the end of what was kept after prefill.
         protect_first: entries at the beginning of the cache that are never dropped.
+        middle: where the fixed place would be among those first entries, take the middle of what was kept instead
+            (PrefixKV, arXiv 2412.03409).
     """
 
     kind: ClassVar[str] = "fixed-point"
     distance: int = 25
     protect_first: int = 1
+    middle: bool = False
 
     def __post_init__(self) -> None:
         checks.count("distance", self.distance)
@@ -229,7 +232,8 @@ class FixedPoint(Ring):
 
     def protected(self, held: Tensor) -> Tensor:
         """Those before the fixed place."""
-        return (held - self.distance).clamp(min=self.protect_first)
+        place = held - self.distance
+        return torch.where(place < self.protect_first, held // 2 if self.middle else self.protect_first, place)
 
     def slots(self, rows: Rows, state: EvictionState, seen: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`EvictionRule.slots` with the allowance rounded up."""

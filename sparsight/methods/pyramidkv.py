@@ -15,8 +15,8 @@ def PyramidKV(budget: float = 0.1, *, window: int = 8, pool: int = 7, steepness:
 
     From the paper: the line of budgets (section 4.2), the window of 8 and ``beta`` 20 (section 5.1). From the authors'
     code (KVCache-Factory, ``pyramidkv_utils.py``): pooling, the first layer's limit, equal budgets where they exceed
-    half of the prompt. Not from the code: it rounds the step between layers down, which keeps more than the budget; here
-    the mean over the layers, the window included, is the budget.
+    half of the prompt. Not from the code: it rounds the step between layers down, which keeps more than the budget.
+    Here the mean over the layers, the window included, is the budget.
 
     Args:
         budget: fraction of the prompt's KV entries to keep, averaged over the layers, in (0, 1].

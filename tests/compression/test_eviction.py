@@ -80,16 +80,18 @@ def from_place(protected):
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=ROWS, distance=st.integers(0, 25), first=st.integers(0, 5))
-def test_a_fixed_point_drops_there_and_appends(rows, distance, first):
+@given(rows=ROWS, distance=st.integers(0, 25), first=st.integers(0, 5), middle=st.booleans())
+def test_a_fixed_point_drops_there_and_appends(rows, distance, first, middle):
     kept, ratios = zip(*rows, strict=True)
     expected = []
     for count, ratio in rows:
-        point = max(count - distance, first)
+        point = count - distance
+        if point < first:
+            point = count // 2 if middle else first
         # An entry before the fixed place never leaves, so one more than those is always allowed.
         allowances = [max(allowance(ratio, seen), point + 1) for seen in range(count + 1, count + 1 + STEPS)]
         expected.append(drop_at_point(range(count), allowances, count, point))
-    rule = FixedPoint(distance=distance, protect_first=first)
+    rule = FixedPoint(distance=distance, protect_first=first, middle=middle)
     for step, held in enumerate(overwritten_in_slots(rule, kept, ratios)):
         assert held == [each[step] for each in expected]
 

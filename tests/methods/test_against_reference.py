@@ -56,6 +56,8 @@ METHODS = {
     ),
     "pyramidkv, above half": (recipe("pyramidkv", budget=0.7), Method("pyramidkv", 0.7, window=8)),
     "prefixkv": (recipe("prefixkv", budget=0.2), Method("prefixkv", 0.2)),
+    "prefixkv, short distance": (recipe("prefixkv", budget=0.5, distance=6), Method("prefixkv", 0.5, distance=6)),
+    "prefixkv, one entry": (recipe("prefixkv", budget=0.001), Method("prefixkv", 0.001)),
     "look-m": (recipe("look-m", budget=0.2), Method("look-m", 0.2, recent=0.5)),
     "adakv": (recipe("adakv", budget=0.3, window=4, pool=3), Method("adakv", 0.3, window=4, pool=3)),
     "adakv, no floor": (
@@ -216,6 +218,7 @@ def test_long_answers_in_a_sliding_window():
 
 def test_long_answers_under_the_fixed_point():
     check("llava", "1:2", torch.float32, "padded batch", "elastic, short distance", tokens=120)
+    check("llava", "1:2", torch.float32, "padded batch", "prefixkv, short distance", tokens=120)
 
 
 @pytest.mark.parametrize("family", [*models.FAMILIES, "paligemma"])

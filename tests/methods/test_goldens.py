@@ -13,8 +13,9 @@ from sparsight import recipe
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.eviction import EvictionState
 from sparsight.models.prompt import Span
-from tests.goldens.inputs import ranked_attention, states
+from tests.goldens.inputs import ranked_attention, sharpened_rows, states
 from tests.goldens.test_released import cases, prompt
+from tests.support.released.prefixkv import prefixkv_budgets
 
 
 def statistics(chosen, case, query, key):
@@ -109,6 +110,32 @@ def test_elastic_decodes_as_the_authors_code_does(case):
     history = list(decoded(rule, case["positions"][0], 1 - case["drop_ratio"], case["length"], len(case["entries"])))
     assert [len(held) for held in history] == case["entries"]
     assert history[-1] == case["last"]
+
+
+@cases("prefixkv")
+def test_prefixkv_shares_the_budget_by_the_paper_and_near_the_authors_profile(case):
+    attention = sharpened_rows(case["seed"], case["layers"], case["heads"], case["length"])
+    none = torch.zeros(case["length"], dtype=torch.bool)
+    layers = [LayerStatistics(importance(layer), 0.0, none, none) for layer in attention]
+    shares = recipe("prefixkv").allocate.shares(layers, 1 - case["drop_ratio"])
+    counts = [round(share * case["length"]) for share in shares]
+    total = int((1 - case["drop_ratio"]) * case["length"] * case["layers"])
+    assert counts == prefixkv_budgets(attention.sum(-2).mean(1), total)
+    # Their profile grants the protected entries on top and scales what its bisection leaves over.
+    assert all(abs(ours - theirs) <= 4 for ours, theirs in zip(counts, case["kept"], strict=True))
+
+
+@cases("prefixkv")
+def test_prefixkv_keeps_and_drops_the_positions_of_the_authors_code(case):
+    chosen = recipe("prefixkv")
+    attention = sharpened_rows(case["seed"], case["layers"], case["heads"], case["length"])
+    for layer, kept in enumerate(case["kept"]):
+        positions = chosen.reduce.select(importance(attention[layer]), kept)
+        assert positions.tolist() == [case["positions"][layer]] * case["heads"]
+        ratio = kept / case["length"]
+        history = list(decoded(chosen.decode, positions[0].tolist(), ratio, case["length"], case["steps"]))
+        assert [len(held) for held in history] == [entries[layer] for entries in case["entries"]]
+        assert history[-1] == case["last"][layer]
 
 
 @dataclass

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from tests.support.released import elastic, pyramidkv
+from tests.support.released import elastic, prefixkv, pyramidkv
 
 WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
 """Methods whose scores are SnapKV's."""
@@ -48,7 +49,7 @@ class Method:
     @property
     def rule(self) -> str:
         """The decode rule: the method's own, or the one that it is combined with."""
-        own = {"elastic": "fixed-point", "streaming-llm": "sliding", "h2o": "heavy-hitter"}
+        own = {"elastic": "fixed-point", "prefixkv": "fixed-point", "streaming-llm": "sliding", "h2o": "heavy-hitter"}
         return self.decode or own.get(self.name, "grow")
 
 
@@ -149,20 +150,6 @@ def pyramid_budgets(layers: int, keep: float, length: int, window: float, steepn
     # The first layer is full; the last has as much more than planned as the first has less.
     last = 2 * keep - length
     return [length - (length - last) * layer / (layers - 1) for layer in range(layers)]
-
-
-def prefix_shares(scores: list[list[float]], budget: float) -> list[float]:
-    """PrefixKV: the largest mass, shared by the layers, whose prefixes fit the budget on average."""
-    masses = []
-    for score in scores:
-        ordered = sorted(score, reverse=True)
-        masses.append([sum(ordered[: n + 1]) / sum(ordered) for n in range(len(ordered))])
-
-    def prefixes(threshold: float) -> list[float]:
-        return [next(n + 1 for n in range(len(m)) if m[n] >= threshold or n + 1 == len(m)) / len(m) for m in masses]
-
-    fitting = [prefixes(t) for t in sorted(t for m in masses for t in m) if sum(prefixes(t)) <= budget * len(masses)]
-    return fitting[-1] if fitting else [1 / len(m) for m in masses]
 
 
 def adakv_counts(scores: list[list[float]], equal: int, always: int, floor: float) -> list[int]:
@@ -357,6 +344,8 @@ class Twin:
                 fixed = [
                     elastic.elastic_point(count, self.method.distance, self.method.protect_first) for count in kept
                 ]
+                if self.method.name == "prefixkv":
+                    fixed = [prefixkv.prefixkv_point(count, self.method.distance) for count in kept]
                 if self.method.rule == "sliding":
                     fixed = [self.method.sinks] * len(kept)
                 self.rows[index].append(Row(heads, by_head, fixed))
@@ -418,7 +407,10 @@ class Twin:
             budgets = pyramid_budgets(self.layers, keep, length, window, method.steepness)
             return [budget / length for budget in budgets]
         if method.name == "prefixkv":
-            return prefix_shares([layer[0] for layer in scores], method.budget)
+            # One entry in each layer stays whatever the budget.
+            total = max(int(method.budget * length * self.layers), self.layers)
+            budgets = prefixkv.prefixkv_budgets(np.array([layer[0] for layer in scores]), total)
+            return [budget / length for budget in budgets]
         return [method.budget] * self.layers
 
     def reduced(
@@ -442,6 +434,8 @@ class Twin:
             if method.name == "streaming-llm":
                 sinks = min(method.sinks, kept - 1)
                 positions = sorted(set(range(sinks)) | set(range(length - kept + sinks, length)))
+            elif method.name == "prefixkv":
+                positions = prefixkv.prefixkv_positions(np.array(score), kept, min(1, kept - 1))
             elif method.name in WINDOWED:
                 positions = sorted(best(score, list(range(length)), kept))
             else:
