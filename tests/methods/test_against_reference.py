@@ -59,6 +59,14 @@ METHODS = {
     "prefixkv, short distance": (recipe("prefixkv", budget=0.5, distance=6), Method("prefixkv", 0.5, distance=6)),
     "prefixkv, one entry": (recipe("prefixkv", budget=0.001), Method("prefixkv", 0.001)),
     "look-m": (recipe("look-m", budget=0.2), Method("look-m", 0.2, recent=0.5)),
+    "look-m, averaged": (
+        recipe("look-m", budget=0.3, merge="averaged", recent=0.2),
+        Method("look-m", 0.3, merge="averaged", recent=0.2),
+    ),
+    "look-m, weighted": (
+        recipe("look-m", budget=0.3, merge="weighted"),
+        Method("look-m", 0.3, merge="weighted", recent=0.5),
+    ),
     "adakv": (recipe("adakv", budget=0.3, window=4, pool=3), Method("adakv", 0.3, window=4, pool=3)),
     "adakv, no floor": (
         recipe("adakv", budget=0.5, floor=0, window=6),

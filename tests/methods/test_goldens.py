@@ -13,8 +13,9 @@ from sparsight import recipe
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.eviction import EvictionState
 from sparsight.models.prompt import Span
-from tests.goldens.inputs import ranked_attention, sharpened_rows, states
-from tests.goldens.test_released import cases, prompt
+from tests.goldens.inputs import ranked_attention, sharpened_rows, states, uniform
+from tests.goldens.test_released import cases, look_m_prompt, prompt
+from tests.support.released.look_m import look_m_positions
 from tests.support.released.prefixkv import prefixkv_budgets
 
 
@@ -136,6 +137,43 @@ def test_prefixkv_keeps_and_drops_the_positions_of_the_authors_code(case):
         history = list(decoded(chosen.decode, positions[0].tolist(), ratio, case["length"], case["steps"]))
         assert [len(held) for held in history] == [entries[layer] for entries in case["entries"]]
         assert history[-1] == case["last"][layer]
+
+
+@cases("look_m")
+def test_look_m_keeps_the_positions_of_the_authors_code_as_far_as_text_fits(case):
+    attention, _, _, text = look_m_prompt(case)
+    kept = case["heavy"] + case["recent"]
+    chosen = recipe("look-m", recent=case["recent"] / kept)
+    score = chosen.score.importance(importance(attention), ~torch.from_numpy(text), [])
+    positions = chosen.reduce.select(score, kept).tolist()
+    expected = case["positions"]
+    if len(expected[0]) > kept:
+        expected = look_m_positions(attention, text, case["heavy"], case["recent"], case["heads"])
+    assert positions == expected
+
+
+@cases("look_m", lambda case: "pivotal" in case)
+def test_look_m_merges_as_the_authors_code_does(case):
+    check_look_m_merge(case, "pivotal")
+
+
+@pytest.mark.parametrize("merge", ["averaged", "weighted"])
+@cases("look_m", lambda case: "averaged" in case)
+def test_look_m_merges_the_other_ways_as_the_authors_code_does_where_its_filter_passes_everything(case, merge):
+    check_look_m_merge(case, merge)
+
+
+def check_look_m_merge(case, merge):
+    _, keys, values, _ = look_m_prompt(case)
+    part, states = recipe("look-m", merge=merge).reduce, [torch.from_numpy(each).float() for each in (keys, values)]
+    # The released code keeps all text, so its heads may keep different numbers of entries.
+    heads = []
+    for head, kept in enumerate(case["positions"]):
+        own = [each[head : head + 1] for each in states]
+        heads.append([each[0] for each in part.apply(*own, torch.tensor([kept]))])
+    for merged, expected in zip(zip(*heads, strict=True), case[merge], strict=True):
+        projected = torch.cat(merged).double() @ torch.from_numpy(uniform(77, 128) - 0.5)
+        assert_close(projected, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from tests.support.released import elastic, prefixkv, pyramidkv
+from tests.support.released import elastic, look_m, prefixkv, pyramidkv
 
 WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
 """Methods whose scores are SnapKV's."""
@@ -45,6 +45,7 @@ class Method:
     decode: str = ""
     height: int = 1
     width: int = 5
+    merge: str = "pivotal"
 
     @property
     def rule(self) -> str:
@@ -248,20 +249,6 @@ def capped(weights: list[float], total: float) -> list[float]:
     return shares
 
 
-def most_similar(keys: Tensor, kept: list[int], j: int) -> int:
-    """The kept position whose key has the largest cosine with key ``j``; a kept entry is its own."""
-    if j in kept:
-        return j
-    cosines = [torch.cosine_similarity(keys[j].double(), keys[anchor].double(), dim=0).item() for anchor in kept]
-    return kept[max(range(len(kept)), key=lambda index: cosines[index])]
-
-
-def means(states: Tensor, anchors: list[int], bucket_of: list[int]) -> list[Tensor]:
-    """Mean of the states of each anchor's bucket."""
-    buckets = [[states[j].double() for j, anchor in enumerate(bucket_of) if anchor == own] for own in anchors]
-    return [(sum(bucket) / len(bucket)).to(states.dtype) for bucket in buckets]
-
-
 # The methods in a running model
 
 
@@ -340,7 +327,7 @@ class Twin:
                 self.sparsity[index].append(gammas[index])
                 self.shares[index].append(by_head)
                 keys, values = self.keys[index][b, :, start:stop], self.values[index][b, :, start:stop]
-                heads = self.reduced(attention[index], keys, values, scores[index], kept, start)
+                heads = self.reduced(attention[index], keys, values, vision, scores[index], kept, start)
                 fixed = [
                     elastic.elastic_point(count, self.method.distance, self.method.protect_first) for count in kept
                 ]
@@ -382,11 +369,6 @@ class Twin:
             return [window_pooled(score, method.window, method.pool) for score in scores]
         if method.name == "sparsight":
             return [grid_pooled(score, grids, method.height, method.width) for score in scores]
-        if method.name == "look-m":
-            # More than any attention that a position of this prompt can receive.
-            return [
-                [s + (0 if seen else length + 1) for s, seen in zip(score, vision, strict=True)] for score in scores
-            ]
         return scores
 
     def layer_shares(self, gammas: list[float], scores: list[list[list[float]]], vision: list[bool]) -> list[Any]:
@@ -414,34 +396,44 @@ class Twin:
         return [method.budget] * self.layers
 
     def reduced(
-        self, attention: Tensor, keys: Tensor, values: Tensor, scores: list[list[float]], kept: list[int], start: int
+        self,
+        attention: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        vision: list[bool],
+        scores: list[list[float]],
+        kept: list[int],
+        start: int,
     ) -> list[list[Entry]]:
         """What every KV head of a layer keeps."""
-        if self.method.name != "elastic":
-            return [self.head_reduced(keys[h], values[h], score, kept[h], start) for h, score in enumerate(scores)]
-        states = (x.double().numpy() for x in (attention, keys, values))
-        positions, *merged = elastic.elastic_prefill(*states, kept[0], min(self.method.protect_first, kept[0] - 1))
-        heads = zip(*(torch.from_numpy(each).to(keys.dtype) for each in merged), strict=True)
-        return [[Entry(start + j, *pair) for j, *pair in zip(positions, *head, strict=True)] for head in heads]
-
-    def head_reduced(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
-        method, length = self.method, len(score)
-        if method.name == "look-m":
-            positions = vl_cache_positions(score, kept, method.recent)
-            bucket_of = [most_similar(keys, positions, j) for j in range(length)]
-            pairs = zip(means(keys, positions, bucket_of), means(values, positions, bucket_of), strict=True)
+        method, most = self.method, kept[0]
+        weights, *states = (x.double().numpy() for x in (attention, keys, values))
+        if method.name == "elastic":
+            shared, *merged = elastic.elastic_prefill(weights, *states, most, min(method.protect_first, most - 1))
+            positions = [shared] * len(keys)
+        elif method.name == "look-m":
+            recent = max(1, round(method.recent * most))
+            positions = look_m.look_m_positions(weights, ~np.array(vision), most - recent, recent, len(keys))
+            merged = look_m.look_m_merge(*states, positions, method.merge)
         else:
-            if method.name == "streaming-llm":
-                sinks = min(method.sinks, kept - 1)
-                positions = sorted(set(range(sinks)) | set(range(length - kept + sinks, length)))
-            elif method.name == "prefixkv":
-                positions = prefixkv.prefixkv_positions(np.array(score), kept, min(1, kept - 1))
-            elif method.name in WINDOWED:
-                positions = sorted(best(score, list(range(length)), kept))
-            else:
-                positions = vl_cache_positions(score, kept, method.recent)
-            pairs = zip(keys[positions], values[positions], strict=True)
-        return [Entry(start + j, key, value, score[j]) for j, (key, value) in zip(positions, pairs, strict=True)]
+            return [self.evicted(keys[h], values[h], score, kept[h], start) for h, score in enumerate(scores)]
+        merged = (torch.from_numpy(np.stack(each)).to(keys.dtype) for each in merged)
+        heads = zip(positions, *merged, strict=True)
+        return [[Entry(start + j, *pair) for j, *pair in zip(*head, strict=True)] for head in heads]
+
+    def evicted(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
+        """What one KV head keeps when the others are dropped."""
+        method, length = self.method, len(score)
+        if method.name == "streaming-llm":
+            sinks = min(method.sinks, kept - 1)
+            positions = sorted(set(range(sinks)) | set(range(length - kept + sinks, length)))
+        elif method.name == "prefixkv":
+            positions = prefixkv.prefixkv_positions(np.array(score), kept, min(1, kept - 1))
+        elif method.name in WINDOWED:
+            positions = sorted(best(score, list(range(length)), kept))
+        else:
+            positions = vl_cache_positions(score, kept, method.recent)
+        return [Entry(start + j, keys[j], values[j], score[j]) for j in positions]
 
     def decode(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         position = key.shape[2] - 1
