@@ -88,17 +88,17 @@ METHODS = {
     ),
     "sparsemm": (
         recipe("sparsemm", budget=0.4, heads=VISUAL_HEADS, window=4),
-        Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5),
+        Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5, pooling="average"),
     ),
     "sparsemm, full heads": (
-        recipe("sparsemm", budget=0.8, heads=VISUAL_HEADS, window=4, pool=3, equal=0.3),
+        recipe("sparsemm", budget=0.8, heads=VISUAL_HEADS, window=4, pool=3, pooling="max", equal=0.3),
         Method("sparsemm", 0.8, head_scores=VISUAL_HEADS, window=4, pool=3, equal=0.3),
     ),
 }
 WITH_FOUR_HEADS = {
     "sparsemm, four heads": (
         recipe("sparsemm", budget=0.4, heads=FOUR_HEADS, window=4),
-        Method("sparsemm", 0.4, head_scores=FOUR_HEADS, window=4, pool=5),
+        Method("sparsemm", 0.4, head_scores=FOUR_HEADS, window=4, pool=5, pooling="average"),
     ),
 }
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from sparsight import recipe
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.eviction import EvictionState
+from sparsight.eval.calibration import head_hits
 from sparsight.models.prompt import Span
-from tests.goldens.inputs import ranked_attention, sharpened_rows, states, uniform
+from tests.goldens.inputs import causal_rows, ranked_attention, rows, sharpened_rows, states, uniform
 from tests.goldens.test_released import cases, look_m_prompt, prompt
 from tests.support.released.look_m import look_m_positions
 from tests.support.released.prefixkv import prefixkv_budgets
@@ -80,6 +81,55 @@ def test_pyramidkv_keeps_the_positions_of_the_authors_code(case):
     score = statistics(chosen, case, *prompt(case)).score
     for budget, positions in ((case["budgets"][0], case["first_layer"]), (case["budgets"][-1], case["last_layer"])):
         assert chosen.reduce.select(score, budget).tolist() == positions
+
+
+def sparsemm_shares(case):
+    """Entries of each KV head, ``[L, H_kv]``."""
+    return np.array(shares_of(case, case["layers"], name="sparsemm", **sparsemm_numbers(case)))
+
+
+def sparsemm_numbers(case):
+    by_query_head = (uniform(case["seed"] + 50, case["layers"], case["heads"], 6) ** 6).mean(-1)
+    heads = by_query_head.reshape(case["layers"], case["kv_heads"], -1).mean(-1).tolist()
+    pooling = {"pool": case["kernel"], "pooling": case["pooling"]}
+    return {"heads": heads, "window": case["window"], "equal": case["ratio"], **pooling}
+
+
+@cases("sparsemm", lambda case: "budgets" in case and np.max(case["budgets"]) <= case["length"])
+def test_sparsemm_shares_the_budget_as_the_authors_code_does_up_to_its_rounding(case):
+    shares, rest = sparsemm_shares(case) - case["window"], case["keep"] - case["window"]
+    assert shares.mean() == pytest.approx(rest)
+    # There the equal part is rounded down, and each head.
+    least = int(rest * case["ratio"])
+    by_score = (shares - case["ratio"] * rest) / ((1 - case["ratio"]) * rest)
+    assert (np.rint(by_score * (rest - least) + least) + case["window"]).tolist() == case["budgets"]
+
+
+@cases("sparsemm", lambda case: "budgets" in case and np.max(case["budgets"]) > case["length"])
+def test_what_a_sparsemm_head_cannot_hold_goes_to_the_others(case):
+    shares, length = sparsemm_shares(case), case["length"]
+    assert shares.mean() == pytest.approx(min(case["keep"], length))
+    assert shares[np.array(case["budgets"]) > length].min() == pytest.approx(length)
+    assert shares.max() == pytest.approx(length)
+
+
+@cases("sparsemm", lambda case: "budgets" in case)
+def test_sparsemm_keeps_the_positions_of_the_authors_code(case):
+    chosen = recipe("sparsemm", **sparsemm_numbers(case))
+    score = statistics(chosen, case, *prompt(case)).score
+    for head, (count, positions) in enumerate(zip(case["lengths"][0], case["first_layer"], strict=True)):
+        assert chosen.reduce.select(score[head : head + 1], count).tolist() == [positions]
+
+
+@cases("sparsemm", lambda case: "scores" in case)
+def test_heads_are_scored_by_the_hits_of_the_authors_code(case):
+    regions = [set(range(3 * t, 4 * t + 6)) for t in range(case["tokens"])]
+    total = 0
+    for image in range(case["images"]):
+        attention = [rows(10 * image + t, case["layers"], case["heads"], case["keys"]) for t in range(case["tokens"])]
+        by_layer = torch.from_numpy(np.stack(attention, axis=2))
+        total += torch.stack([head_hits(layer, regions) for layer in by_layer])
+    assert_close(total / case["images"], torch.tensor(case["scores"]))
 
 
 def importance(attention):
@@ -176,9 +226,35 @@ def check_look_m_merge(case, merge):
         assert_close(projected, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
+@cases("h2o")
+def test_h2o_holds_the_positions_of_the_authors_code_after_each_step(case):
+    heads, length, most, recent = (case[name] for name in ("heads", "length", "heavy", "recent"))
+    most += recent
+    score = importance(causal_rows(case["seed"], heads, length, length))
+    kept = recipe("h2o", recent=recent / most).reduce.select(score, min(length, most))
+    assert kept.tolist() == case["history"][0]
+    # There a new token attends before an entry leaves, so that one more is held meanwhile.
+    rule = recipe("h2o", recent=recent / (most + 1)).decode
+    slots = Slots(torch.full((heads, most + 1), -1, dtype=torch.int32))
+    slots.positions[:, : kept.shape[1]] = kept
+    zero = torch.zeros(heads, dtype=torch.float64)
+    state = EvictionState(zero, zero, zero + most + 1, zero.long(), zero.int(), torch.zeros(heads, most + 1))
+    state.scores[:, : kept.shape[1]] = score.gather(1, kept)
+    rule.protect(slots, state, length)
+    for step, expected in enumerate(case["history"]):
+        taken, _ = rule.slots(slots, state, zero + length + step + 1, torch.ones(heads, dtype=torch.int64))
+        slots.positions.scatter_(1, taken[:, None], length + step)
+        held = slots.entries()
+        assert [head[:-1] for head in held] == expected
+        state.scores.scatter_(1, taken[:, None], 0)
+        attention = torch.from_numpy(rows(1000 + step, heads, len(held[0]))).float()
+        by_position = slots.positions.masked_fill(slots.positions < 0, length + step + 1).argsort(-1)
+        state.scores.scatter_add_(1, by_position[:, : len(held[0])], attention)
+
+
 @dataclass
-class Rows:
-    """One KV head's slots."""
+class Slots:
+    """The positions in the slots of KV heads, -1 where a slot is vacant."""
 
     positions: Tensor
 
@@ -190,15 +266,19 @@ class Rows:
     def used(self):
         return self.held
 
+    def entries(self):
+        """Positions of each head, ascending."""
+        return [sorted(position for position in head if position >= 0) for head in self.positions.tolist()]
+
 
 def decoded(rule, kept, ratio, length, steps):
     """Positions held after each token of an answer, by a rule that may hold ``ratio`` of the tokens seen."""
-    rows = Rows(torch.full((1, len(kept) + steps), -1, dtype=torch.int32))
-    rows.positions[0, : len(kept)] = torch.tensor(kept)
+    slots = Slots(torch.full((1, len(kept) + steps), -1, dtype=torch.int32))
+    slots.positions[0, : len(kept)] = torch.tensor(kept)
     zero = torch.zeros(1, dtype=torch.float64)
     state = EvictionState(zero + ratio, zero, zero, zero.long(), zero.int(), torch.zeros(1, 0))
-    rule.protect(rows, state, length)
+    rule.protect(slots, state, length)
     for position in range(length, length + steps):
-        slots, _ = rule.slots(rows, state, zero + position + 1, torch.ones(1, dtype=torch.int64))
-        rows.positions[0, slots] = position
-        yield sorted(p for p in rows.positions[0].tolist() if p >= 0)
+        taken, _ = rule.slots(slots, state, zero + position + 1, torch.ones(1, dtype=torch.int64))
+        slots.positions[0, taken] = position
+        yield slots.entries()[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from tests.support.released import elastic, look_m, prefixkv, pyramidkv
+from tests.support.released import common, elastic, look_m, prefixkv, pyramidkv
 
 WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
 """Methods whose scores are SnapKV's."""
@@ -36,6 +36,7 @@ class Method:
     protect_first: int = 1
     window: int = 32
     pool: int = 7
+    pooling: str = "max"
     steepness: float = 20.0
     sinks: int = 4
     floor_of_heads: float = 0.2
@@ -119,12 +120,10 @@ def vl_cache_positions(score: list[float], kept: int, recent: float) -> list[int
     return sorted(newest + best(score, others, kept - len(newest)))
 
 
-def window_pooled(score: list[float], window: int, pool: int) -> list[float]:
-    """SnapKV: before the window, the largest score within half a kernel; the window itself always stays."""
+def window_pooled(score: list[float], window: int, pool: int, kind: str) -> list[float]:
+    """SnapKV: scores before the window are pooled; the window itself always stays."""
     before = max(len(score) - window, 0)
-    half = pool // 2
-    pooled = [max(score[max(0, j - half) : min(before, j + half + 1)]) for j in range(before)]
-    return pooled + [math.inf] * (len(score) - before)
+    return [*common.pool(np.array(score[:before]), pool, kind).tolist(), *[math.inf] * (len(score) - before)]
 
 
 def grid_pooled(score: list[float], grids: list[list[list[int]]], height: int, width: int) -> list[float]:
@@ -366,7 +365,7 @@ class Twin:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = sums.tolist()
         if method.name in WINDOWED:
-            return [window_pooled(score, method.window, method.pool) for score in scores]
+            return [window_pooled(score, method.window, method.pool, method.pooling) for score in scores]
         if method.name == "sparsight":
             return [grid_pooled(score, grids, method.height, method.width) for score in scores]
         return scores
