@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sparsight.compression import Allocate, DecodeRule, Reduce, Score
+from sparsight.compression import Allocate, DecodeRule, Evict, Reduce, Score
 from sparsight.utils import checks
 from sparsight.utils.suggest import unknown
 
@@ -47,6 +47,18 @@ class Recipe:
                 f"{self.reduce.kind!r} as configured the heads share one choice: give the reduction per_head=True, or "
                 "take another."
             )
+
+    def fitted(self, length: int) -> "Recipe":
+        """The recipe for a prompt of ``length`` tokens, with windows of at most two thirds of the entries kept.
+
+        A method with a window of fixed size would otherwise keep nothing else at a small budget. The number of queries
+        that a window looks at and the number of last entries that always stay shrink alike.
+        """
+        most = max(1, 2 * round(self.budget * length) // 3)
+        reduce = self.reduce
+        if isinstance(reduce, Evict) and reduce.last > most:
+            reduce = dataclasses.replace(reduce, last=most)
+        return dataclasses.replace(self, score=self.score.within(most), reduce=reduce)
 
     def combined(self, **kinds: str | None) -> "Recipe":
         """The recipe with other parts, by role and kind, with their default numbers.

@@ -64,7 +64,7 @@ class PrefillSnapshot:
         self.prompt = locate(model.config, inputs, grids=True)
         self.logits = next_logits(model, self._recorder, inputs)
         self.states = self._recorder.states
-        self._observed: dict[tuple[Score, Allocate], list[Prefill]] = {}
+        self._observed: dict[tuple[tuple[Score, ...], Allocate], list[Prefill]] = {}
 
     @torch.inference_mode()
     def observe(self, recipe: Recipe) -> list[Prefill]:
@@ -72,7 +72,8 @@ class PrefillSnapshot:
 
         Recipes with the same score and the same allocation share them.
         """
-        parts = recipe.score, recipe.allocate
+        # A budget may limit a score's window.
+        parts = tuple(recipe.fitted(span.length).score for span in self.prompt.spans), recipe.allocate
         if parts not in self._observed:
             observed = []
             for states in self.states:

@@ -16,10 +16,16 @@ def AdaKV(
     Allocation: the same budget for each layer; within a layer one top-k over all heads decides how many entries each
     head keeps, above a floor. Reduction: each head evicts by its own scores. Decoding: new entries are appended.
 
+    From the paper: one top-k over the heads, mixed with the equal share (algorithms 1 and 2). From the authors' code
+    (``snapkv_utils.py``): the floor of 0.2, attention averaged over the window and over the query heads that share a KV
+    head before it is pooled, ``normalize``. Not from the code: it rounds each head's number by itself; here a layer's
+    heads keep its budget exactly.
+
     Args:
         budget: fraction of the prompt's KV entries that each layer keeps, in (0, 1].
         floor: fraction of the uniform share that every head is given.
-        window: number of last queries whose attention is summed and whose own entries are always kept.
+        window: number of last queries whose attention is summed and whose own entries are always kept; at most two
+            thirds of the entries that the budget allows.
         pool: width of the max pooling along the sequence, an odd number.
         normalize: weight each head by how concentrated its scores are, an option of the authors' code.
     """

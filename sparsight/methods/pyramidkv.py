@@ -20,7 +20,8 @@ def PyramidKV(budget: float = 0.1, *, window: int = 8, pool: int = 7, steepness:
 
     Args:
         budget: fraction of the prompt's KV entries to keep, averaged over the layers, in (0, 1].
-        window: number of last queries whose attention is summed and whose own entries are always kept.
+        window: number of last queries whose attention is summed and whose own entries are always kept; at most two
+            thirds of the entries that the budget allows.
         pool: width of the max pooling along the sequence, an odd number.
         steepness: the paper's ``beta``: the last layer keeps the window and ``1 / steepness`` of the mean of the rest.
     """

@@ -36,7 +36,8 @@ def SparseMM(
         budget: fraction of the prompt's KV entries to keep, averaged over all KV heads, in (0, 1].
         heads: score of each layer's KV heads, or the path of a file that ``sparsight calibrate`` wrote. If left out,
             :func:`with_shipped_scores` can add those of the shipped model.
-        window: number of last queries whose attention is summed and whose own entries are always kept.
+        window: number of last queries whose attention is summed and whose own entries are always kept; at most two
+            thirds of the entries that the budget allows.
         pool: width of the pooling along the sequence, an odd number.
         pooling: ``average`` or ``max``.
         equal: fraction of the budget beyond the window that is shared equally (the paper's ``rho``).

@@ -126,7 +126,9 @@ def brute_force(chosen, bound, spans, query, keys, values, chunk, scaling):
     group = query.shape[1] // keys.shape[1]
     output, held, scores = torch.zeros_like(query), [], []
     for b, span in enumerate(spans):
-        length, rows = span.length, chosen.score.queries(span)
+        length = span.length
+        score_of_span = chosen.fitted(length).score
+        rows = score_of_span.queries(span)
         most = allowance(bound, chosen.budget, length)
         own = torch.zeros(keys.shape[1], length)
         heads = [[] for _ in own]
@@ -150,13 +152,13 @@ def brute_force(chosen, bound, spans, query, keys, values, chunk, scaling):
             if not new:
                 continue
             covered = not rows or rows.start <= max(new[0], new[-1] - 31) or first + chunk >= query.shape[2]
-            score = chosen.score.importance(own if covered else window, vision, [])
+            score = score_of_span.importance(own if covered else window, vision, [])
             for h, positions in enumerate(heads):
                 if len(positions) > most:
                     stay = reference.vl_cache_positions(score[h, positions].tolist(), most, chosen.reduce.recent)
                     heads[h] = [positions[index] for index in stay]
         held.append(heads)
-        scores.append(chosen.score.importance(own, vision, []))
+        scores.append(score_of_span.importance(own, vision, []))
     return output, held, scores
 
 

@@ -87,6 +87,20 @@ def test_the_guides_example_is_a_method():
     assert cache.report().kept == [[[round(0.3 * 31)] * 2]] * 3
 
 
+@pytest.mark.parametrize(
+    ("budget", "length", "window"), [(1.0, 620, 32), (0.1, 480, 32), (0.1, 470, 31), (0.01, 620, 4), (0.01, 30, 1)]
+)
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "sparsemm"])
+def test_a_window_takes_two_thirds_of_the_entries_kept_at_most(name, budget, length, window):
+    fitted = recipe(name, budget=budget).fitted(length)
+    assert fitted.score.window == fitted.reduce.last == window
+
+
+@pytest.mark.parametrize("name", ["vl-cache", "elastic", "h2o", "streaming-llm", "prefixkv", "look-m", "aircache"])
+def test_a_recipe_without_a_window_is_the_same_for_every_length(name):
+    assert recipe(name, budget=0.01).fitted(100) == recipe(name, budget=0.01)
+
+
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         VLCache().budget = 0.5

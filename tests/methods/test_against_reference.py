@@ -49,6 +49,14 @@ METHODS = {
     "streaming-llm, few entries": (recipe("streaming-llm", budget=0.05), Method("streaming-llm", 0.05)),
     "snapkv": (recipe("snapkv", budget=0.6), Method("snapkv", 0.6)),
     "snapkv, small window": (recipe("snapkv", budget=0.3, window=4, pool=3), Method("snapkv", 0.3, window=4, pool=3)),
+    "snapkv, few entries": (recipe("snapkv", budget=0.1), Method("snapkv", 0.1)),
+    "pyramidkv, few entries": (recipe("pyramidkv", budget=0.1), Method("pyramidkv", 0.1, window=8)),
+    "adakv, few entries": (recipe("adakv", budget=0.1), Method("adakv", 0.1)),
+    "sparsemm, few entries": (
+        recipe("sparsemm", budget=0.1, heads=VISUAL_HEADS),
+        Method("sparsemm", 0.1, head_scores=VISUAL_HEADS, pool=5, pooling="average"),
+    ),
+    "snapkv, one entry": (recipe("snapkv", budget=0.001), Method("snapkv", 0.001)),
     "pyramidkv": (recipe("pyramidkv", budget=0.3, window=5), Method("pyramidkv", 0.3, window=5)),
     "pyramidkv, full first layer": (
         recipe("pyramidkv", budget=0.56, window=2),

@@ -20,6 +20,15 @@ from tests.support.released.look_m import look_m_positions
 from tests.support.released.prefixkv import prefixkv_budgets
 
 
+def fitted(case, name, **numbers):
+    """A recipe with the budget of a golden, for its prompt."""
+    length = case["length"]
+    chosen = recipe(name, budget=min(case["keep"], length) / length, **numbers)
+    # A golden whose window is smaller than its budget has that window here too.
+    assert case["keep"] >= length or chosen.fitted(length) == chosen
+    return chosen.fitted(length)
+
+
 def statistics(chosen, case, query, key):
     """What a recipe's score says of a prompt without vision tokens."""
     query, key = torch.from_numpy(query).float(), torch.from_numpy(key).float()
@@ -34,7 +43,7 @@ def statistics(chosen, case, query, key):
 
 @cases("snapkv")
 def test_snapkv_keeps_the_positions_of_the_authors_code(case):
-    chosen = recipe("snapkv", window=case["window"], pool=case["kernel"], pooling=case["pooling"])
+    chosen = fitted(case, "snapkv", window=case["window"], pool=case["kernel"], pooling=case["pooling"])
     score = statistics(chosen, case, *prompt(case)).score
     kept = chosen.reduce.select(score, min(case["keep"], case["length"]))
     assert kept.tolist() == case["positions"]
@@ -46,7 +55,7 @@ def test_adakv_shares_the_budget_as_the_authors_code_does_up_to_its_rounding(cas
     query *= (1 + 0.35 * np.arange(case["heads"]))[:, None, None] / 2
     length, keep = case["length"], min(case["keep"], case["length"])
     numbers = {"window": case["window"], "pool": case["kernel"], "floor": case["floor"], "normalize": case["normalize"]}
-    chosen = recipe("adakv", budget=keep / length, **numbers)
+    chosen = fitted(case, "adakv", **numbers)
     (shares,) = chosen.allocate.shares([statistics(chosen, case, query, key)], chosen.budget)
     counts = [round(share * length) for share in shares]
     # Each head is rounded by itself there; here the heads' sum is the budget.
@@ -57,7 +66,7 @@ def test_adakv_shares_the_budget_as_the_authors_code_does_up_to_its_rounding(cas
 def shares_of(case, layers, **numbers):
     """A recipe's allocation at the budget of a golden, times the prompt's length."""
     length, keep = case["length"], min(case["keep"], case["length"])
-    chosen = recipe(**numbers, budget=keep / length)
+    chosen = fitted(case, **numbers)
     always, vision = chosen.reduce.always(keep, length), torch.zeros(length, dtype=torch.bool)
     one = LayerStatistics(torch.ones(case["kv_heads"], length), 0.0, vision, always)
     shares = torch.tensor(chosen.allocate.shares([one] * layers, chosen.budget), dtype=torch.float64)
@@ -77,10 +86,17 @@ def test_pyramidkv_shares_the_budget_as_the_authors_code_does_up_to_its_rounding
 
 @cases("pyramidkv", lambda case: "first_layer" in case)
 def test_pyramidkv_keeps_the_positions_of_the_authors_code(case):
-    chosen = recipe("pyramidkv", window=case["window"])
+    chosen = fitted(case, "pyramidkv", window=case["window"])
     score = statistics(chosen, case, *prompt(case)).score
     for budget, positions in ((case["budgets"][0], case["first_layer"]), (case["budgets"][-1], case["last_layer"])):
         assert chosen.reduce.select(score, budget).tolist() == positions
+
+
+@cases("streaming_llm")
+def test_streaming_llm_keeps_the_positions_of_the_authors_code(case):
+    chosen = recipe("streaming-llm", sinks=case["sinks"])
+    score = chosen.score.importance(torch.zeros(2, case["length"]), None, [])
+    assert chosen.reduce.select(score, case["keep"]).tolist() == [case["positions"]] * 2
 
 
 def sparsemm_shares(case):
@@ -115,7 +131,7 @@ def test_what_a_sparsemm_head_cannot_hold_goes_to_the_others(case):
 
 @cases("sparsemm", lambda case: "budgets" in case)
 def test_sparsemm_keeps_the_positions_of_the_authors_code(case):
-    chosen = recipe("sparsemm", **sparsemm_numbers(case))
+    chosen = fitted(case, "sparsemm", **sparsemm_numbers(case))
     score = statistics(chosen, case, *prompt(case)).score
     for head, (count, positions) in enumerate(zip(case["lengths"][0], case["first_layer"], strict=True)):
         assert chosen.reduce.select(score[head : head + 1], count).tolist() == [positions]

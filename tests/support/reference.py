@@ -54,6 +54,10 @@ class Method:
         own = {"elastic": "fixed-point", "prefixkv": "fixed-point", "streaming-llm": "sliding", "h2o": "heavy-hitter"}
         return self.decode or own.get(self.name, "grow")
 
+    def fitted_window(self, length: int) -> int:
+        """The window of a prompt: at most two thirds of the entries that the budget allows it."""
+        return max(1, min(self.window, 2 * round(self.budget * length) // 3))
+
 
 # Definitions, over one sequence: attention matrices ``[H, T, T]`` of float
 
@@ -359,33 +363,34 @@ class Twin:
             self.importance.append(importance)
             return scores
         elif method.name in WINDOWED:
-            rows = rows[-method.window :]
+            rows = rows[-method.fitted_window(length) :]
         sums = column_sums(attention, rows, kv_heads)
         if method.name in ("elastic", "prefixkv") or not method.per_head:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = sums.tolist()
         if method.name in WINDOWED:
-            return [window_pooled(score, method.window, method.pool, method.pooling) for score in scores]
+            window = method.fitted_window(length)
+            return [window_pooled(score, window, method.pool, method.pooling) for score in scores]
         if method.name == "sparsight":
             return [grid_pooled(score, grids, method.height, method.width) for score in scores]
         return scores
 
     def layer_shares(self, gammas: list[float], scores: list[list[list[float]]], vision: list[bool]) -> list[Any]:
         method, length = self.method, len(vision)
+        window = method.fitted_window(length)
         if method.name == "aircache":
             return aircache_shares(self.importance, vision, method.budget)
         if method.name == "sparsemm":
-            return sparsemm_shares(method.head_scores, length, method.budget, method.window, method.equal)
+            return sparsemm_shares(method.head_scores, length, method.budget, window, method.equal)
         if method.name == "adakv":
             equal = entries_to_keep(method.budget, length)
-            counts = [adakv_counts(layer, equal, min(method.window, equal), method.floor_of_heads) for layer in scores]
+            counts = [adakv_counts(layer, equal, window, method.floor_of_heads) for layer in scores]
             return [[count / length for count in layer] for layer in counts]
         if method.name == "vl-cache":
             return layer_shares(gammas, method.budget, method.floor, method.water_fill)
         if method.name == "pyramidkv":
             keep = method.budget * length
-            window = min(method.window, entries_to_keep(method.budget, length), keep)
-            budgets = pyramid_budgets(self.layers, keep, length, window, method.steepness)
+            budgets = pyramid_budgets(self.layers, keep, length, min(window, keep), method.steepness)
             return [budget / length for budget in budgets]
         if method.name == "prefixkv":
             # One entry in each layer stays whatever the budget.
