@@ -49,18 +49,21 @@ def test_snapkv_keeps_the_positions_of_the_authors_code(case):
     assert kept.tolist() == case["positions"]
 
 
-@cases("adakv", lambda case: case["pooling"] == "max")
+@cases("adakv")
 def test_adakv_shares_the_budget_as_the_authors_code_does_up_to_its_rounding(case):
-    query, key = prompt(case)
+    numbers = {name: case[name] for name in ("window", "pooling", "floor", "normalize")}
+    numbers["pool"] = case["kernel"]
+    chosen, (query, key) = fitted(case, "adakv", **numbers), prompt(case)
     query *= (1 + 0.35 * np.arange(case["heads"]))[:, None, None] / 2
     length, keep = case["length"], min(case["keep"], case["length"])
-    numbers = {"window": case["window"], "pool": case["kernel"], "floor": case["floor"], "normalize": case["normalize"]}
-    chosen = fitted(case, "adakv", **numbers)
-    (shares,) = chosen.allocate.shares([statistics(chosen, case, query, key)], chosen.budget)
+    layer = statistics(chosen, case, query, key)
+    (shares,) = chosen.allocate.shares([layer], chosen.budget)
     counts = [round(share * length) for share in shares]
     # Each head is rounded by itself there; here the heads' sum is the budget.
     assert sum(counts) == keep * len(counts)
     assert all(abs(ours - theirs) <= 1 for ours, theirs in zip(counts, case["lengths"], strict=True))
+    for head, (count, positions) in enumerate(zip(case["lengths"], case["positions"], strict=True)):
+        assert chosen.reduce.select(layer.score[head : head + 1], count).tolist() == [positions]
 
 
 def shares_of(case, layers, **numbers):
