@@ -60,7 +60,9 @@ class BoundedPrefill(Prefill):
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor, bound: float) -> None:
         super().__init__(recipe, prompt, keys, values)
         self.remaining: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self.allowances = [allowance(bound, recipe.budget, span.length) for span in prompt.spans]
+        self.allowances = [
+            allowance(bound, self.recipe_of(sequence).budget, span.length) for sequence, span in enumerate(prompt.spans)
+        ]
 
     @torch.no_grad()
     def attend_cut(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -11,6 +11,11 @@ from sparsight.compression.score import AttentionSums
 from sparsight.models.prompt import Prompt
 
 
+def fitted(recipe: Recipe, prompt: Prompt, sequence: int) -> Recipe:
+    """The recipe for one sequence of a prompt."""
+    return recipe.fitted(prompt.spans[sequence].length, int(prompt.vision_mask[sequence].sum()))
+
+
 class Prefill:
     """Keys and values of the prompt so far, the attention they received, and the sparsity of post-vision queries.
 
@@ -41,8 +46,8 @@ class Prefill:
         self.visible = torch.zeros_like(self.zeroed)
 
     def recipe_of(self, sequence: int) -> Recipe:
-        """The recipe for a sequence's length."""
-        return self.recipe.fitted(self.prompt.spans[sequence].length)
+        """The recipe for a sequence."""
+        return fitted(self.recipe, self.prompt, sequence)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of the prompt's next part."""

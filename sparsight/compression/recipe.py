@@ -27,6 +27,8 @@ class Recipe:
         allocate: how the budget is shared among the layers.
         reduce: which entries stay and what becomes of the others.
         decode: what becomes of each new entry.
+        vision_budget: the budget is a fraction of the vision tokens, to which every text token adds one entry, as some
+            papers count. Which entries stay is up to the score; those of AirCache and LOOK-M rank text first.
 
     Raises:
         ValueError: the budget is not in (0, 1], or the allocation and the reduction cannot go together.
@@ -38,6 +40,7 @@ class Recipe:
     allocate: Allocate
     reduce: Reduce
     decode: DecodeRule
+    vision_budget: bool = False
 
     def __post_init__(self) -> None:
         checks.fraction("budget", self.budget)
@@ -48,17 +51,20 @@ class Recipe:
                 "take another."
             )
 
-    def fitted(self, length: int) -> "Recipe":
-        """The recipe for a prompt of ``length`` tokens, with windows of at most two thirds of the entries kept.
+    def fitted(self, length: int, vision: int) -> "Recipe":
+        """The recipe for a prompt of ``length`` tokens, ``vision`` of them of images or videos.
 
-        A method with a window of fixed size would otherwise keep nothing else at a small budget. The number of queries
-        that a window looks at and the number of last entries that always stay shrink alike.
+        Its budget is a fraction of all tokens. Its windows are at most two thirds of the entries kept, since a method
+        with a window of fixed size would keep nothing else at a small budget: the number of queries that a score looks at
+        and the number of last entries that always stay shrink alike.
         """
-        most = max(1, 2 * round(self.budget * length) // 3)
+        budget = (length - vision + self.budget * vision) / length if self.vision_budget else self.budget
+        most = max(1, 2 * round(budget * length) // 3)
         reduce = self.reduce
         if isinstance(reduce, Evict) and reduce.last > most:
             reduce = dataclasses.replace(reduce, last=most)
-        return dataclasses.replace(self, score=self.score.within(most), reduce=reduce)
+        score = self.score.within(most)
+        return dataclasses.replace(self, budget=budget, score=score, reduce=reduce, vision_budget=False)
 
     def combined(self, **kinds: str | None) -> "Recipe":
         """The recipe with other parts, by role and kind, with their default numbers.
@@ -77,7 +83,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as one JSON object."""
-        data: dict[str, Any] = {"name": self.name, "budget": self.budget}
+        data: dict[str, Any] = {"name": self.name, "budget": self.budget, "vision_budget": self.vision_budget}
         for role in KINDS:
             part = getattr(self, role)
             data[role] = {"kind": part.kind, **dataclasses.asdict(part)}
@@ -93,7 +99,7 @@ class Recipe:
         data = json.loads(text)
         try:
             parts = {role: _part(role, data[role]) for role in KINDS}
-            return Recipe(data["name"], data["budget"], **parts)
+            return Recipe(data["name"], data["budget"], **parts, vision_budget=data["vision_budget"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"Not a recipe: {error} is wrong or missing in {text!r}.") from error
 

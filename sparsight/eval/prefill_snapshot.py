@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sparsight.attention.interface import is_causal, visible
 from sparsight.cache import CompressedCache
 from sparsight.cache.layer import CompressedLayer
-from sparsight.cache.prefill import Prefill
+from sparsight.cache.prefill import Prefill, fitted
 from sparsight.compression import Allocate, Score
 from sparsight.compression.recipe import Recipe
 from sparsight.methods import Full
@@ -73,7 +73,8 @@ class PrefillSnapshot:
         Recipes with the same score and the same allocation share them.
         """
         # A budget may limit a score's window.
-        parts = tuple(recipe.fitted(span.length).score for span in self.prompt.spans), recipe.allocate
+        scores = tuple(fitted(recipe, self.prompt, sequence).score for sequence in range(len(self.prompt.spans)))
+        parts = scores, recipe.allocate
         if parts not in self._observed:
             observed = []
             for states in self.states:

@@ -127,7 +127,7 @@ def brute_force(chosen, bound, spans, query, keys, values, chunk, scaling):
     output, held, scores = torch.zeros_like(query), [], []
     for b, span in enumerate(spans):
         length = span.length
-        score_of_span = chosen.fitted(length).score
+        score_of_span = chosen.fitted(length, 0).score
         rows = score_of_span.queries(span)
         most = allowance(bound, chosen.budget, length)
         own = torch.zeros(keys.shape[1], length)

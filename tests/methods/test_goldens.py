@@ -25,8 +25,8 @@ def fitted(case, name, **numbers):
     length = case["length"]
     chosen = recipe(name, budget=min(case["keep"], length) / length, **numbers)
     # A golden whose window is smaller than its budget has that window here too.
-    assert case["keep"] >= length or chosen.fitted(length) == chosen
-    return chosen.fitted(length)
+    assert case["keep"] >= length or chosen.fitted(length, 0) == chosen
+    return chosen.fitted(length, 0)
 
 
 def statistics(chosen, case, query, key):
