@@ -54,9 +54,9 @@ class Recipe:
     def fitted(self, length: int, vision: int) -> "Recipe":
         """The recipe for a prompt of ``length`` tokens, ``vision`` of them of images or videos.
 
-        Its budget is a fraction of all tokens. Its windows, the number of queries that a score looks at and the number of
-        last entries that always stay, are at most two thirds of the entries kept: of fixed size, they would leave room
-        for nothing else at a small budget.
+        Its budget is a fraction of all tokens. Its windows, that is the queries that a score looks at and the last
+        entries that always stay, are at most two thirds of the entries kept: with a fixed size, nothing else would be
+        kept at a small budget.
         """
         budget = (length - vision + self.budget * vision) / length if self.vision_budget else self.budget
         most = max(1, 2 * round(budget * length) // 3)
