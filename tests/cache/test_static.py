@@ -211,7 +211,7 @@ def test_a_row_is_emptied_and_filled_without_touching_its_neighbours(name, row, 
         return cache
 
     # The longest prompt makes the batch's storage wide enough for all.
-    wide = inputs("llama", Prompt(0, 70, 9), seed=seed)
+    wide = inputs("llama", Prompt(0, 150, 9), seed=seed)
     batch = CompressedCache.join([alone(prompt) for prompt in [*prompts[:row], wide, *prompts[row:]]])
     references = [alone(prompt) for prompt in [*prompts[:row], wide, *prompts[row:]]]
     seen = [cache.prompt.length for cache in references]
