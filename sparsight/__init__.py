@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sparsight.cache.report import Report
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.model_runner import generate
+    from sparsight.engine.sampling import SamplingParams
     from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
     from sparsight.models.loading import load
 
@@ -18,6 +19,7 @@ __all__ = [
     "ElasticCache",
     "Recipe",
     "Report",
+    "SamplingParams",
     "Sparsight",
     "VLCache",
     "batch",
@@ -32,6 +34,7 @@ _MODULES = {
     "ElasticCache": "sparsight.methods",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
+    "SamplingParams": "sparsight.engine.sampling",
     "Sparsight": "sparsight.methods",
     "VLCache": "sparsight.methods",
     "batch": "sparsight.batch_inference.api",

@@ -261,7 +261,7 @@ def test_h2o_holds_the_positions_of_the_authors_code_after_each_step(case):
     state.scores[:, : kept.shape[1]] = score.gather(1, kept)
     rule.protect(slots, state, length)
     for step, expected in enumerate(case["history"]):
-        taken, _ = rule.slots(slots, state, zero + length + step + 1, torch.ones(heads, dtype=torch.int64))
+        taken = rule.slots(slots, state, rule.grows(slots.held, state, zero + length + step + 1))
         slots.positions.scatter_(1, taken[:, None], length + step)
         held = slots.entries()
         assert [head[:-1] for head in held] == expected
@@ -298,6 +298,6 @@ def decoded(rule, kept, ratio, length, steps):
     state = EvictionState(zero + ratio, zero, zero, zero.long(), zero.int(), torch.zeros(1, 0))
     rule.protect(slots, state, length)
     for position in range(length, length + steps):
-        taken, _ = rule.slots(slots, state, zero + position + 1, torch.ones(1, dtype=torch.int64))
+        taken = rule.slots(slots, state, rule.grows(slots.held, state, zero + position + 1))
         slots.positions[0, taken] = position
         yield slots.entries()[0]
