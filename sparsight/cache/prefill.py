@@ -13,7 +13,7 @@ from sparsight.models.prompt import Prompt
 
 def fitted(recipe: Recipe, prompt: Prompt, sequence: int) -> Recipe:
     """The recipe for one sequence of a prompt."""
-    return recipe.fitted(prompt.spans[sequence].length, int(prompt.vision_mask[sequence].sum()))
+    return recipe.fitted(prompt.spans[sequence].length, prompt.vision_tokens[sequence])
 
 
 class Prefill:
