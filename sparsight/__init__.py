@@ -8,17 +8,23 @@ if TYPE_CHECKING:
     from sparsight.cache import CompressedCache
     from sparsight.cache.report import Report
     from sparsight.compression.recipe import Recipe
+    from sparsight.engine.engine import Engine
     from sparsight.engine.model_runner import generate
+    from sparsight.engine.request import Completion, Handle, RequestError
     from sparsight.engine.sampling import SamplingParams
     from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
     from sparsight.models.loading import load
 
 __all__ = [
     "RECIPES",
+    "Completion",
     "CompressedCache",
     "ElasticCache",
+    "Engine",
+    "Handle",
     "Recipe",
     "Report",
+    "RequestError",
     "SamplingParams",
     "Sparsight",
     "VLCache",
@@ -30,10 +36,14 @@ __all__ = [
 
 _MODULES = {
     "RECIPES": "sparsight.methods",
+    "Completion": "sparsight.engine.request",
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
+    "Engine": "sparsight.engine.engine",
+    "Handle": "sparsight.engine.request",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
+    "RequestError": "sparsight.engine.request",
     "SamplingParams": "sparsight.engine.sampling",
     "Sparsight": "sparsight.methods",
     "VLCache": "sparsight.methods",
