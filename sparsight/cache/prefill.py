@@ -11,6 +11,11 @@ from sparsight.compression.score import AttentionSums
 from sparsight.models.prompt import Prompt
 
 
+def fitted(recipe: Recipe, prompt: Prompt, sequence: int) -> Recipe:
+    """The recipe for one sequence of a prompt."""
+    return recipe.fitted(prompt.spans[sequence].length, prompt.vision_tokens[sequence])
+
+
 class Prefill:
     """Keys and values of the prompt so far, the attention they received, and the sparsity of post-vision queries.
 
@@ -32,10 +37,17 @@ class Prefill:
         self.seen = keys.shape[2]
         self.keys, self.values = keys.detach(), values.detach()
         heads, device = keys.shape[1], keys.device
-        self.attention = [recipe.score.accumulator(heads, span.length, device) for span in prompt.spans]
+        self.attention = [
+            self.recipe_of(sequence).score.accumulator(heads, span.length, device)
+            for sequence, span in enumerate(prompt.spans)
+        ]
         self.scores: list[Tensor] = []
         self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.int64, device=device)
         self.visible = torch.zeros_like(self.zeroed)
+
+    def recipe_of(self, sequence: int) -> Recipe:
+        """The recipe for a sequence."""
+        return fitted(self.recipe, self.prompt, sequence)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of the prompt's next part."""
@@ -49,10 +61,10 @@ class Prefill:
 
         ``visible`` ``[B or 1, 1, q, seen]`` says which keys each query attends to, where it is not those before it.
         """
-        score, threshold = self.recipe.score, self.recipe.allocate.threshold
+        threshold = self.recipe.allocate.threshold
         for sequence, span in enumerate(self.prompt.spans):
             mask = None if visible is None else visible[min(sequence, len(visible) - 1), 0]
-            queries, post_vision = score.queries(span), PostVision().queries(span)
+            queries, post_vision = self.recipe_of(sequence).score.queries(span), PostVision().queries(span)
             # Score and sparsity come from one pass where they come from the same queries.
             shared = threshold if queries == post_vision else None
             zeroed = self._accumulate(self.attention[sequence], sequence, queries, query, scaling, shared, mask)
@@ -63,9 +75,11 @@ class Prefill:
     @property
     def needs_every_query(self) -> bool:
         """Whether the score sums the attention of all of the prompt's queries, and of nothing after the prompt."""
-        score = self.recipe.score
-        every = all(score.queries(span) == range(span.start, span.stop) for span in self.prompt.spans)
-        return every and not score.needs_full_prompt and self.seen <= self.prompt.length
+        every = all(
+            self.recipe_of(sequence).score.queries(span) == range(span.start, span.stop)
+            for sequence, span in enumerate(self.prompt.spans)
+        )
+        return every and not self.recipe.score.needs_full_prompt and self.seen <= self.prompt.length
 
     @torch.no_grad()
     def attend(self, query: Tensor, scaling: float) -> Tensor:
@@ -152,13 +166,13 @@ class Prefill:
         vision = self.vision(sequence).to(sums.device, non_blocking=True)
         first = self.prompt.spans[sequence].start
         grids = [grid.to(sums.device, non_blocking=True) - first for grid in self.prompt.grids[sequence]]
-        return self.recipe.score.importance(sums, vision, grids)
+        return self.recipe_of(sequence).score.importance(sums, vision, grids)
 
     def statistics(self, sequence: int, sparsity: float) -> LayerStatistics:
         """What one sequence showed, as allocations see it."""
-        score, budget = self.scores[sequence], self.recipe.budget
+        score, recipe = self.scores[sequence], self.recipe_of(sequence)
         length = score.shape[1]
-        always = self.recipe.reduce.always(max(1, round(budget * length)), length)
+        always = recipe.reduce.always(max(1, round(recipe.budget * length)), length)
         return LayerStatistics(score, sparsity, self.vision(sequence), always)
 
     def vision(self, sequence: int) -> Tensor:
