@@ -7,15 +7,19 @@ if TYPE_CHECKING:
     from sparsight.batch_inference.api import batch
     from sparsight.cache import CompressedCache
     from sparsight.cache.report import Report
+    from sparsight.compression import BACON, MixKV
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.model_runner import generate
-    from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
+    from sparsight.methods import RECIPES, TGVKV, ElasticCache, Sparsight, VLCache, recipe
     from sparsight.models.loading import load
 
 __all__ = [
+    "BACON",
     "RECIPES",
+    "TGVKV",
     "CompressedCache",
     "ElasticCache",
+    "MixKV",
     "Recipe",
     "Report",
     "Sparsight",
@@ -27,9 +31,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BACON": "sparsight.compression",
     "RECIPES": "sparsight.methods",
+    "TGVKV": "sparsight.methods",
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
+    "MixKV": "sparsight.compression",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
     "Sparsight": "sparsight.methods",

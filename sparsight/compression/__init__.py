@@ -5,15 +5,19 @@ A part is a frozen dataclass of numbers whose methods are pure functions of tens
 
 from sparsight.compression.allocate import Pyramid, SharedMass, SparsityAware, StrengthSkewness, Uniform
 from sparsight.compression.allocate_heads import AcrossHeads, VisualHeads
+from sparsight.compression.bacon_score import BACON
 from sparsight.compression.elite_window import EliteWindow
 from sparsight.compression.eviction import DecodeRule, FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.compression.mixkv_score import MixKV
 from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
+from sparsight.compression.text_grounded import TextGrounded, TextVision
 
-Score = PostVision | Accumulated | LastWindow | EliteWindow | Recency | Random
-Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | AcrossHeads | VisualHeads
+Score = PostVision | Accumulated | LastWindow | EliteWindow | TextGrounded | MixKV | BACON | Recency | Random
+Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | TextVision | AcrossHeads | VisualHeads
 
 __all__ = [
+    "BACON",
     "Accumulated",
     "AcrossHeads",
     "Allocate",
@@ -26,6 +30,7 @@ __all__ = [
     "LastWindow",
     "MergeNearest",
     "MergeSimilar",
+    "MixKV",
     "PostVision",
     "Pyramid",
     "Random",
@@ -36,6 +41,8 @@ __all__ = [
     "Sliding",
     "SparsityAware",
     "StrengthSkewness",
+    "TextGrounded",
+    "TextVision",
     "Uniform",
     "VisualHeads",
 ]
