@@ -195,4 +195,6 @@ def water_fill(weights: Tensor, total: float, floor: float) -> Tensor:
     low, high = sums[above - 1], sums[above]
     step = ((total - low) / (high - low)).clamp(0, 1) if high > low else sums.new_zeros(())
     scale = torch.lerp(bends[above - 1], bends[above], step)
-    return (scale * weights).clamp(floor, 1.0)
+    shares = (scale * weights).clamp(floor, 1.0)
+    # A layer that is full up to rounding must not drop an entry for it while decoding.
+    return torch.where(shares > 1 - 1e-12, 1.0, shares)

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sparsight.compression import Allocate, DecodeRule, Reduce, Score
+from sparsight.compression import Allocate, DecodeRule, LeastAttended, Reduce, Score
 from sparsight.utils import checks
 from sparsight.utils.suggest import unknown
 
@@ -29,7 +29,7 @@ class Recipe:
         decode: what becomes of each new entry.
 
     Raises:
-        ValueError: the budget is not in (0, 1], or the allocation and the reduction cannot go together.
+        ValueError: the budget is not in (0, 1], or the reduction does not go with the allocation or the decode rule.
     """
 
     name: str
@@ -46,6 +46,12 @@ class Recipe:
                 f"Allocation {self.allocate.kind!r} gives each KV head its own number of entries, but under reduction "
                 f"{self.reduce.kind!r} as configured the heads share one choice: give the reduction per_head=True, or "
                 "take another."
+            )
+        if isinstance(self.decode, LeastAttended) and not self.decode.per_head and self.reduce.per_head:
+            raise ValueError(
+                f"Decode rule {self.decode.kind!r} as configured drops one position in all KV heads of a layer, but "
+                f"under reduction {self.reduce.kind!r} as configured each keeps its own: give the reduction "
+                "per_head=False, or the rule per_head=True."
             )
 
     def combined(self, **kinds: str | None) -> "Recipe":

@@ -1,6 +1,6 @@
 """TGV-KV."""
 
-from sparsight.compression import Evict, Grow, TextGrounded, TextVision
+from sparsight.compression import Evict, LeastAttended, TextGrounded, TextVision
 from sparsight.compression.recipe import Recipe
 
 
@@ -10,8 +10,18 @@ def TGVKV(budget: float = 0.1, *, sinks: int = 4) -> Recipe:
     Liu, Han, Zhang, Shao, Liu, Guan, Wang: TGV-KV: Text-Grounded KV Eviction for Vision-Language Models, ICML 2026,
     arXiv 2606.03075.
 
+    Score: attention of the text after the image, each of its tokens weighted by the attention that it receives from
+    that text; text before vision. Allocation: layers whose text attends more to vision keep more. Reduction: sinks,
+    the last token and the highest scores are kept; all KV heads of a layer share one choice. Decoding: each new entry
+    that exceeds the budget replaces the one that the last token attended to least, outside the sinks and the text after
+    the image.
+
+    From the released code: text is ranked by the attention of all queries. Not from it: what a full layer cannot hold
+    goes to the others; while decoding it protects as many of the most recent entries as there is text after the image,
+    and so in the end no text.
+
     Args:
-        budget: fraction of the prompt's KV entries to keep, averaged over the layers, in (0, 1].
+        budget: fraction of the tokens seen whose KV entries may be held, averaged over the layers, in (0, 1].
         sinks: number of entries at the start of the prompt that are always kept.
     """
     return Recipe(
@@ -20,5 +30,5 @@ def TGVKV(budget: float = 0.1, *, sinks: int = 4) -> Recipe:
         score=TextGrounded(),
         allocate=TextVision(),
         reduce=Evict(recent=0, first=sinks, per_head=False),
-        decode=Grow(),
+        decode=LeastAttended(sinks=sinks, per_head=False),
     )

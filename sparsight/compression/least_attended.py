@@ -1,0 +1,59 @@
+"""The decode rule of TGV-KV."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsight.compression.eviction import EvictionRule, EvictionState, Rows
+from sparsight.models.prompt import Span
+from sparsight.utils import checks
+
+
+@dataclass(frozen=True)
+class LeastAttended(EvictionRule):
+    """Drop the entry that the last token attended to least (TGV-KV, arXiv 2606.03075).
+
+    The sinks and the prompt's text after the image are never dropped. Before the first token has attended, the
+    recipe's score decides.
+
+    Args:
+        sinks: tokens at the prompt's beginning whose entries are never dropped.
+        per_head: every KV head drops its own entry; otherwise the heads of a layer, which must hold the same positions,
+            drop the one that receives the least on average.
+    """
+
+    kind: ClassVar[str] = "least-attended"
+    tracks_attention: ClassVar[bool] = True
+    sinks: int = 4
+    per_head: bool = True
+
+    def __post_init__(self) -> None:
+        checks.count("sinks", self.sinks)
+
+    def first_scores(self, scores: Tensor, places: Tensor, span: Span) -> Tensor:
+        """Infinite scores for entries that are never dropped; the others keep theirs."""
+        text = (places >= span.post_vision - span.start) & (places < span.length)
+        sinks = (places >= 0) & (places < self.sinks)
+        return scores.masked_fill(text | sinks, torch.inf)
+
+    def record(self, state: EvictionState, received: Tensor) -> None:
+        """Replace the scores of entries that may be dropped."""
+        state.scores.copy_(torch.where(state.scores.isinf(), state.scores, received))
+
+    def protected(self, held: Tensor) -> Tensor:
+        """None by number: :meth:`first_scores` marks the entries."""
+        return torch.zeros_like(held)
+
+    def protected_now(self, rows: Rows, state: EvictionState) -> Tensor:
+        """The entries marked."""
+        return state.scores.isinf().sum(-1)
+
+    def order(self, rows: Rows, state: EvictionState) -> Tensor:
+        """By score."""
+        scores = state.scores
+        if not self.per_head:
+            by_head = scores.unflatten(0, (-1, rows.heads))
+            scores = by_head.mean(1, keepdim=True).expand_as(by_head).flatten(0, 1)
+        return torch.where(rows.positions >= 0, scores, torch.inf)
