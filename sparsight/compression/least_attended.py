@@ -15,8 +15,8 @@ from sparsight.utils import checks
 class LeastAttended(EvictionRule):
     """Drop the entry that the last token attended to least (TGV-KV, arXiv 2606.03075).
 
-    The sinks and the prompt's text after the image are never dropped. Before the first token has attended, the
-    recipe's score decides.
+    The sinks, the prompt's text after the image and the last token itself stay. Before the first token has attended,
+    the recipe's score decides.
 
     Args:
         sinks: tokens at the prompt's beginning whose entries are never dropped.
@@ -43,17 +43,18 @@ class LeastAttended(EvictionRule):
         state.scores.copy_(torch.where(state.scores.isinf(), state.scores, received))
 
     def protected(self, held: Tensor) -> Tensor:
-        """None by number: :meth:`first_scores` marks the entries."""
-        return torch.zeros_like(held)
+        """The last one; :meth:`first_scores` marks others."""
+        return torch.ones_like(held)
 
     def protected_now(self, rows: Rows, state: EvictionState) -> Tensor:
-        """The entries marked."""
-        return state.scores.isinf().sum(-1)
+        """The entries that :meth:`order` gives an infinite score."""
+        return rows.held - self.order(rows, state).isfinite().sum(-1)
 
     def order(self, rows: Rows, state: EvictionState) -> Tensor:
-        """By score."""
+        """By score, before the last token."""
         scores = state.scores
         if not self.per_head:
             by_head = scores.unflatten(0, (-1, rows.heads))
             scores = by_head.mean(1, keepdim=True).expand_as(by_head).flatten(0, 1)
-        return torch.where(rows.positions >= 0, scores, torch.inf)
+        may_go = (rows.positions >= 0) & (rows.positions < rows.positions.amax(-1, keepdim=True))
+        return torch.where(may_go, scores, torch.inf)

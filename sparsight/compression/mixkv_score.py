@@ -10,8 +10,8 @@ from torch.nn import functional
 from sparsight.compression.score import AttentionSums, BaseScore, Grids, LastWindow, PromptStates
 from sparsight.models.prompt import Span
 
-SNAPKV = LastWindow()
-"""What is wrapped unless another score is given."""
+SNAPKV = LastWindow(pool=5, pooling="average")
+"""SnapKV's score as in the code of MixKV and BACON: what they wrap unless another score is given."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def mixed(score: Tensor, key: Tensor, value: Tensor, always: Tensor) -> Tensor:
     With ``m`` the mean of the unit keys, ``r = (T |m|^2 - 1) / (T - 1)`` is the mean cosine of two different keys, and
     the diversity of a key is its negative inner product with ``m``. Norms of values and diversities are scaled to
     [0, 1] and then to the mean of the score, over the positions that compete, as in the released code; those that
-    stay anyway keep their score. The released code reads ``r`` from a file measured on Qwen2-VL; here it is measured on
-    the prompt.
+    stay anyway keep their score.
 
     Args:
         score: ``[H_kv, T]``.

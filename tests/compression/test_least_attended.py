@@ -20,15 +20,15 @@ def dropped_from_lists(rule, kept, scores, span, ratio, received):
     held = [list(positions) for positions in kept]
     last = [{place: float(score[place]) for place in positions} for positions, score in zip(kept, scores, strict=True)]
 
-    def may_go(place):
-        return place >= rule.sinks and not span.post_vision <= place < span.length
+    def may_go(positions):
+        return [p for p in sorted(positions)[:-1] if p >= rule.sinks and not span.post_vision <= p < span.length]
 
     for step in range(STEPS):
         position = span.length + step
         for head in range(HEADS):
             averaged = [head] if rule.per_head else range(HEADS)
-            while len(held[head]) + 1 > ratio * (position + 1) and any(map(may_go, held[head])):
-                sums = {place: sum(last[other][place] for other in averaged) for place in held[head] if may_go(place)}
+            while len(held[head]) + 1 > ratio * (position + 1) and may_go(held[head]):
+                sums = {place: sum(last[other][place] for other in averaged) for place in may_go(held[head])}
                 held[head].remove(min(sums, key=sums.get))
         for head in range(HEADS):
             held[head].append(position)

@@ -70,7 +70,7 @@ def test_parts_combine_by_kind():
 def test_scores_wrap_scores():
     assert VLCache().combined(score="mixkv:post-vision").score == MixKV(PostVision())
     assert VLCache().combined(score="mixkv:bacon:accumulated").score == MixKV(BACON(Accumulated()))
-    assert VLCache().combined(score="bacon").score == BACON(LastWindow())
+    assert VLCache().combined(score="bacon").score == BACON(LastWindow(pool=5, pooling="average"))
     assert VLCache().combined(score="mixkv:elite-window").name == "vl-cache + mixkv:elite-window"
     nested = dataclasses.replace(VLCache(), score=MixKV(BACON(PostVision(pool=(1, 5)))))
     assert Recipe.from_json(nested.to_json()) == nested
