@@ -8,7 +8,7 @@ from sparsight.compression.allocate_heads import AcrossHeads, VisualHeads
 from sparsight.compression.bacon_score import BACON
 from sparsight.compression.elite_window import EliteWindow
 from sparsight.compression.eviction import FixedPoint, Grow, HeavyHitter, Sliding
-from sparsight.compression.least_attended import LeastAttended
+from sparsight.compression.last_query import LastQuery
 from sparsight.compression.mixkv_score import MixKV
 from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
@@ -16,7 +16,7 @@ from sparsight.compression.text_grounded import TextGrounded, TextVision
 
 Score = PostVision | Accumulated | LastWindow | EliteWindow | TextGrounded | MixKV | BACON | Recency | Random
 Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | TextVision | AcrossHeads | VisualHeads
-DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter | LeastAttended
+DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter | LastQuery
 
 __all__ = [
     "BACON",
@@ -29,8 +29,8 @@ __all__ = [
     "FixedPoint",
     "Grow",
     "HeavyHitter",
+    "LastQuery",
     "LastWindow",
-    "LeastAttended",
     "MergeNearest",
     "MergeSimilar",
     "MixKV",

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sparsight.compression import Allocate, DecodeRule, LeastAttended, Reduce, Score
+from sparsight.compression import Allocate, DecodeRule, LastQuery, Reduce, Score
 from sparsight.utils import checks
 from sparsight.utils.suggest import unknown
 
@@ -47,7 +47,7 @@ class Recipe:
                 f"{self.reduce.kind!r} as configured the heads share one choice: give the reduction per_head=True, or "
                 "take another."
             )
-        if isinstance(self.decode, LeastAttended) and not self.decode.per_head and self.reduce.per_head:
+        if isinstance(self.decode, LastQuery) and not self.decode.per_head and self.reduce.per_head:
             raise ValueError(
                 f"Decode rule {self.decode.kind!r} as configured drops one position in all KV heads of a layer, but "
                 f"under reduction {self.reduce.kind!r} as configured each keeps its own: give the reduction "

@@ -1,6 +1,6 @@
 """TGV-KV."""
 
-from sparsight.compression import Evict, LeastAttended, TextGrounded, TextVision
+from sparsight.compression import Evict, LastQuery, TextGrounded, TextVision
 from sparsight.compression.recipe import Recipe
 
 
@@ -30,5 +30,5 @@ def TGVKV(budget: float = 0.1, *, sinks: int = 4) -> Recipe:
         score=TextGrounded(),
         allocate=TextVision(),
         reduce=Evict(recent=0, first=sinks, per_head=False),
-        decode=LeastAttended(sinks=sinks, per_head=False),
+        decode=LastQuery(sinks=sinks, per_head=False),
     )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight import CompressedCache, recipe
-from sparsight.compression import LeastAttended, MixKV, PostVision
+from sparsight.compression import LastQuery, MixKV, PostVision
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.eviction import EvictionState
 from sparsight.compression.score import PromptStates
@@ -178,7 +178,7 @@ def test_tgv_kv_drops_what_the_brute_force_drops(length, after, generated, seed)
     weights = generator.random((1, heads, len(kept) + generated))
     held = [*kept, *range(length + 1, length + generated)]
     (expected,) = tgv_kv.tgv_kv_decode(held, weights, vision, 1.0, 0.0, 1, protect="text")
-    rule, span = LeastAttended(sinks=4, per_head=False), Span(0, length - after, length)
+    rule, span = LastQuery(sinks=4, per_head=False), Span(0, length - after, length)
 
     class Held:
         pass

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sparsight import TGVKV, Recipe
 from sparsight.cache.dense_store import DenseStore
 from sparsight.cache.step_metadata import StepMetadata
-from sparsight.compression import LeastAttended
+from sparsight.compression import LastQuery
 from sparsight.compression.eviction import EvictionState
 from sparsight.models.prompt import Span
 
@@ -48,7 +48,7 @@ def dropped_from_lists(rule, kept, scores, span, ratio, received):
 )
 def test_each_head_holds_what_a_list_would_hold(length, text, kept, ratio, sinks, per_head, seed):
     generator = torch.Generator().manual_seed(seed)
-    rule, span, kept = LeastAttended(sinks, per_head), Span(0, length - text, length), min(kept, length)
+    rule, span, kept = LastQuery(sinks, per_head), Span(0, length - text, length), min(kept, length)
     orders = [torch.randperm(length, generator=generator)[:kept].sort().values for _ in range(HEADS)]
     positions = torch.stack(orders if per_head else [orders[0]] * HEADS)
     scores = torch.rand(HEADS, length, generator=generator)
@@ -78,8 +78,8 @@ def test_each_head_holds_what_a_list_would_hold(length, text, kept, ratio, sinks
 
 
 def test_heads_can_only_drop_one_position_if_they_hold_the_same():
-    with pytest.raises(ValueError, match=r"'least-attended' as configured drops one .* give the reduction per_head=Fa"):
+    with pytest.raises(ValueError, match=r"'last-query' as configured drops one .* give the reduction per_head=Fa"):
         TGVKV().combined(reduce="evict")
-    mixed = TGVKV().combined(reduce="evict", decode="least-attended")
-    assert mixed.decode == LeastAttended(sinks=4, per_head=True)
+    mixed = TGVKV().combined(reduce="evict", decode="last-query")
+    assert mixed.decode == LastQuery(sinks=4, per_head=True)
     assert Recipe.from_json(TGVKV(sinks=2).to_json()) == TGVKV(sinks=2)

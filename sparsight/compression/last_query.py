@@ -12,7 +12,7 @@ from sparsight.utils import checks
 
 
 @dataclass(frozen=True)
-class LeastAttended(EvictionRule):
+class LastQuery(EvictionRule):
     """Drop the entry that the last token attended to least (TGV-KV, arXiv 2606.03075).
 
     The sinks, the prompt's text after the image and the last token itself stay. Before the first token has attended,
@@ -24,7 +24,7 @@ class LeastAttended(EvictionRule):
             drop the one that receives the least on average.
     """
 
-    kind: ClassVar[str] = "least-attended"
+    kind: ClassVar[str] = "last-query"
     tracks_attention: ClassVar[bool] = True
     sinks: int = 4
     per_head: bool = True
