@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparsight.compression import BACON, MixKV
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.model_runner import generate
+    from sparsight.engine.sampling import SamplingParams
     from sparsight.methods import RECIPES, TGVKV, ElasticCache, Sparsight, VLCache, recipe
     from sparsight.models.loading import load
 
@@ -22,6 +23,7 @@ __all__ = [
     "MixKV",
     "Recipe",
     "Report",
+    "SamplingParams",
     "Sparsight",
     "VLCache",
     "batch",
@@ -39,6 +41,7 @@ _MODULES = {
     "MixKV": "sparsight.compression",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
+    "SamplingParams": "sparsight.engine.sampling",
     "Sparsight": "sparsight.methods",
     "VLCache": "sparsight.methods",
     "batch": "sparsight.batch_inference.api",

@@ -200,6 +200,8 @@ class CompressedCache(Cache):
                 )
         if layer.store is not None:
             output = layer.attend_held(query, key, value, mask, kwargs.get("scaling"))
+            if layer is self.compressed[-1] and query.shape[2] > 1:
+                self._gather()
             return output.transpose(1, 2).contiguous(), None
         if layer is self.compressed[0]:
             seen, first = layer.seen + query.shape[2], layer.get_mask_sizes(query.shape[2])[1]
@@ -240,6 +242,13 @@ class CompressedCache(Cache):
             layer.compact(ratios)
         if self.recipe.allocate.threshold is not None:
             self._sparsity = plan.sparsity
+        self._gather()
+
+    def _gather(self) -> None:
+        """Prepare the step metadata of static storage now: a captured or compiled step must not."""
+        for layer in self.compressed:
+            if layer.leads and layer.capacity is not None:
+                layer.prepare_step()
 
     def _foreign_model(self) -> ValueError:
         return ValueError(
@@ -273,6 +282,8 @@ class CompressedCache(Cache):
                 layer.select(self.prompt, index)
             else:
                 layer.reorder_cache(torch.LongTensor(sequences))
+        if self.compressed[0].store is not None:
+            self._gather()
 
     def reset(self) -> None:
         """Forget everything: the cache waits for its prompt again."""

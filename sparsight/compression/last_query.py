@@ -15,8 +15,8 @@ from sparsight.utils import checks
 class LastQuery(EvictionRule):
     """Drop the entry that the last token attended to least (TGV-KV, arXiv 2606.03075).
 
-    The sinks, the prompt's text after the image and the last token itself stay. Before the first token has attended,
-    the recipe's score decides.
+    The sinks and the prompt's text after the image are never dropped, the last token itself only if nothing else may
+    go. Before the first token has attended, the recipe's score decides.
 
     Args:
         sinks: tokens at the prompt's beginning whose entries are never dropped.
@@ -43,18 +43,19 @@ class LastQuery(EvictionRule):
         state.scores.copy_(torch.where(state.scores.isinf(), state.scores, received))
 
     def protected(self, held: Tensor) -> Tensor:
-        """The last one; :meth:`first_scores` marks others."""
-        return torch.ones_like(held)
+        """None by number: :meth:`first_scores` marks entries."""
+        return torch.zeros_like(held)
 
-    def protected_now(self, rows: Rows, state: EvictionState) -> Tensor:
-        """The entries that :meth:`order` gives an infinite score."""
-        return rows.held - self.order(rows, state).isfinite().sum(-1)
+    def protect(self, rows: Rows, state: EvictionState, seen: int) -> None:
+        """Count the entries marked."""
+        state.protected = state.scores.isinf().sum(-1)
 
     def order(self, rows: Rows, state: EvictionState) -> Tensor:
-        """By score, before the last token."""
+        """By score, then the last token."""
         scores = state.scores
         if not self.per_head:
             by_head = scores.unflatten(0, (-1, rows.heads))
             scores = by_head.mean(1, keepdim=True).expand_as(by_head).flatten(0, 1)
-        may_go = (rows.positions >= 0) & (rows.positions < rows.positions.amax(-1, keepdim=True))
-        return torch.where(may_go, scores, torch.inf)
+        last = rows.positions == rows.positions.amax(-1, keepdim=True)
+        scores = scores.masked_fill(last & scores.isfinite(), torch.finfo(scores.dtype).max)
+        return torch.where(rows.positions >= 0, scores, torch.inf)

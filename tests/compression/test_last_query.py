@@ -21,7 +21,8 @@ def dropped_from_lists(rule, kept, scores, span, ratio, received):
     last = [{place: float(score[place]) for place in positions} for positions, score in zip(kept, scores, strict=True)]
 
     def may_go(positions):
-        return [p for p in sorted(positions)[:-1] if p >= rule.sinks and not span.post_vision <= p < span.length]
+        unmarked = [p for p in sorted(positions) if p >= rule.sinks and not span.post_vision <= p < span.length]
+        return [p for p in unmarked if p != max(positions)] or unmarked
 
     for step in range(STEPS):
         position = span.length + step
@@ -61,17 +62,15 @@ def test_each_head_holds_what_a_list_would_hold(length, text, kept, ratio, sinks
     first = rule.first_scores(scores.gather(1, store.positions.clamp(min=0).long()), store.positions, span)
     state = EvictionState(zeros.double() + ratio, zeros.double(), zeros.double(), zeros.long(), zeros.int(), first)
     rule.protect(store, state, length)
-    store.vacate(rule.excess(store, state, length))
-    step = StepMetadata(1, HEADS, length, None, torch.device("cpu"))
+    step = StepMetadata(rule, 1, HEADS, length, None, torch.device("cpu"))
+    step.add_layer(store, state)
     expected = dropped_from_lists(rule, positions.tolist(), scores, span, ratio, received)
     for number, held in enumerate(expected):
-        store.reserve(1)
-        state.scores = torch.nn.functional.pad(state.scores, (0, max(store.capacities) - state.scores.shape[1]))
+        step.make_room_everywhere(length + number)
         step.advance()
-        slots, added = rule.slots(store, state, step.row_seen, step.row_steps)
         key = torch.full((1, HEADS, 1, 1), float(length + number))
-        store.write(key, key, slots, added, step)
-        state.scores.scatter_(1, slots[:, None], 0)
+        store.write(key, key, step.row_positions, step.places[0])
+        state.scores.scatter_(1, step.slots[0][:, None], 0)
         rule.record(state, received[number].gather(1, store.positions.clamp(min=0).long()))
         own = [store.entries(row)[0].tolist() for row in range(HEADS)]
         assert [sorted(places) for places in own] == held

@@ -190,8 +190,10 @@ def test_tgv_kv_drops_what_the_brute_force_drops(length, after, generated, seed)
     scores = rule.first_scores(torch.zeros(heads, len(held) + 1), rows.positions, span)
     zeros = torch.zeros(heads)
     state = EvictionState(zeros, zeros, zeros, zeros.long(), zeros.int(), scores)
+    rule.protect(rows, state, length)
     rule.record(state, torch.from_numpy(weights[0]).float())
-    slots, grows = rule.slots(rows, state, zeros + length, zeros.long() + 1)
+    grows = rule.grows(rows.held, state, zeros + length)
+    slots = rule.slots(rows, state, grows)
     left = [p for slot, p in enumerate(rows.positions[0].tolist()) if grows[0] or slot != slots[0]]
     assert slots[0] == slots[1]
     assert sorted(length if p == length + generated else p for p in left) == sorted(expected)
