@@ -1,7 +1,6 @@
 """Stage 1, statistics: one layer's keys and values of the prompt, and what its queries say about them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -181,14 +180,12 @@ class Prefill:
         """What one sequence showed, as allocations see it."""
         score, budget = self.scores[sequence], self.recipe.budget
         length = score.shape[1]
+        always = self.recipe.reduce.always(max(1, round(budget * length)), length)
         vision = self.vision(sequence)
-        statistics = LayerStatistics(
-            score, sparsity, vision, self.recipe.reduce.always(max(1, round(budget * length)), length)
-        )
         if not self.measures_vision:
-            return statistics
+            return LayerStatistics(score, sparsity, vision, always)
         received = self.post_vision[sequence].total.mean(0)
-        return replace(statistics, to_vision=received @ vision.to(received.device, received.dtype))
+        return LayerStatistics(score, sparsity, vision, always, received @ vision.to(received.device, received.dtype))
 
     def vision(self, sequence: int) -> Tensor:
         """Bool ``[T_b]``, on the CPU: which of a sequence's tokens stand for vision."""

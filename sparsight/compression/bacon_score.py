@@ -33,6 +33,7 @@ REGION = 2
 """How many times the budget the positions are that spreads and means are measured on."""
 
 EPSILON = 1e-8
+"""What the released code adds to denominators."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class WindowAndLastQuery(AttentionSums):
 def with_evidence(
     window: Tensor, evidence: Tensor, earlier: Sequence[Tensor], competing: Tensor, region: int
 ) -> Tensor:
-    """``B + lambda V`` (BACON, section 4), ``[H_kv, T]``.
+    """``B + lambda V`` (BACON), ``[H_kv, T]``.
 
     ``V`` is the evidence, plus its average over neighbours, plus its mean over the earlier layers. ``lambda`` is
     ``0.5 sd(B) / sd(V) clamp(mean(V) / mean(B), 0, 1)`` over the ``region`` largest of each.

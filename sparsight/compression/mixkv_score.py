@@ -58,7 +58,7 @@ class MixKV(BaseScore):
 
 
 def mixed(score: Tensor, key: Tensor, value: Tensor, always: Tensor) -> Tensor:
-    """``(1 - r) (score + norm) + r diversity`` for each KV head (MixKV, section 4), ``[H_kv, T]``.
+    """``(1 - r) (score + norm) + r diversity`` for each KV head (MixKV), ``[H_kv, T]``.
 
     With ``m`` the mean of the unit keys, ``r = (T |m|^2 - 1) / (T - 1)`` is the mean cosine of two different keys, and
     the diversity of a key is its negative inner product with ``m``. Norms of values and diversities are scaled to

@@ -16,9 +16,9 @@ def TGVKV(budget: float = 0.1, *, sinks: int = 4) -> Recipe:
     that exceeds the budget replaces the one that the last token attended to least, outside the sinks and the text after
     the image.
 
-    From the released code: text is ranked by the attention of all queries, and the newest entry is not dropped. Not
-    from it: what a full layer cannot hold goes to the others, where it is lost there; while decoding, the text after
-    the image stays, where there as many of the most recent entries stay instead.
+    From the released code: text is ranked by the attention of all queries. Not from it: what a full layer cannot hold
+    goes to the others, while there it is lost; in decoding the prompt's text after the image stays, while there as many
+    of the most recent entries do; and as for other methods a new entry first replaces another and then is attended to.
 
     Args:
         budget: fraction of the tokens seen whose KV entries may be held, averaged over the layers, in (0, 1].
