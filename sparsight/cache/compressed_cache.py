@@ -77,7 +77,7 @@ class CompressedCache(Cache):
             raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got a {type(recipe).__name__}.")
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
-        language = _language_part(model)
+        language = language_part(model)
         self.recipe = recipe = with_shipped_scores(recipe, str(model.name_or_path))
         prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
         layers = DynamicCache(config=language.config).layers
@@ -368,7 +368,7 @@ def compressible(config: Any) -> list[int]:
     return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
 
 
-def _language_part(model: PreTrainedModel) -> PreTrainedModel:
+def language_part(model: PreTrainedModel) -> PreTrainedModel:
     """The module of a model that generates text.
 
     Raises:

@@ -160,6 +160,10 @@ class CompressedLayer(CacheLayerMixin):
             for tensor in (*store.tensors, *state.tensors):
                 torch._dynamo.mark_static_address(tensor)
 
+    def drop_excess(self) -> None:
+        """Drop what rounding kept beyond the allowance, before the first token."""
+        self._step().make_room(self._index, self.seen, 0)
+
     def prepare_step(self) -> None:
         """Have the step metadata complete before a step is captured or compiled."""
         step = self._step()

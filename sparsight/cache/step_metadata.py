@@ -85,7 +85,11 @@ class StepMetadata:
         lengths = Lengths(torch.stack([each.held for each in stores]), torch.stack([each.used for each in stores]))
         for index, store in enumerate(stores):
             store.share(lengths, index)
-        self._gathered = lengths, torch.stack([each.starts for each in stores]), EvictionState.stack(states)
+        self._gathered = (
+            lengths,
+            torch.stack([each.starts for each in stores]),
+            EvictionState.combine(states, torch.stack),
+        )
         return self._gathered
 
     def make_room(self, layer: int, seen: int, tokens: int) -> None:

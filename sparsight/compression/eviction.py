@@ -6,7 +6,7 @@ the same code runs eagerly, in a CUDA graph and compiled. A row is one KV head o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -78,11 +78,14 @@ class EvictionState:
         return torch.addcmul(self.turn_tokens, self.ratio, seen - self.excluded)
 
     @staticmethod
-    def stack(states: Sequence["EvictionState"]) -> "EvictionState":
-        """The states of ``L`` layers, ``[L, N]``; without scores, whose number depends on the layer."""
-        ratio, excluded, turns, protected, boundary, _ = zip(*(state.tensors for state in states), strict=True)
-        vectors = ratio, excluded, turns, protected, boundary
-        return EvictionState(*(torch.stack(each) for each in (*vectors, [torch.empty(0)])))
+    def combine(
+        states: Sequence["EvictionState"], combined: Callable[[list[Tensor]], Tensor], scores: Tensor | None = None
+    ) -> "EvictionState":
+        """One state of several, each tensor but the scores ``combined`` from theirs."""
+        by_field = [list(each) for each in zip(*(state.tensors for state in states), strict=True)]
+        ratio, excluded, turns, protected, boundary = map(combined, by_field[:-1])
+        scores = by_field[-1][0].new_empty(0) if scores is None else scores
+        return EvictionState(ratio, excluded, turns, protected, boundary, scores)
 
     def select(self, index: Tensor) -> "EvictionState":
         """The state of the rows at ``index``."""
