@@ -194,7 +194,7 @@ class CompressedLayer(CacheLayerMixin):
         store, state = self._decoding()
         if self.recipe.decode.tracks_attention:
             output, received = store.attend_and_score(query, mask, scaling)
-            self.recipe.decode.record(state, received.detach())
+            self.recipe.decode.record(state.scores, received.detach())
         else:
             output = store.attend(query, mask, scaling)
         return output

@@ -172,9 +172,9 @@ class EvictionRule(ABC):
         """Scores ``[H_kv, C]`` of a sequence's entries at ``places`` in the prompt, before the first new token."""
         return scores
 
-    def record(self, state: EvictionState, received: Tensor) -> None:
-        """Update the scores in place with the attention ``[N, C]`` that entries received from the newest token."""
-        state.scores.add_(received)
+    def record(self, scores: Tensor, received: Tensor) -> None:
+        """Update entries' scores in place with the attention, of the same shape, that they received from a token."""
+        scores.add_(received)
 
 
 class Ring(EvictionRule):

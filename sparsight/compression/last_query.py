@@ -38,9 +38,9 @@ class LastQuery(EvictionRule):
         sinks = (places >= 0) & (places < self.sinks)
         return scores.masked_fill(text | sinks, torch.inf)
 
-    def record(self, state: EvictionState, received: Tensor) -> None:
+    def record(self, scores: Tensor, received: Tensor) -> None:
         """Replace the scores of entries that may be dropped."""
-        state.scores.copy_(torch.where(state.scores.isinf(), state.scores, received))
+        scores.copy_(torch.where(scores.isinf(), scores, received))
 
     def protected(self, held: Tensor) -> Tensor:
         """None by number: :meth:`first_scores` marks entries."""

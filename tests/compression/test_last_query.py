@@ -71,7 +71,7 @@ def test_each_head_holds_what_a_list_would_hold(length, text, kept, ratio, sinks
         key = torch.full((1, HEADS, 1, 1), float(length + number))
         store.write(key, key, step.row_positions, step.places[0])
         state.scores.scatter_(1, step.slots[0][:, None], 0)
-        rule.record(state, received[number].gather(1, store.positions.clamp(min=0).long()))
+        rule.record(state.scores, received[number].gather(1, store.positions.clamp(min=0).long()))
         own = [store.entries(row)[0].tolist() for row in range(HEADS)]
         assert [sorted(places) for places in own] == held
 

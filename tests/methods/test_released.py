@@ -191,7 +191,7 @@ def test_tgv_kv_drops_what_the_brute_force_drops(length, after, generated, seed)
     zeros = torch.zeros(heads)
     state = EvictionState(zeros, zeros, zeros, zeros.long(), zeros.int(), scores)
     rule.protect(rows, state, length)
-    rule.record(state, torch.from_numpy(weights[0]).float())
+    rule.record(state.scores, torch.from_numpy(weights[0]).float())
     grows = rule.grows(rows.held, state, zeros + length)
     slots = rule.slots(rows, state, grows)
     left = [p for slot, p in enumerate(rows.positions[0].tolist()) if grows[0] or slot != slots[0]]
