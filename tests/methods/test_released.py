@@ -245,6 +245,18 @@ def test_in_a_model_each_sequence_keeps_what_the_brute_force_keeps(prompts, fami
             check(caches[2], index, [positions] * kv_heads)
 
 
+@pytest.mark.parametrize("name", ["mixkv", "bacon", "tgv-kv"])
+def test_a_prompt_in_chunks_is_compressed_as_in_one_piece(name):
+    model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE, THREE_IMAGES, NO_IMAGE)
+    numbers = {} if name == "tgv-kv" else {"window": 4}
+    kept = []
+    for options in ({}, {"prefill_chunk_size": 9}):
+        cache = CompressedCache(model, recipe(name, budget=0.3, **numbers), inputs)
+        answer = models.generate(model, inputs, 12, past_key_values=cache, **options)
+        kept.append([answer, *(cache.kept_positions(layer) for layer in cache.report().layers)])
+    assert all(torch.equal(*pair) for pair in zip(*kept, strict=True))
+
+
 def causal_or_masked(arrays, layer, b, valid):
     """Attention ``[H, T, T]`` of a sequence in one layer."""
     queries, keys, _ = arrays
