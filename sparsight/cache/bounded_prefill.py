@@ -71,7 +71,9 @@ class BoundedPrefill(Prefill):
         super().__init__(recipe, prompt, keys, values)
         self.earlier = earlier
         self.remaining: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self.allowances = [allowance(bound, recipe.budget, span.length) for span in prompt.spans]
+        self.allowances = [
+            allowance(bound, self.recipe_of(sequence).budget, span.length) for sequence, span in enumerate(prompt.spans)
+        ]
 
     @torch.no_grad()
     def attend_cut(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -119,8 +121,9 @@ class BoundedPrefill(Prefill):
         for sequence, (keys, values, places) in enumerate(every):
             if excess[sequence]:
                 score = self.scores[sequence] if complete else self._provisional(sequence, query, scaling)
-                chosen = self.recipe.reduce.select(score.gather(1, places), self.allowances[sequence])
-                kept = *self.recipe.reduce.apply(keys, values, chosen), places.gather(1, chosen)
+                reduce = self.recipe_of(sequence).reduce
+                chosen = reduce.select(score.gather(1, places), self.allowances[sequence])
+                kept = *reduce.apply(keys, values, chosen), places.gather(1, chosen)
             else:
                 # A view would keep the batch in memory.
                 kept = keys.clone(), values.clone(), places
@@ -134,7 +137,7 @@ class BoundedPrefill(Prefill):
         span = self.prompt.spans[sequence]
         end = min(span.stop, self.seen)
         newest = range(max(span.start, end - WINDOW, self.seen - query.shape[2]), end)
-        own = self.recipe.score.queries(span)
+        own = self.recipe_of(sequence).score.queries(span)
         attention = self.attention[sequence]
         if own and own.start > newest.start:
             attention = AttentionSums(self.keys.shape[1], span.length, self.keys.device)

@@ -30,6 +30,7 @@ def compact(prefill: Prefill, ratios: Sequence[KeepRatio]) -> tuple[KVStore, lis
     planned, kept, selections = [], [], []
     for sequence, (span, ratio) in enumerate(zip(prompt.spans, ratios, strict=True)):
         states = prefill.scores[sequence], *prefill.entries(sequence)
+        reduce = prefill.recipe_of(sequence).reduce
         # Heads that keep the same number are selected together.
         groups = [slice(head, head + 1) for head in range(heads)] if isinstance(ratio, list) else [slice(heads)]
         for group, share in zip(groups, ratio if isinstance(ratio, list) else [ratio], strict=True):
@@ -37,13 +38,13 @@ def compact(prefill: Prefill, ratios: Sequence[KeepRatio]) -> tuple[KVStore, lis
             count = max(1, round(share * span.length))
             planned += [count] * len(score)
             kept += [min(count, keys.shape[1])] * len(score)
-            selections.append((kept[-1], score, keys, values, places, span.start))
+            selections.append((reduce, kept[-1], score, keys, values, places, span.start))
     storage = RaggedStore if recipe.allocate.head_wise else DenseStore
     store = storage.allocate(kept, prefill.keys, prefill.values)
     row = 0
-    for count, score, keys, values, places, start in selections:
-        chosen = recipe.reduce.select(score.gather(1, places), count)
-        keys, values = recipe.reduce.apply(keys, values, chosen)
+    for reduce, count, score, keys, values, places, start in selections:
+        chosen = reduce.select(score.gather(1, places), count)
+        keys, values = reduce.apply(keys, values, chosen)
         store.fill(row, keys, values, places.gather(1, chosen) + start)
         row += len(score)
     length = prompt.length

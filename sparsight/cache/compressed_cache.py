@@ -350,7 +350,7 @@ class CompressedCache(Cache):
             layers=[index for index, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)],
             budget=self.recipe.budget,
             prompt_tokens=[span.length for span in self.prompt.spans],
-            vision_tokens=self.prompt.vision_mask.sum(-1).tolist(),
+            vision_tokens=self.prompt.vision_tokens,
             tokens_seen=self.compressed[0].seen,
             exact=all(layer.exact for layer in self.compressed),
             cut_short=[index for index, layer in enumerate(self.layers) if getattr(layer, "cut_short", False)],

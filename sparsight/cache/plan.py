@@ -28,11 +28,11 @@ def make_plan(prefills: Sequence[Prefill]) -> Plan:
     finish(prefills)
     counts = gather_to_cpu(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)
     sparsity = [_sparsity(prefill, *layer) for prefill, layer in zip(prefills, counts.tolist(), strict=True)]
-    recipe = prefills[0].recipe
     by_sequence = []
     for sequence in range(len(prefills[0].prompt.spans)):
         layers = zip(prefills, sparsity, strict=True)
         statistics = [prefill.statistics(sequence, values[sequence]) for prefill, values in layers]
+        recipe = prefills[0].recipe_of(sequence)
         by_sequence.append(recipe.allocate.shares(statistics, recipe.budget))
     return Plan(sparsity, [list(layer) for layer in zip(*by_sequence, strict=True)])
 

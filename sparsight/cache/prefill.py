@@ -13,6 +13,11 @@ from sparsight.compression.score import AttentionSums, PromptStates
 from sparsight.models.prompt import Prompt
 
 
+def fitted(recipe: Recipe, prompt: Prompt, sequence: int) -> Recipe:
+    """The recipe for one sequence of a prompt."""
+    return recipe.fitted(prompt.spans[sequence].length, prompt.vision_tokens[sequence])
+
+
 class Prefill:
     """Keys and values of the prompt so far, the attention they received, and the sparsity of post-vision queries.
 
@@ -35,12 +40,19 @@ class Prefill:
         self.seen = keys.shape[2]
         self.keys, self.values = keys.detach(), values.detach()
         heads, device = keys.shape[1], keys.device
-        self.attention = [recipe.score.accumulator(heads, span, device) for span in prompt.spans]
+        self.attention = [
+            self.recipe_of(sequence).score.accumulator(heads, span, device)
+            for sequence, span in enumerate(prompt.spans)
+        ]
         self.measures_vision = isinstance(recipe.allocate, TextVision)
         self.post_vision = [AttentionSums(heads, span.length, device) for span in prompt.spans if self.measures_vision]
         self.scores: list[Tensor] = []
         self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.int64, device=device)
         self.visible = torch.zeros_like(self.zeroed)
+
+    def recipe_of(self, sequence: int) -> Recipe:
+        """The recipe for a sequence."""
+        return fitted(self.recipe, self.prompt, sequence)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of the prompt's next part."""
@@ -54,10 +66,10 @@ class Prefill:
 
         ``visible`` ``[B or 1, 1, q, seen]`` says which keys each query attends to, where it is not those before it.
         """
-        score, threshold = self.recipe.score, self.recipe.allocate.threshold
+        threshold = self.recipe.allocate.threshold
         for sequence, span in enumerate(self.prompt.spans):
             mask = None if visible is None else visible[min(sequence, len(visible) - 1), 0]
-            queries, post_vision = score.queries(span), PostVision().queries(span)
+            queries, post_vision = self.recipe_of(sequence).score.queries(span), PostVision().queries(span)
             # Score and sparsity come from one pass where they come from the same queries.
             shared = threshold if queries == post_vision else None
             zeroed = self._accumulate(self.attention[sequence], sequence, queries, query, scaling, shared, mask)
@@ -70,9 +82,12 @@ class Prefill:
     @property
     def needs_every_query(self) -> bool:
         """Whether the score sums the attention of all of the prompt's queries, and of nothing after the prompt."""
-        score = self.recipe.score
-        every = all(score.queries(span) == range(span.start, span.stop) for span in self.prompt.spans)
-        return every and not (score.needs_full_prompt or self.measures_vision) and self.seen <= self.prompt.length
+        every = all(
+            self.recipe_of(sequence).score.queries(span) == range(span.start, span.stop)
+            for sequence, span in enumerate(self.prompt.spans)
+        )
+        waits = self.recipe.score.needs_full_prompt or self.measures_vision
+        return every and not waits and self.seen <= self.prompt.length
 
     @torch.no_grad()
     def attend(self, query: Tensor, scaling: float) -> Tensor:
@@ -153,23 +168,23 @@ class Prefill:
         self.attention = []
 
     def _score(self, sequence: int, earlier: list[Tensor]) -> Tensor:
-        span, device = self.prompt.spans[sequence], self.keys.device
-        kept = max(1, round(self.recipe.budget * span.length))
+        span, device, recipe = self.prompt.spans[sequence], self.keys.device, self.recipe_of(sequence)
+        kept = max(1, round(recipe.budget * span.length))
         states = PromptStates(
             key=self.keys[sequence, :, span.start : span.stop],
             value=self.values[sequence, :, span.start : span.stop],
             vision=self.vision(sequence).to(device, non_blocking=True),
             grids=self._grids(sequence, device),
             kept=kept,
-            always=self.recipe.reduce.always(kept, span.length),
+            always=recipe.reduce.always(kept, span.length),
             earlier=earlier,
         )
-        return self.recipe.score.finish(self.attention[sequence], states)
+        return recipe.score.finish(self.attention[sequence], states)
 
     def importance(self, sequence: int, sums: Tensor) -> Tensor:
         """Score ``[H_kv, T_b]`` from a sequence's attention sums of that shape."""
         vision = self.vision(sequence).to(sums.device, non_blocking=True)
-        return self.recipe.score.importance(sums, vision, self._grids(sequence, sums.device))
+        return self.recipe_of(sequence).score.importance(sums, vision, self._grids(sequence, sums.device))
 
     def _grids(self, sequence: int, device: torch.device) -> list[Tensor]:
         """Places of the images' patches in a sequence."""
@@ -178,9 +193,9 @@ class Prefill:
 
     def statistics(self, sequence: int, sparsity: float) -> LayerStatistics:
         """What one sequence showed, as allocations see it."""
-        score, budget = self.scores[sequence], self.recipe.budget
+        score, recipe = self.scores[sequence], self.recipe_of(sequence)
         length = score.shape[1]
-        always = self.recipe.reduce.always(max(1, round(budget * length)), length)
+        always = recipe.reduce.always(max(1, round(recipe.budget * length)), length)
         vision = self.vision(sequence)
         if not self.measures_vision:
             return LayerStatistics(score, sparsity, vision, always)

@@ -1,8 +1,9 @@
 """``sparsight calibrate``: score a model's KV heads by how much they read, once, for SparseMM."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -14,13 +15,22 @@ from sparsight.cli.output import check_file, writing
 from sparsight.cli.progress import tracked
 from sparsight.cli.terminal import show
 from sparsight.eval.calibration import head_scores
+from sparsight.eval.prompt_sets import read_transcripts
 from sparsight.models.loading import load_checkpoint, load_model
-from sparsight.reader.transcript import random_transcript
+from sparsight.reader.transcript import Transcript, random_transcript
 from sparsight.utils.text import escape
 
 
 def main(
-    pages: Annotated[int, typer.Option(help="Number of generated pages to read.", min=1)] = 50,
+    transcripts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines such as {"image": "a.png", "text": "A 1", "places": [[0.1, 0.2], null, [0.3, 0.2]]}, with '
+            "the place of each character in the image; without it, generated pages.",
+            metavar="FILE",
+        ),
+    ] = None,
+    pages: Annotated[int, typer.Option(help="Number of pages to read.", min=1)] = 50,
     seed: options.Seed = 0,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
@@ -32,12 +42,20 @@ def main(
 ) -> None:
     """Measure head scores for the method sparsemm: how often each KV head attends to the text to be read next."""
     check_file(output, replace=force)
+    source: dict[str, Any]
+    given: Iterable[Transcript]
+    if transcripts is None:
+        given = (random_transcript(np.random.default_rng([seed, page])) for page in range(pages))
+        source = {"pages": pages, "seed": seed}
+    else:
+        given = read_transcripts(transcripts, pages)
+        source = {"pages": len(given), "transcripts": str(transcripts)}
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
-    transcripts = (random_transcript(np.random.default_rng([seed, page])) for page in range(pages))
-    scores = head_scores(loaded, checkpoint, tracked(transcripts, "Reading pages", pages, quiet=quiet or as_json))
+    pages_read = tracked(given, "Reading pages", source["pages"], quiet=quiet or as_json)
+    scores = head_scores(loaded, checkpoint, pages_read)
     name = "the bundled model" if model == options.DEFAULT_MODEL else model
-    result = {"model": name, "pages": pages, "seed": seed, "scores": scores}
+    result = {"model": name, **source, "scores": scores}
     with writing(output):
         output.write_text(json.dumps(result, indent=2) + "\n")
     if as_json:

@@ -88,8 +88,10 @@ class SparsityAware:
 class Pyramid:
     """Shares fall linearly from the first layer to the last (PyramidKV, arXiv 2406.02069, section 4.2).
 
-    The last layer keeps ``1 / steepness`` of the mean share, the first as much more than the mean as the last keeps
-    less. Where the first layers cannot hold their share, the others get what is left.
+    What always stays, such as the window, is in every layer; the line shares the rest. The last layer has
+    ``1 / steepness`` of the mean rest, the first as much more than the mean as the last has less. As in the authors'
+    code, where the first layer cannot hold that it keeps everything and the last layer more, and all layers keep the
+    same where the mean rest is above half of the prompt.
 
     Args:
         steepness: the paper's ``beta``.
@@ -105,11 +107,13 @@ class Pyramid:
 
     def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each layer keeps."""
-        last = budget / self.steepness
-        weights = torch.linspace(2 * budget - last, last, len(layers), dtype=torch.float64)
-        if len(layers) == 1:
-            return [budget]
-        return water_fill(weights, budget * len(layers), 0.0).tolist()
+        always = layers[0].always
+        window = min(int(always.sum()) / len(always), budget)
+        rest = budget - window
+        if len(layers) == 1 or rest > 0.5:
+            return [budget] * len(layers)
+        first = min(2 * rest - rest / self.steepness, 1 - window)
+        return (window + torch.linspace(first, 2 * rest - first, len(layers), dtype=torch.float64)).tolist()
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,11 @@ class AcrossHeads:
 class VisualHeads:
     """Heads that read images keep more, by scores measured once a model (SparseMM, arXiv 2506.05344).
 
-    Every head has the window, then a fraction of what is left of the budget is shared equally, and the rest by score.
-    Where the budget does not go beyond the window, all heads share it equally.
+    Every head has what always stays, such as the window. Of the rest of the budget a fraction is shared equally and the
+    remainder by score. What a head cannot hold goes to the others.
 
     Args:
         scores: of each compressed layer's KV heads, at least 0 (see :func:`sparsight.eval.calibration.head_scores`).
-        window: entries that every head has.
         equal: fraction of the rest that is shared equally (the paper's ``rho``).
     """
 
@@ -75,11 +74,9 @@ class VisualHeads:
     head_wise: ClassVar[bool] = True
     threshold: ClassVar[float | None] = None
     scores: tuple[tuple[float, ...], ...] = ()
-    window: int = 32
     equal: float = 0.1
 
     def __post_init__(self) -> None:
-        checks.count("window", self.window)
         checks.fraction("equal", self.equal, zero=True)
         scores = tuple(tuple(layer) for layer in self.scores)
         numbers = [score for layer in scores for score in layer]
@@ -101,8 +98,8 @@ class VisualHeads:
     def shares(self, layers: Sequence[LayerStatistics], budget: float) -> list[KeepRatio]:
         """Share of the prompt's entries that each KV head of each layer keeps."""
         scores = torch.tensor(self.scores, dtype=torch.float64)
-        length = layers[0].score.shape[1]
-        window = min(self.window / length, budget)
+        always = layers[0].always
+        window = min(int(always.sum()) / len(always), budget)
         least = window + self.equal * (budget - window)
         if least == 1:
             return torch.ones_like(scores).tolist()

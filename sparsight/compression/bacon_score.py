@@ -1,8 +1,8 @@
 """The score of BACON: a window's attention, calibrated with what the last query attends to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class BACON(BaseScore):
     def pool(self) -> Any:
         """The window that the wrapped score is pooled in."""
         return getattr(self.score, "pool", 1)
+
+    def within(self, most: int) -> Self:
+        """The same around a score with a window of at most ``most`` queries."""
+        return replace(self, score=self.score.within(most))
 
     def queries(self, span: Span) -> range:
         """Those of the wrapped score; the last one is among them."""

@@ -20,6 +20,9 @@ from sparsight.utils import checks
 NEVER = torch.iinfo(torch.int32).max
 """A position that no token reaches."""
 
+ROUNDING = 1e-9
+"""What an allowance may exceed an integer by without allowing another entry."""
+
 VACANT = -1
 """The position of a slot without an entry."""
 
@@ -229,16 +232,20 @@ class FixedPoint(Ring):
     """Drop the entry at a fixed place (Elastic Cache, arXiv 2407.18121, section 3.3).
 
     The fixed place is ``distance`` before the end of the entries kept after prefill: the oldest and the most recent
-    part both stay.
+    part both stay. As in the authors' code, a layer may hold its share of the tokens seen, rounded up, and one entry
+    leaves per token.
 
     Args:
         distance: entries between the fixed place and the end of what was kept after prefill.
         protect_first: entries at the beginning of the cache that are never dropped.
+        middle: where the fixed place would be among those first entries, take the middle of what was kept instead
+            (PrefixKV, arXiv 2412.03409).
     """
 
     kind: ClassVar[str] = "fixed-point"
     distance: int = 25
     protect_first: int = 1
+    middle: bool = False
 
     def __post_init__(self) -> None:
         checks.count("distance", self.distance)
@@ -246,7 +253,16 @@ class FixedPoint(Ring):
 
     def protected(self, held: Tensor) -> Tensor:
         """Those before the fixed place."""
-        return (held - self.distance).clamp(min=self.protect_first)
+        place = held - self.distance
+        return torch.where(place < self.protect_first, held // 2 if self.middle else self.protect_first, place)
+
+    def grows(self, held: Tensor, state: EvictionState, seen: Tensor) -> Tensor:
+        """:meth:`EvictionRule.grows` with the allowance rounded up."""
+        return held < torch.maximum(state.allowance(seen) - ROUNDING, state.protected + 1)
+
+    def excess(self, rows: Rows, state: EvictionState, seen: int) -> Tensor:
+        """None: what rounding kept of a prompt is within the allowance rounded up."""
+        return torch.zeros_like(rows.positions, dtype=torch.bool)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The score of MixKV: another score, mixed with how large the values and how different the keys are."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class MixKV(BaseScore):
     def pool(self) -> Any:
         """The window that the wrapped score is pooled in."""
         return getattr(self.score, "pool", 1)
+
+    def within(self, most: int) -> Self:
+        """The same around a score with a window of at most ``most`` queries."""
+        return replace(self, score=self.score.within(most))
 
     def queries(self, span: Span) -> range:
         """Those of the wrapped score."""

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sparsight.compression import Allocate, DecodeRule, LastQuery, Reduce, Score
+from sparsight.compression import Allocate, DecodeRule, Evict, LastQuery, Reduce, Score
 from sparsight.utils import checks
 from sparsight.utils.suggest import unknown
 
@@ -27,6 +27,8 @@ class Recipe:
         allocate: how the budget is shared among the layers.
         reduce: which entries stay and what becomes of the others.
         decode: what becomes of each new entry.
+        vision_budget: the budget is a fraction of the vision tokens, to which every text token adds one entry, as some
+            papers count. Which entries stay is up to the score; those of AirCache and LOOK-M rank text first.
 
     Raises:
         ValueError: the budget is not in (0, 1], or the reduction does not go with the allocation or the decode rule.
@@ -38,6 +40,7 @@ class Recipe:
     allocate: Allocate
     reduce: Reduce
     decode: DecodeRule
+    vision_budget: bool = False
 
     def __post_init__(self) -> None:
         checks.fraction("budget", self.budget)
@@ -53,6 +56,21 @@ class Recipe:
                 f"under reduction {self.reduce.kind!r} as configured each keeps its own: give the reduction "
                 "per_head=False, or the rule per_head=True."
             )
+
+    def fitted(self, length: int, vision: int) -> "Recipe":
+        """The recipe for a prompt of ``length`` tokens, ``vision`` of them of images or videos.
+
+        Its budget is a fraction of all tokens. Its windows, that is the queries that a score looks at and the last
+        entries that always stay, are at most two thirds of the entries kept: with a fixed size, nothing else would be
+        kept at a small budget.
+        """
+        budget = (length - vision + self.budget * vision) / length if self.vision_budget else self.budget
+        most = max(1, 2 * round(budget * length) // 3)
+        reduce = self.reduce
+        if isinstance(reduce, Evict) and reduce.last > most:
+            reduce = dataclasses.replace(reduce, last=most)
+        score = self.score.within(most)
+        return dataclasses.replace(self, budget=budget, score=score, reduce=reduce, vision_budget=False)
 
     def combined(self, **kinds: str | None) -> "Recipe":
         """The recipe with other parts, by role and kind, with their default numbers.
@@ -71,7 +89,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as one JSON object."""
-        data: dict[str, Any] = {"name": self.name, "budget": self.budget}
+        data: dict[str, Any] = {"name": self.name, "budget": self.budget, "vision_budget": self.vision_budget}
         for role in KINDS:
             data[role] = _as_data(getattr(self, role))
         return json.dumps(data)
@@ -86,7 +104,7 @@ class Recipe:
         data = json.loads(text)
         try:
             parts = {role: _part(role, data[role]) for role in KINDS}
-            return Recipe(data["name"], data["budget"], **parts)
+            return Recipe(data["name"], data["budget"], **parts, vision_budget=data["vision_budget"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"Not a recipe: {error} is wrong or missing in {text!r}.") from error
 

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from sparsight.utils import checks
 
+MERGES = ("pivotal", "averaged", "weighted")
+
 
 @dataclass(frozen=True)
 class Evict:
@@ -48,13 +50,14 @@ class Evict:
 
 @dataclass(frozen=True)
 class MergeNearest:
-    """Merge every entry into the nearest anchor by position (Elastic Cache, arXiv 2407.18121, section 3.2).
+    """Merge every entry into the nearest anchor by position (Elastic Cache, arXiv 2407.18121, section 3.3).
 
-    Anchors are the first ``protect_first`` entries, the last one, and the highest-scored others; of two equally near
-    anchors an entry joins the earlier. An anchor's key and value become the mean over its bucket, itself included.
+    The first ``protect_first`` entries and the last one stay unchanged (section 4.1). The highest-scored others are the
+    anchors; of two equally near anchors an entry joins the earlier. An anchor's key and value become the mean over its
+    bucket, itself included. Where there is no anchor, entries are dropped.
 
     Args:
-        protect_first: entries at the prompt's beginning that are always anchors.
+        protect_first: entries at the prompt's beginning that always stay, unchanged.
         per_head: every KV head chooses its own anchors; otherwise the heads of a layer share one choice.
     """
 
@@ -67,38 +70,51 @@ class MergeNearest:
         checks.count("protect_first", self.protect_first)
 
     def always(self, kept: int, length: int) -> Tensor:
-        """Which of ``length`` positions are anchors whatever their score when ``kept`` are, bool ``[T]``."""
+        """Which of ``length`` positions stay unchanged when ``kept`` stay, bool ``[T]``."""
         return ends(kept, length, first=self.protect_first, last=1)
 
     def select(self, score: Tensor, kept: int) -> Tensor:
-        """Positions of the anchors, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
+        """Positions that stay, int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``."""
         return top_positions(score, kept, self.always(kept, score.shape[1]), per_head=self.per_head)
 
     def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the anchors after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
-        bucket = nearest_anchor(positions, keys.shape[1])
-        kept = positions.shape[1]
-        return bucket_means(keys, bucket, kept), bucket_means(values, bucket, kept)
+        """Keys and values that stay after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
+        first, last = min(self.protect_first, positions.shape[1] - 1), keys.shape[1] - 1
+        anchors = positions[:, first:-1] - first
+        count = anchors.shape[1]
+        if count == 0:
+            return _gather(keys, positions), _gather(values, positions)
+        bucket = nearest_anchor(anchors, last - first)
+        merged_keys, merged_values = (
+            torch.cat([states[:, :first], bucket_means(states[:, first:last], bucket, count), states[:, last:]], dim=1)
+            for states in (keys, values)
+        )
+        return merged_keys, merged_values
 
 
 @dataclass(frozen=True)
 class MergeSimilar:
-    """Average every dropped entry into the kept one with the most similar key (LOOK-M, arXiv 2406.18139, section 3.3).
+    """Merge every dropped entry into the kept one with the most similar key (LOOK-M, arXiv 2406.18139, section 3.3).
 
     Similarity is the cosine of the keys; of equally similar ones the earlier is taken. Which entries stay is decided as
-    in :class:`Evict`.
+    in :class:`Evict`. Keys and values merge alike: a kept entry and the dropped ones are added up and divided by their
+    number.
 
     Args:
+        merge: what is added for a dropped entry: ``pivotal``, the mean of it and the kept entry (equation 11);
+            ``averaged``, itself (equation 10); ``weighted``, itself times the similarity (equation 12).
         recent: fraction of the kept entries that are the most recent ones.
         per_head: every KV head chooses its own entries; otherwise the heads of a layer share one choice.
     """
 
     kind: ClassVar[str] = "merge-similar"
     merges: ClassVar[bool] = True
+    merge: str = "pivotal"
     recent: float = 0.5
     per_head: bool = True
 
     def __post_init__(self) -> None:
+        checks.one_of("merge", self.merge, MERGES)
         checks.fraction("recent", self.recent, zero=True)
 
     def always(self, kept: int, length: int) -> Tensor:
@@ -112,8 +128,14 @@ class MergeSimilar:
     def apply(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values that stay after merging, ``[H_kv, kept, D]``, of ``[H_kv, T, D]``."""
         kept = positions.shape[1]
-        bucket = most_similar(keys, positions)
-        return bucket_means(keys, bucket, kept), bucket_means(values, bucket, kept)
+        bucket, similarity = most_similar(keys, positions)
+        weights = similarity if self.merge == "weighted" else torch.ones_like(similarity)
+        own = torch.ones_like(positions, dtype=weights.dtype)
+        if self.merge == "pivotal":
+            # Half of each dropped entry, and as often half of the kept one.
+            weights, own = weights / 2, (1 + bucket_sizes(bucket, kept)).float() / 2
+        weights = weights.scatter(1, positions, own)
+        return bucket_means(keys, bucket, kept, weights), bucket_means(values, bucket, kept, weights)
 
 
 Reduce = Evict | MergeNearest | MergeSimilar
@@ -156,28 +178,39 @@ def nearest_anchor(anchors: Tensor, length: int) -> Tensor:
     return torch.searchsorted(middles, 2 * positions)
 
 
-def most_similar(keys: Tensor, positions: Tensor) -> Tensor:
-    """Index of the kept entry whose key is most like each entry's, int64 ``[H, T]``; a kept entry's own is its own."""
+def most_similar(keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the kept entry whose key is most similar to each entry's, int64 ``[H, T]``, and the cosine ``[H, T]``.
+
+    A kept entry's own is itself.
+    """
     heads, length, _ = keys.shape
     unit = functional.normalize(keys.float(), dim=-1)
     anchors = _gather(unit, positions)
     # A few entries at a time: similarities of all with all would be as large as an attention matrix.
     step = max(1, 2**20 // (heads * positions.shape[1]))
-    blocks = [(unit[:, start : start + step] @ anchors.mT).argmax(-1) for start in range(0, length, step)]
+    blocks = [(unit[:, start : start + step] @ anchors.mT).max(-1) for start in range(0, length, step)]
+    similarity, bucket = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
     own = torch.arange(positions.shape[1], device=keys.device).expand_as(positions)
-    return torch.cat(blocks, dim=1).scatter(1, positions, own)
+    return bucket.scatter(1, positions, own), similarity
 
 
-def bucket_means(states: Tensor, bucket: Tensor, count: int) -> Tensor:
-    """Mean of the states in each of ``count`` buckets, ``[H, count, D]``, of ``[H, T, D]`` in buckets ``[H, T]``."""
+def bucket_sizes(bucket: Tensor, count: int) -> Tensor:
+    """How many entries are in each of ``count`` buckets, int64 ``[H, count]``, for the bucket of each, ``[H, T]``."""
+    # Unlike bincount, this does not wait for a GPU.
+    return bucket.new_zeros(len(bucket), count).scatter_add_(1, bucket, torch.ones_like(bucket))
+
+
+def bucket_means(states: Tensor, bucket: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """Mean of the states in each of ``count`` buckets, ``[H, count, D]``, of ``[H, T, D]`` in buckets ``[H, T]``.
+
+    With ``weights`` ``[H, T]``, the weighted states are added up and divided by their number.
+    """
     heads, _, size = states.shape
     index = (bucket + count * torch.arange(heads, device=states.device)[:, None]).flatten()
-    sums = torch.zeros(heads * count, size, device=states.device)
-    sums.index_add_(0, index, states.flatten(0, 1).float())
-    # Unlike bincount, this does not wait for a GPU.
-    members = index.new_zeros(heads * count).scatter_add_(0, index, torch.ones_like(index))
-    means = sums / members[:, None]
-    return means.unflatten(0, (heads, count)).to(states.dtype)
+    weighted = states.float() if weights is None else states.float() * weights[..., None]
+    sums = torch.zeros(heads * count, size, device=states.device).index_add_(0, index, weighted.flatten(0, 1))
+    means = sums.view(heads, count, size) / bucket_sizes(bucket, count)[..., None]
+    return means.to(states.dtype)
 
 
 def _gather(states: Tensor, positions: Tensor) -> Tensor:

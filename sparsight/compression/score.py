@@ -7,8 +7,8 @@ important one near it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +107,10 @@ class BaseScore(ABC):
     def queries(self, span: Span) -> range:
         """Query positions whose attention counts."""
 
+    def within(self, most: int) -> Self:
+        """The score with a window of at most ``most`` queries, where it has a window of fixed size."""
+        return self
+
     def accumulator(self, heads: int, span: Span, device: torch.device) -> AttentionSums:
         """What collects the queries' attention for a sequence."""
         return AttentionSums(heads, span.length, device)
@@ -199,6 +203,10 @@ class LastWindow(BaseScore):
     def queries(self, span: Span) -> range:
         """Query positions whose attention is summed."""
         return range(max(span.start, span.stop - self.window), span.stop)
+
+    def within(self, most: int) -> Self:
+        """The score with a window of at most ``most`` queries."""
+        return replace(self, window=min(self.window, most))
 
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
         """Score ``[H_kv, T]`` from attention sums ``[H_kv, T]``, the vision mask ``[T]`` and the images' grids."""

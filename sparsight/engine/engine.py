@@ -282,7 +282,9 @@ class Engine:
     def _most_bytes(self, ids: Tensor, request: _Request) -> int:
         """Bytes that a request's answers hold at their longest."""
         config = self.model.config.get_text_config(decoder=True)
-        kept = min(round(request.recipe.budget * ids.shape[1]) + 1, ids.shape[1])
+        length = ids.shape[1]
+        # A budget of vision tokens is counted as if there were none, as the full length.
+        kept = min(round(request.recipe.fitted(length, 0).budget * length) + 1, length)
         slots = (kept + request.params.max_new_tokens) * request.params.n * config.num_hidden_layers
         return slots * token_bytes(config, self.model.dtype)
 

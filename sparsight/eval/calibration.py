@@ -23,10 +23,15 @@ PROMPT = "Read the page."
 def head_scores(model: Any, checkpoint: Checkpoint, transcripts: Iterable[Transcript]) -> list[list[float]]:
     """Score every KV head by how often it attends most to the vision token that shows the next text token.
 
-    The right text of each image is fed to the model token by token (teacher forcing); the paper lets the model read
-    freely and leaves out what it misreads. A query head gets ``1 / n`` for each text token where the key that it
-    attends to most is one of the ``n`` vision tokens that show the next text token. Scores are sums over tokens, and
-    means over images and over the query heads that share a KV head.
+    The right text of each image is fed to the model token by token (teacher forcing). A query head gets ``1 / n`` for
+    each text token where the key that it attends to most is one of the ``n`` vision tokens that show the next text
+    token. Scores are sums over tokens, and means over images and over the query heads that share a KV head.
+
+    As in the authors' code (``hit_score``), the key is the highest of all keys, text included, and scores are sums over
+    an image's tokens. There the images are 1,000 of SynthDoG, the prompt asks for all OCR results, the model reads
+    freely, a token counts only if its text occurs in exactly one annotated chunk, and all patches that the chunk's box
+    touches count as showing it. Here the images are those of ``transcripts``, the prompt is "Read the page.", every
+    token counts, and the patches that show it are those at its characters' positions.
 
     Args:
         model: the checkpoint's model.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sparsight.attention.interface import is_causal, visible
 from sparsight.cache import CompressedCache
 from sparsight.cache.layer import CompressedLayer
-from sparsight.cache.prefill import Prefill
+from sparsight.cache.prefill import Prefill, fitted
 from sparsight.compression import Allocate, Score
 from sparsight.compression.recipe import Recipe
 from sparsight.methods import Full
@@ -64,7 +64,7 @@ class PrefillSnapshot:
         self.prompt = locate(model.config, inputs, grids=True)
         self.logits = next_logits(model, self._recorder, inputs)
         self.states = self._recorder.states
-        self._observed: dict[tuple[Score, Allocate], list[Prefill]] = {}
+        self._observed: dict[tuple[tuple[Score, ...], Allocate], list[Prefill]] = {}
 
     @torch.inference_mode()
     def observe(self, recipe: Recipe) -> list[Prefill]:
@@ -72,7 +72,9 @@ class PrefillSnapshot:
 
         Recipes with the same score and the same allocation share them.
         """
-        parts = recipe.score, recipe.allocate
+        # A budget may limit a score's window.
+        scores = tuple(fitted(recipe, self.prompt, sequence).score for sequence in range(len(self.prompt.spans)))
+        parts = scores, recipe.allocate
         if parts not in self._observed:
             observed = []
             for states in self.states:

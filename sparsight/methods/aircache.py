@@ -14,9 +14,9 @@ def AirCache(budget: float = 0.1, *, threshold: float = 0.9) -> Recipe:
     text tokens rank before vision tokens. Allocation: layers whose attention to vision is strong or skewed keep more.
     Reduction: each KV head evicts its lowest scores. Decoding: new entries are appended.
 
-    The paper's budget counts vision tokens only; here it counts all entries, as for every other method. The paper does
-    not say which text forms the observation window, nor whether heads share it: here it is the text after the last
-    image, and the heads of a layer share one elite window.
+    The paper's budget counts vision tokens only; here it counts all entries, as for every other method, unless the
+    recipe's ``vision_budget`` is set. The paper does not say which text forms the observation window, nor whether heads
+    share it: here it is the text after the last image, and the heads of a layer share one elite window.
 
     Args:
         budget: fraction of the prompt's KV entries to keep, averaged over the layers, in (0, 1].

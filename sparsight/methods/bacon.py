@@ -20,7 +20,8 @@ def BACONCache(budget: float = 0.1, *, window: int = 32, pool: int = 5, pooling:
 
     Args:
         budget: fraction of the prompt's KV entries that each layer keeps, in (0, 1].
-        window: number of last queries whose attention is averaged and whose own entries are always kept.
+        window: number of last queries whose attention is averaged and whose own entries are always kept; at most two
+            thirds of the entries that the budget allows.
         pool: width of the pooling along the sequence, an odd number.
         pooling: ``max`` or ``average``.
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class Prompt:
     def length(self) -> int:
         """Number of tokens of each sequence, padding included: ``T``."""
         return self.vision_mask.shape[1]
+
+    @cached_property
+    def vision_tokens(self) -> list[int]:
+        """Number of vision tokens of each sequence."""
+        return self.vision_mask.sum(-1).tolist()
 
     def select(self, sequences: Sequence[int]) -> "Prompt":
         """The sequences with these indices, in that order."""

@@ -3,7 +3,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
 from sparsight.reader import model_path
+from sparsight.reader.transcript import random_transcript
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -18,6 +22,41 @@ def test_scores_are_written_and_printed(run: Run, tmp_path: Path) -> None:
     assert {len(layer) for layer in scores} == {config["num_key_value_heads"]}
     assert f"{scores[0][0]:.2f}" in out
     assert str(output) in " ".join(out.split())
+
+
+def test_own_transcripts_give_the_scores_of_the_same_pages(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    lines = []
+    for number in range(3):
+        page = random_transcript(np.random.default_rng([0, number]))
+        page.picture.save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "text": page.text, "places": page.places}) + "\n")
+    file = tmp_path / "pages.jsonl"
+    file.write_text("".join(lines))
+    own = run_json("calibrate", "--transcripts", file, "--output", tmp_path / "own.json")
+    generated = run_json("calibrate", "--pages", 3, "--output", tmp_path / "heads.json")
+    assert own["scores"] == generated["scores"]
+    assert own["pages"] == 3
+    first = run_json("calibrate", "--transcripts", file, "--pages", 1, "--output", tmp_path / "1.json")
+    assert first["pages"] == 1
+    assert first["scores"] != own["scores"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        '{"image": "page.png", "text": "A"}',
+        '{"image": "page.png", "text": "AB", "places": [[0, 0]]}',
+        '{"image": "page.png", "text": "A", "places": [[0, 1.5]]}',
+        '{"image": "page.png", "text": "A", "places": [7]}',
+    ],
+)
+def test_a_transcript_without_a_place_for_every_character_is_refused(run: Run, tmp_path: Path, line: str) -> None:
+    (tmp_path / "pages.jsonl").write_text(line)
+    code, _, err = run("calibrate", "--transcripts", tmp_path / "pages.jsonl", "--output", tmp_path / "heads.json")
+    assert code == 2
+    assert "line 1 is not an object such as" in err
+    assert not (tmp_path / "heads.json").exists()
 
 
 def test_sparsemm_uses_measured_scores(run_json: Callable[..., Any], llava: str, image: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 from sparsight.compression import Pyramid, SharedMass, SparsityAware, Uniform
 from sparsight.compression.allocate import LayerStatistics
 from tests.support import reference
+from tests.support.released.prefixkv import prefixkv_budgets
 
 
 def scored(*scores, vision=(), always=()):
@@ -18,10 +20,10 @@ def scored(*scores, vision=(), always=()):
     return [LayerStatistics(score, 0.0, seen, stay) for score in scores]
 
 
-def sparse(*sparsities):
-    """Layers of these sparsities."""
-    nothing = torch.zeros(4, dtype=torch.bool)
-    return [LayerStatistics(torch.ones(1, 4), sparsity, nothing, nothing) for sparsity in sparsities]
+def sparse(*sparsities, window=0, length=4):
+    """Layers of these sparsities, whose last entries always stay."""
+    nothing, always = torch.zeros(length, dtype=torch.bool), torch.arange(length) >= length - window
+    return [LayerStatistics(torch.ones(1, 4), sparsity, nothing, always) for sparsity in sparsities]
 
 
 SPARSITIES = st.lists(st.floats(0, 0.9999), min_size=1, max_size=40)
@@ -62,16 +64,26 @@ def test_uniform_ignores_sparsity(sparsities, budget):
 
 
 @settings(deadline=None)
-@given(layers=st.integers(1, 40), budget=BUDGETS, steepness=st.floats(1, 50))
-def test_pyramid_shares_equal_the_brute_force(layers, budget, steepness):
-    shares = Pyramid(steepness=steepness).shares(sparse(*[0.5] * layers), budget)
-    assert_close(shares, reference.pyramid_shares(layers, budget, steepness), rtol=0, atol=1e-7)
+@given(layers=st.integers(1, 40), budget=BUDGETS, steepness=st.floats(1, 50), window=st.integers(0, 50))
+def test_pyramid_shares_equal_the_brute_force(layers, budget, steepness, window):
+    shares = Pyramid(steepness=steepness).shares(sparse(*[0.5] * layers, window=window, length=50), budget)
+    keep = 50 * budget
+    expected = reference.pyramid_budgets(layers, keep, 50, min(window, keep), steepness)
+    assert_close(shares, [budget / 50 for budget in expected], rtol=0, atol=1e-9)
     assert_close(fmean(shares), budget, rtol=1e-7, atol=0)
     assert shares == sorted(shares, reverse=True)
+    assert min(shares) >= min(window, keep) / 50 - 1e-12
+    assert max(shares) <= 1 + 1e-12
 
 
-def test_the_last_layer_of_a_pyramid_keeps_a_twentieth_of_the_mean():
+def test_the_last_layer_of_a_pyramid_keeps_the_window_and_a_twentieth_of_the_mean_rest():
     assert_close(Pyramid().shares(sparse(0, 0, 0), 0.1), [0.195, 0.1, 0.005])
+    assert_close(Pyramid().shares(sparse(0, 0, 0, window=10, length=100), 0.3), [0.49, 0.3, 0.11])
+
+
+def test_a_pyramid_whose_first_layer_is_full_raises_the_last_and_above_half_is_flat():
+    assert_close(Pyramid().shares(sparse(0, 0, 0, window=10, length=100), 0.57), [1.0, 0.57, 0.14])
+    assert_close(Pyramid().shares(sparse(0, 0, 0, window=10, length=100), 0.7), [0.7, 0.7, 0.7])
 
 
 @settings(deadline=None)
@@ -84,7 +96,8 @@ def test_shared_mass_equals_the_brute_force_and_fits_the_budget(scores, budget):
     shares = SharedMass().shares(layers, budget)
     assert fmean(shares) <= max(budget, 1 / 6) + 1e-9
     # Masses that tie up to rounding may fall on either side of the threshold.
-    assert fmean(shares) >= fmean(reference.prefix_shares(scores, budget)) - 1e-9
+    total = max(int(budget * 6 * len(scores)), len(scores))
+    assert 6 * sum(shares) >= sum(prefixkv_budgets(np.array(scores), total)) - 1e-9
 
 
 def test_layers_whose_attention_is_spread_keep_more_of_it():

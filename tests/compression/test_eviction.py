@@ -11,6 +11,7 @@ from sparsight.cache.dense_store import DenseStore
 from sparsight.cache.step_metadata import StepMetadata
 from sparsight.compression import FixedPoint, Grow, HeavyHitter, Sliding
 from sparsight.compression.eviction import EvictionState, position_at
+from tests.support.released.elastic import allowance, drop_at_point
 
 STEPS = 60
 
@@ -78,11 +79,20 @@ def from_place(protected):
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=ROWS, distance=st.integers(0, 25), first=st.integers(0, 5))
-def test_a_fixed_point_drops_there_and_appends(rows, distance, first):
+@given(rows=ROWS, distance=st.integers(0, 25), first=st.integers(0, 5), middle=st.booleans())
+def test_a_fixed_point_drops_there_and_appends(rows, distance, first, middle):
     kept, ratios = zip(*rows, strict=True)
-    rule = FixedPoint(distance=distance, protect_first=first)
-    check(rule, kept, ratios, from_place(lambda count: max(count - distance, first)))
+    expected = []
+    for count, ratio in rows:
+        point = count - distance
+        if point < first:
+            point = count // 2 if middle else first
+        # An entry before the fixed place never leaves, so one more than those is always allowed.
+        allowances = [max(allowance(ratio, seen), point + 1) for seen in range(count + 1, count + 1 + STEPS)]
+        expected.append(drop_at_point(range(count), allowances, count, point))
+    rule = FixedPoint(distance=distance, protect_first=first, middle=middle)
+    for step, held in enumerate(overwritten_in_slots(rule, kept, ratios)):
+        assert held == [each[step] for each in expected]
 
 
 @settings(max_examples=50, deadline=None)

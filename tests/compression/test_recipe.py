@@ -122,6 +122,45 @@ def test_the_guides_example_is_a_method():
     assert cache.report().kept == [[[round(0.3 * 31)] * 2]] * 3
 
 
+@pytest.mark.parametrize(
+    ("budget", "length", "window"), [(1.0, 620, 32), (0.1, 480, 32), (0.1, 470, 31), (0.01, 620, 4), (0.01, 30, 1)]
+)
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "sparsemm"])
+def test_a_window_takes_two_thirds_of_the_entries_kept_at_most(name, budget, length, window):
+    fitted = recipe(name, budget=budget).fitted(length, 0)
+    assert fitted.score.window == fitted.reduce.last == window
+
+
+@pytest.mark.parametrize("name", ["vl-cache", "elastic", "h2o", "streaming-llm", "prefixkv", "look-m", "aircache"])
+def test_a_recipe_without_a_window_is_the_same_for_every_length(name):
+    assert recipe(name, budget=0.01).fitted(100, 0) == recipe(name, budget=0.01)
+
+
+def test_a_vision_budget_adds_the_text_of_each_prompt():
+    chosen = dataclasses.replace(recipe("aircache", budget=0.25), vision_budget=True)
+    assert Recipe.from_json(chosen.to_json()) == chosen
+    assert chosen.fitted(100, 80) == recipe("aircache", budget=0.4)
+    assert chosen.fitted(100, 0).budget == 1.0
+
+
+@pytest.mark.parametrize("name", ["aircache", "look-m"])
+def test_a_vision_budget_keeps_all_text_and_a_share_of_the_vision_tokens(name):
+    model, inputs = models.model("llava"), models.inputs("llava", models.ONE_IMAGE, models.THREE_IMAGES)
+    chosen = dataclasses.replace(recipe(name, budget=0.25), vision_budget=True)
+    cache = CompressedCache(model, chosen, inputs)
+    models.generate(model, inputs, 1, past_key_values=cache)
+    for layer in range(3):
+        for b, valid in enumerate(cache.prompt.valid_mask):
+            text = (valid & ~cache.prompt.vision_mask[b]).nonzero()[:, 0].tolist()
+            for head in cache.kept_positions(layer)[b].tolist():
+                assert set(text) <= set(head)
+    report = cache.report()
+    for b, (length, vision) in enumerate(zip(report.prompt_tokens, report.vision_tokens, strict=True)):
+        kept = [count for layer in report.kept for count in layer[b]]
+        # Half an entry in each layer by rounding.
+        assert abs(sum(kept) / len(kept) - (length - vision + 0.25 * vision)) <= 0.5
+
+
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         VLCache().budget = 0.5

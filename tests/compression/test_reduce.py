@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,8 +6,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.compression import Evict, MergeNearest, MergeSimilar
-from sparsight.compression.reduce import ends, nearest_anchor, top_positions
+from sparsight.compression.reduce import MERGES, ends, nearest_anchor, top_positions
 from tests.support import reference
+from tests.support.released.elastic import elastic_prefill
+from tests.support.released.look_m import look_m_merge
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @st.composite
@@ -24,14 +29,6 @@ def test_eviction_keeps_what_the_brute_force_keeps(case, recent):
     score, kept = case
     positions = Evict(recent=recent).select(score, kept)
     assert positions.tolist() == [reference.vl_cache_positions(head, kept, recent) for head in score.tolist()]
-
-
-@settings(deadline=None)
-@given(case=scores(), protect_first=st.integers(0, 5))
-def test_anchors_are_those_of_the_brute_force(case, protect_first):
-    score, kept = case
-    anchors = MergeNearest(protect_first=protect_first, per_head=True).select(score, kept)
-    assert anchors.tolist() == [reference.elastic_anchors(head, kept, protect_first) for head in score.tolist()]
 
 
 @settings(deadline=None)
@@ -66,19 +63,24 @@ def test_negative_scores_rank_below_positive_ones():
 
 
 @settings(deadline=None)
-@given(case=scores(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_merging_is_the_mean_over_each_bucket(case, dtype):
+@given(case=scores(), protect_first=st.integers(0, 5), dtype=st.sampled_from(DTYPES))
+def test_merging_is_the_mean_over_each_bucket_and_leaves_the_protected_entries_alone(case, protect_first, dtype):
     score, kept = case
-    heads, length = score.shape
-    states = torch.randn(heads, length, 4, generator=torch.Generator().manual_seed(length)).to(dtype)
-    anchors = MergeNearest(per_head=True).select(score, kept)
-    merged, merged_again = MergeNearest().apply(states, states, anchors)
-    assert torch.equal(merged, merged_again)
+    states = torch.randn(*score.shape, 4, generator=torch.Generator().manual_seed(score.shape[1])).to(dtype)
+    part = MergeNearest(protect_first=protect_first, per_head=True)
+    anchors = part.select(score, kept)
+    merged, negative = part.apply(states, -states, anchors)
+    assert torch.equal(merged, -negative)
     assert merged.dtype == dtype
-    for head in range(heads):
-        expected = torch.stack(reference.merged(states[head], anchors[head].tolist()))
+    first = min(protect_first, kept - 1)
+    assert torch.equal(merged[:, :first], states[:, :first])
+    assert torch.equal(merged[:, -1], states[:, -1])
+    for head in range(len(score)):
+        one = score[head].double().numpy()[None, None], *[states[head].double().numpy()[None]] * 2
+        positions, expected, _ = elastic_prefill(*one, kept, first)
+        assert anchors[head].tolist() == positions
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
-        assert_close(merged[head], expected, **tolerance)
+        assert_close(merged[head].double(), torch.from_numpy(expected[0]), **tolerance)
 
 
 def test_of_two_equally_near_anchors_an_entry_joins_the_earlier():
@@ -94,19 +96,23 @@ def test_eviction_returns_the_states_at_the_positions():
 
 
 @settings(deadline=None)
-@given(case=scores())
-def test_dropped_entries_are_averaged_into_the_most_similar(case):
+@given(case=scores(), merge=st.sampled_from(MERGES))
+def test_dropped_entries_are_merged_into_the_most_similar(case, merge):
     score, kept = case
-    heads, length = score.shape
-    keys, values = torch.randn(2, heads, length, 4, generator=torch.Generator().manual_seed(length))
-    positions = MergeSimilar(recent=0.5).select(score, kept)
+    states = torch.randn(2, *score.shape, 4, generator=torch.Generator().manual_seed(score.shape[1]))
+    part = MergeSimilar(merge=merge, recent=0.5)
+    positions = part.select(score, kept)
     assert torch.equal(positions, Evict(recent=0.5).select(score, kept))
-    merged_keys, merged_values = MergeSimilar().apply(keys, values, positions)
-    for head in range(heads):
-        chosen = positions[head].tolist()
-        bucket_of = [reference.most_similar(keys[head], chosen, j) for j in range(length)]
-        assert_close(merged_keys[head], torch.stack(reference.means(keys[head], chosen, bucket_of)))
-        assert_close(merged_values[head], torch.stack(reference.means(values[head], chosen, bucket_of)))
+    expected = look_m_merge(*states.double().numpy(), positions.tolist(), merge)
+    for merged, heads in zip(part.apply(*states, positions), expected, strict=True):
+        assert_close(merged, torch.from_numpy(np.stack(heads)).float())
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_nothing_is_merged_where_every_entry_stays(merge):
+    states = torch.randn(2, 3, 5, 4).bfloat16()
+    every = torch.arange(5).expand(3, -1)
+    assert all(map(torch.equal, MergeSimilar(merge=merge).apply(*states, every), states))
 
 
 def test_the_first_and_the_last_entries_stay_as_far_as_they_fit():
@@ -123,3 +129,8 @@ def test_the_first_and_the_last_entries_stay_as_far_as_they_fit():
 def test_numbers_out_of_range_are_refused(part, numbers):
     with pytest.raises(ValueError, match=f"{next(iter(numbers))} must be"):
         part(**numbers)
+
+
+def test_a_merge_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="merge must be 'pivotal' or 'averaged' or 'weighted', got 'mean'"):
+        MergeSimilar(merge="mean")

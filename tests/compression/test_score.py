@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.compression import Accumulated, LastWindow, PostVision, Random, Recency
-from sparsight.compression.score import pooled
+from sparsight.compression.score import POOLINGS, pooled
 from sparsight.models.prompt import Span
 from tests.support import reference
 
@@ -66,12 +66,17 @@ def test_scores_are_pooled(score):
 
 
 @settings(deadline=None)
-@given(length=st.integers(1, 60), window=st.integers(1, 40), pool=st.sampled_from([1, 5, 7]))
-def test_the_last_window_is_pooled_in_front_of_it_only(length, window, pool):
+@given(
+    length=st.integers(1, 60),
+    window=st.integers(1, 40),
+    pool=st.sampled_from([1, 5, 7]),
+    pooling=st.sampled_from(POOLINGS),
+)
+def test_the_last_window_is_pooled_in_front_of_it_only(length, window, pool, pooling):
     sums = torch.rand(1, length, generator=torch.Generator().manual_seed(length))
-    score = LastWindow(window=window, pool=pool).importance(sums, NO_VISION, [])
+    score = LastWindow(window=window, pool=pool, pooling=pooling).importance(sums, NO_VISION, [])
     before = max(length - window, 0)
-    expected = reference.window_pooled(sums[0].tolist(), window, pool)
+    expected = reference.window_pooled(sums[0].tolist(), window, pool, pooling)
     assert_close(score[0, :before].tolist(), expected[:before])
     assert torch.equal(score[0, before:], sums[0, before:])
 

@@ -16,7 +16,7 @@ from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.prompt_sets import generate_prompts, read_prompts
 from sparsight.eval.tasks import task
 from tests.support import families, models, reference
-from tests.support.models import NO_IMAGE, ONE_IMAGE
+from tests.support.models import NO_IMAGE, ONE_IMAGE, THREE_IMAGES
 
 TOKENS = 7
 
@@ -110,7 +110,7 @@ def test_nothing_covers_more_than_the_best_possible() -> None:
 
 
 def test_scores_are_those_that_the_methods_select_by() -> None:
-    model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
+    model, inputs = models.model("llava"), models.inputs("llava", THREE_IMAGES)
     found = scores(PrefillSnapshot(model, inputs))
     chosen = recipe("snapkv", budget=0.9)
     cache = CompressedCache(model, chosen, inputs)

@@ -49,13 +49,32 @@ METHODS = {
     "streaming-llm, few entries": (recipe("streaming-llm", budget=0.05), Method("streaming-llm", 0.05)),
     "snapkv": (recipe("snapkv", budget=0.6), Method("snapkv", 0.6)),
     "snapkv, small window": (recipe("snapkv", budget=0.3, window=4, pool=3), Method("snapkv", 0.3, window=4, pool=3)),
+    "snapkv, few entries": (recipe("snapkv", budget=0.1), Method("snapkv", 0.1)),
+    "pyramidkv, few entries": (recipe("pyramidkv", budget=0.1), Method("pyramidkv", 0.1, window=8)),
+    "adakv, few entries": (recipe("adakv", budget=0.1), Method("adakv", 0.1)),
+    "sparsemm, few entries": (
+        recipe("sparsemm", budget=0.1, heads=VISUAL_HEADS),
+        Method("sparsemm", 0.1, head_scores=VISUAL_HEADS, pool=5, pooling="average"),
+    ),
+    "snapkv, one entry": (recipe("snapkv", budget=0.001), Method("snapkv", 0.001)),
     "pyramidkv": (recipe("pyramidkv", budget=0.3, window=5), Method("pyramidkv", 0.3, window=5)),
     "pyramidkv, full first layer": (
-        recipe("pyramidkv", budget=0.7, steepness=4.0),
-        Method("pyramidkv", 0.7, steepness=4.0),
+        recipe("pyramidkv", budget=0.56, window=2),
+        Method("pyramidkv", 0.56, window=2),
     ),
+    "pyramidkv, above half": (recipe("pyramidkv", budget=0.7), Method("pyramidkv", 0.7, window=8)),
     "prefixkv": (recipe("prefixkv", budget=0.2), Method("prefixkv", 0.2)),
+    "prefixkv, short distance": (recipe("prefixkv", budget=0.5, distance=6), Method("prefixkv", 0.5, distance=6)),
+    "prefixkv, one entry": (recipe("prefixkv", budget=0.001), Method("prefixkv", 0.001)),
     "look-m": (recipe("look-m", budget=0.2), Method("look-m", 0.2, recent=0.5)),
+    "look-m, averaged": (
+        recipe("look-m", budget=0.3, merge="averaged", recent=0.2),
+        Method("look-m", 0.3, merge="averaged", recent=0.2),
+    ),
+    "look-m, weighted": (
+        recipe("look-m", budget=0.3, merge="weighted"),
+        Method("look-m", 0.3, merge="weighted", recent=0.5),
+    ),
     "adakv": (recipe("adakv", budget=0.3, window=4, pool=3), Method("adakv", 0.3, window=4, pool=3)),
     "adakv, no floor": (
         recipe("adakv", budget=0.5, floor=0, window=6),
@@ -77,17 +96,17 @@ METHODS = {
     ),
     "sparsemm": (
         recipe("sparsemm", budget=0.4, heads=VISUAL_HEADS, window=4),
-        Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5),
+        Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5, pooling="average"),
     ),
     "sparsemm, full heads": (
-        recipe("sparsemm", budget=0.8, heads=VISUAL_HEADS, window=4, pool=3, equal=0.3),
+        recipe("sparsemm", budget=0.8, heads=VISUAL_HEADS, window=4, pool=3, pooling="max", equal=0.3),
         Method("sparsemm", 0.8, head_scores=VISUAL_HEADS, window=4, pool=3, equal=0.3),
     ),
 }
 WITH_FOUR_HEADS = {
     "sparsemm, four heads": (
         recipe("sparsemm", budget=0.4, heads=FOUR_HEADS, window=4),
-        Method("sparsemm", 0.4, head_scores=FOUR_HEADS, window=4, pool=5),
+        Method("sparsemm", 0.4, head_scores=FOUR_HEADS, window=4, pool=5, pooling="average"),
     ),
 }
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
@@ -215,6 +234,7 @@ def test_long_answers_in_a_sliding_window():
 
 def test_long_answers_under_the_fixed_point():
     check("llava", "1:2", torch.float32, "padded batch", "elastic, short distance", tokens=120)
+    check("llava", "1:2", torch.float32, "padded batch", "prefixkv, short distance", tokens=120)
 
 
 @pytest.mark.parametrize("family", [*models.FAMILIES, "paligemma"])

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+
+from tests.support.released import common, elastic, look_m, prefixkv, pyramidkv
 
 WINDOWED = ("snapkv", "pyramidkv", "adakv", "sparsemm")
 """Methods whose scores are SnapKV's."""
@@ -33,6 +36,7 @@ class Method:
     protect_first: int = 1
     window: int = 32
     pool: int = 7
+    pooling: str = "max"
     steepness: float = 20.0
     sinks: int = 4
     floor_of_heads: float = 0.2
@@ -42,12 +46,17 @@ class Method:
     decode: str = ""
     height: int = 1
     width: int = 5
+    merge: str = "pivotal"
 
     @property
     def rule(self) -> str:
         """The decode rule: the method's own, or the one that it is combined with."""
-        own = {"elastic": "fixed-point", "streaming-llm": "sliding", "h2o": "heavy-hitter"}
+        own = {"elastic": "fixed-point", "prefixkv": "fixed-point", "streaming-llm": "sliding", "h2o": "heavy-hitter"}
         return self.decode or own.get(self.name, "grow")
+
+    def fitted_window(self, length: int) -> int:
+        """The window of a prompt: at most two thirds of the entries that the budget allows it."""
+        return max(1, min(self.window, 2 * round(self.budget * length) // 3))
 
 
 # Definitions, over one sequence: attention matrices ``[H, T, T]`` of float
@@ -115,22 +124,10 @@ def vl_cache_positions(score: list[float], kept: int, recent: float) -> list[int
     return sorted(newest + best(score, others, kept - len(newest)))
 
 
-def elastic_anchors(score: list[float], kept: int, protect_first: int) -> list[int]:
-    length = len(score)
-    anchors = [length - 1]
-    for j in range(protect_first):
-        if len(anchors) < kept and j not in anchors:
-            anchors.append(j)
-    others = [j for j in range(length) if j not in anchors]
-    return sorted(anchors + best(score, others, kept - len(anchors)))
-
-
-def window_pooled(score: list[float], window: int, pool: int) -> list[float]:
-    """SnapKV: before the window, the largest score within half a kernel; the window itself always stays."""
+def window_pooled(score: list[float], window: int, pool: int, kind: str) -> list[float]:
+    """SnapKV: scores before the window are pooled; the window itself always stays."""
     before = max(len(score) - window, 0)
-    half = pool // 2
-    pooled = [max(score[max(0, j - half) : min(before, j + half + 1)]) for j in range(before)]
-    return pooled + [math.inf] * (len(score) - before)
+    return [*common.pool(np.array(score[:before]), pool, kind).tolist(), *[math.inf] * (len(score) - before)]
 
 
 def grid_pooled(score: list[float], grids: list[list[list[int]]], height: int, width: int) -> list[float]:
@@ -147,32 +144,16 @@ def grid_pooled(score: list[float], grids: list[list[list[int]]], height: int, w
     return pooled
 
 
-def pyramid_shares(layers: int, budget: float, steepness: float) -> list[float]:
-    """PyramidKV: linear from the first layer to the last, the mean unchanged; what a full layer cannot hold goes on."""
-    if layers == 1:
-        return [budget]
-    last, first = budget / steepness, 2 * budget - budget / steepness
-    linear = [first + (last - first) * index / (layers - 1) for index in range(layers)]
-    low, high = 0.0, 1.0 / min(linear)
-    for _ in range(200):
-        middle = (low + high) / 2
-        total = sum(min(middle * share, 1.0) for share in linear)
-        low, high = (middle, high) if total < budget * layers else (low, middle)
-    return [min(high * share, 1.0) for share in linear]
-
-
-def prefix_shares(scores: list[list[float]], budget: float) -> list[float]:
-    """PrefixKV: the largest mass, shared by the layers, whose prefixes fit the budget on average."""
-    masses = []
-    for score in scores:
-        ordered = sorted(score, reverse=True)
-        masses.append([sum(ordered[: n + 1]) / sum(ordered) for n in range(len(ordered))])
-
-    def prefixes(threshold: float) -> list[float]:
-        return [next(n + 1 for n in range(len(m)) if m[n] >= threshold or n + 1 == len(m)) / len(m) for m in masses]
-
-    fitting = [prefixes(t) for t in sorted(t for m in masses for t in m) if sum(prefixes(t)) <= budget * len(masses)]
-    return fitting[-1] if fitting else [1 / len(m) for m in masses]
+def pyramid_budgets(layers: int, keep: float, length: int, window: float, steepness: float) -> list[float]:
+    """PyramidKV: the released code's limits on the paper's line, without its rounding."""
+    if layers == 1 or 2 * (keep - window) > length:
+        return [keep] * layers
+    line = pyramidkv.pyramidkv_shares(layers, keep, window, steepness)
+    if line[0] <= length:
+        return line
+    # The first layer is full; the last has as much more than planned as the first has less.
+    last = 2 * keep - length
+    return [length - (length - last) * layer / (layers - 1) for layer in range(layers)]
 
 
 def adakv_counts(scores: list[list[float]], equal: int, always: int, floor: float) -> list[int]:
@@ -271,28 +252,6 @@ def capped(weights: list[float], total: float) -> list[float]:
     return shares
 
 
-def most_similar(keys: Tensor, kept: list[int], j: int) -> int:
-    """The kept position whose key has the largest cosine with key ``j``; a kept entry is its own."""
-    if j in kept:
-        return j
-    cosines = [torch.cosine_similarity(keys[j].double(), keys[anchor].double(), dim=0).item() for anchor in kept]
-    return kept[max(range(len(kept)), key=lambda index: cosines[index])]
-
-
-def means(states: Tensor, anchors: list[int], bucket_of: list[int]) -> list[Tensor]:
-    """Mean of the states of each anchor's bucket."""
-    buckets = [[states[j].double() for j, anchor in enumerate(bucket_of) if anchor == own] for own in anchors]
-    return [(sum(bucket) / len(bucket)).to(states.dtype) for bucket in buckets]
-
-
-def merged(states: Tensor, anchors: list[int]) -> list[Tensor]:
-    """Mean over each anchor's bucket: every position joins the nearest anchor, the earlier of two equally near."""
-    buckets: dict[int, list[Tensor]] = {anchor: [] for anchor in anchors}
-    for j, state in enumerate(states):
-        buckets[min(anchors, key=lambda anchor: (abs(anchor - j), anchor))].append(state.double())
-    return [(sum(bucket) / len(bucket)).to(states.dtype) for bucket in buckets.values()]
-
-
 # The methods in a running model
 
 
@@ -371,8 +330,12 @@ class Twin:
                 self.sparsity[index].append(gammas[index])
                 self.shares[index].append(by_head)
                 keys, values = self.keys[index][b, :, start:stop], self.values[index][b, :, start:stop]
-                heads = [self.reduced(keys[h], values[h], s, kept[h], start) for h, s in enumerate(scores[index])]
-                fixed = [max(count - self.method.distance, self.method.protect_first) for count in kept]
+                heads = self.reduced(attention[index], keys, values, vision, scores[index], kept, start)
+                fixed = [
+                    elastic.elastic_point(count, self.method.distance, self.method.protect_first) for count in kept
+                ]
+                if self.method.name == "prefixkv":
+                    fixed = [prefixkv.prefixkv_point(count, self.method.distance) for count in kept]
                 if self.method.rule == "sliding":
                     fixed = [self.method.sinks] * len(kept)
                 self.rows[index].append(Row(heads, by_head, fixed))
@@ -400,59 +363,81 @@ class Twin:
             self.importance.append(importance)
             return scores
         elif method.name in WINDOWED:
-            rows = rows[-method.window :]
+            rows = rows[-method.fitted_window(length) :]
         sums = column_sums(attention, rows, kv_heads)
         if method.name in ("elastic", "prefixkv") or not method.per_head:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = sums.tolist()
         if method.name in WINDOWED:
-            return [window_pooled(score, method.window, method.pool) for score in scores]
+            window = method.fitted_window(length)
+            return [window_pooled(score, window, method.pool, method.pooling) for score in scores]
         if method.name == "sparsight":
             return [grid_pooled(score, grids, method.height, method.width) for score in scores]
-        if method.name == "look-m":
-            # More than any attention that a position of this prompt can receive.
-            return [
-                [s + (0 if seen else length + 1) for s, seen in zip(score, vision, strict=True)] for score in scores
-            ]
         return scores
 
     def layer_shares(self, gammas: list[float], scores: list[list[list[float]]], vision: list[bool]) -> list[Any]:
         method, length = self.method, len(vision)
+        window = method.fitted_window(length)
         if method.name == "aircache":
             return aircache_shares(self.importance, vision, method.budget)
         if method.name == "sparsemm":
-            return sparsemm_shares(method.head_scores, length, method.budget, method.window, method.equal)
+            return sparsemm_shares(method.head_scores, length, method.budget, window, method.equal)
         if method.name == "adakv":
             equal = entries_to_keep(method.budget, length)
-            counts = [adakv_counts(layer, equal, min(method.window, equal), method.floor_of_heads) for layer in scores]
+            counts = [adakv_counts(layer, equal, window, method.floor_of_heads) for layer in scores]
             return [[count / length for count in layer] for layer in counts]
         if method.name == "vl-cache":
             return layer_shares(gammas, method.budget, method.floor, method.water_fill)
         if method.name == "pyramidkv":
-            return pyramid_shares(self.layers, method.budget, method.steepness)
+            keep = method.budget * length
+            budgets = pyramid_budgets(self.layers, keep, length, min(window, keep), method.steepness)
+            return [budget / length for budget in budgets]
         if method.name == "prefixkv":
-            return prefix_shares([layer[0] for layer in scores], method.budget)
+            # One entry in each layer stays whatever the budget.
+            total = max(int(method.budget * length * self.layers), self.layers)
+            budgets = prefixkv.prefixkv_budgets(np.array([layer[0] for layer in scores]), total)
+            return [budget / length for budget in budgets]
         return [method.budget] * self.layers
 
-    def reduced(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
-        method, length = self.method, len(score)
+    def reduced(
+        self,
+        attention: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        vision: list[bool],
+        scores: list[list[float]],
+        kept: list[int],
+        start: int,
+    ) -> list[list[Entry]]:
+        """What every KV head of a layer keeps."""
+        method, most = self.method, kept[0]
+        weights, *states = (x.double().numpy() for x in (attention, keys, values))
         if method.name == "elastic":
-            positions = elastic_anchors(score, kept, method.protect_first)
-            pairs = zip(merged(keys, positions), merged(values, positions), strict=True)
+            shared, *merged = elastic.elastic_prefill(weights, *states, most, min(method.protect_first, most - 1))
+            positions = [shared] * len(keys)
         elif method.name == "look-m":
-            positions = vl_cache_positions(score, kept, method.recent)
-            bucket_of = [most_similar(keys, positions, j) for j in range(length)]
-            pairs = zip(means(keys, positions, bucket_of), means(values, positions, bucket_of), strict=True)
+            recent = max(1, round(method.recent * most))
+            positions = look_m.look_m_positions(weights, ~np.array(vision), most - recent, recent, len(keys))
+            merged = look_m.look_m_merge(*states, positions, method.merge)
         else:
-            if method.name == "streaming-llm":
-                sinks = min(method.sinks, kept - 1)
-                positions = sorted(set(range(sinks)) | set(range(length - kept + sinks, length)))
-            elif method.name in WINDOWED:
-                positions = sorted(best(score, list(range(length)), kept))
-            else:
-                positions = vl_cache_positions(score, kept, method.recent)
-            pairs = zip(keys[positions], values[positions], strict=True)
-        return [Entry(start + j, key, value, score[j]) for j, (key, value) in zip(positions, pairs, strict=True)]
+            return [self.evicted(keys[h], values[h], score, kept[h], start) for h, score in enumerate(scores)]
+        merged = (torch.from_numpy(np.stack(each)).to(keys.dtype) for each in merged)
+        heads = zip(positions, *merged, strict=True)
+        return [[Entry(start + j, *pair) for j, *pair in zip(*head, strict=True)] for head in heads]
+
+    def evicted(self, keys: Tensor, values: Tensor, score: list[float], kept: int, start: int) -> list[Entry]:
+        """What one KV head keeps when the others are dropped."""
+        method, length = self.method, len(score)
+        if method.name == "streaming-llm":
+            sinks = min(method.sinks, kept - 1)
+            positions = sorted(set(range(sinks)) | set(range(length - kept + sinks, length)))
+        elif method.name == "prefixkv":
+            positions = prefixkv.prefixkv_positions(np.array(score), kept, min(1, kept - 1))
+        elif method.name in WINDOWED:
+            positions = sorted(best(score, list(range(length)), kept))
+        else:
+            positions = vl_cache_positions(score, kept, method.recent)
+        return [Entry(start + j, keys[j], values[j], score[j]) for j in positions]
 
     def decode(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         position = key.shape[2] - 1
@@ -463,6 +448,8 @@ class Twin:
             for h, entries in enumerate(row.heads):
                 rule = self.method.rule
                 allowance = row.shares[h] * tokens_seen if rule != "grow" else math.inf
+                if rule == "fixed-point":
+                    allowance = elastic.allowance(row.shares[h], tokens_seen)
                 recent = max(1, round(self.method.recent * len(entries)))
                 while len(entries) + 1 > allowance and rule == "heavy-hitter" and len(entries) > recent:
                     older = entries[: len(entries) - recent]
