@@ -7,21 +7,25 @@ if TYPE_CHECKING:
     from sparsight.batch_inference.api import batch
     from sparsight.cache import CompressedCache
     from sparsight.cache.report import Report
+    from sparsight.compression import BACON, MixKV
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.engine import Engine
     from sparsight.engine.model_runner import generate
     from sparsight.engine.request import Completion, Handle, RequestError
     from sparsight.engine.sampling import SamplingParams
-    from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
+    from sparsight.methods import RECIPES, TGVKV, ElasticCache, Sparsight, VLCache, recipe
     from sparsight.models.loading import load
 
 __all__ = [
+    "BACON",
     "RECIPES",
+    "TGVKV",
     "Completion",
     "CompressedCache",
     "ElasticCache",
     "Engine",
     "Handle",
+    "MixKV",
     "Recipe",
     "Report",
     "RequestError",
@@ -35,12 +39,15 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BACON": "sparsight.compression",
     "RECIPES": "sparsight.methods",
+    "TGVKV": "sparsight.methods",
     "Completion": "sparsight.engine.request",
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
     "Engine": "sparsight.engine.engine",
     "Handle": "sparsight.engine.request",
+    "MixKV": "sparsight.compression",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
     "RequestError": "sparsight.engine.request",

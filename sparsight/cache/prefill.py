@@ -1,13 +1,15 @@
 """Stage 1, statistics: one layer's keys and values of the prompt, and what its queries say about them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from sparsight.compression import PostVision
+from sparsight.compression import PostVision, TextVision
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.attention_statistics import attend_and_sum, visible_pairs
 from sparsight.compression.recipe import Recipe
-from sparsight.compression.score import AttentionSums
+from sparsight.compression.score import AttentionSums, PromptStates
 from sparsight.models.prompt import Prompt
 
 
@@ -23,6 +25,7 @@ class Prefill:
         seen: tokens seen, padding included.
         keys, values: ``[B, H_kv, seen, D]``.
         attention: for each sequence, what its score has accumulated so far, until :meth:`finish`.
+        post_vision: the same of its post-vision queries, for allocations that use it.
         scores: ``[H_kv, T_b]`` for each sequence, once :meth:`finish` has been called.
         zeroed: how many weights of each sequence's post-vision queries the threshold filter zeroes in all heads, int64.
         visible: how many weights those queries have, int64.
@@ -38,9 +41,11 @@ class Prefill:
         self.keys, self.values = keys.detach(), values.detach()
         heads, device = keys.shape[1], keys.device
         self.attention = [
-            self.recipe_of(sequence).score.accumulator(heads, span.length, device)
+            self.recipe_of(sequence).score.accumulator(heads, span, device)
             for sequence, span in enumerate(prompt.spans)
         ]
+        self.measures_vision = isinstance(recipe.allocate, TextVision)
+        self.post_vision = [AttentionSums(heads, span.length, device) for span in prompt.spans if self.measures_vision]
         self.scores: list[Tensor] = []
         self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.int64, device=device)
         self.visible = torch.zeros_like(self.zeroed)
@@ -71,6 +76,8 @@ class Prefill:
             if threshold is not None and zeroed is None:
                 sums = AttentionSums(self.keys.shape[1], span.length, self.keys.device)
                 self._accumulate(sums, sequence, post_vision, query, scaling, threshold, mask)
+            if self.measures_vision:
+                self._accumulate(self.post_vision[sequence], sequence, post_vision, query, scaling, visible=mask)
 
     @property
     def needs_every_query(self) -> bool:
@@ -79,7 +86,8 @@ class Prefill:
             self.recipe_of(sequence).score.queries(span) == range(span.start, span.stop)
             for sequence, span in enumerate(self.prompt.spans)
         )
-        return every and not self.recipe.score.needs_full_prompt and self.seen <= self.prompt.length
+        waits = self.recipe.score.needs_full_prompt or self.measures_vision
+        return every and not waits and self.seen <= self.prompt.length
 
     @torch.no_grad()
     def attend(self, query: Tensor, scaling: float) -> Tensor:
@@ -150,30 +158,49 @@ class Prefill:
         return slice(max(queries.start - first, 0), max(min(queries.stop - first, query.shape[2]), 0))
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Turn what was accumulated into scores, once the prompt is complete."""
-        self.scores = [self._score(sequence) for sequence in range(len(self.prompt.spans))]
+    def finish(self, earlier: Sequence[list[Tensor]] | None = None) -> None:
+        """Turn what was accumulated into scores, once the prompt is complete.
+
+        ``earlier`` is, for each sequence, what the scores of the layers before this one have left; this one adds to it.
+        """
+        left = earlier or [[] for _ in self.prompt.spans]
+        self.scores = [self._score(sequence, own) for sequence, own in enumerate(left)]
         self.attention = []
 
-    def _score(self, sequence: int) -> Tensor:
-        span = self.prompt.spans[sequence]
-        keys = self.keys[sequence, :, span.start : span.stop]
-        sums = self.attention[sequence].sums(keys, self.vision(sequence).to(keys.device, non_blocking=True))
-        return self.importance(sequence, sums)
+    def _score(self, sequence: int, earlier: list[Tensor]) -> Tensor:
+        span, device, recipe = self.prompt.spans[sequence], self.keys.device, self.recipe_of(sequence)
+        kept = max(1, round(recipe.budget * span.length))
+        states = PromptStates(
+            key=self.keys[sequence, :, span.start : span.stop],
+            value=self.values[sequence, :, span.start : span.stop],
+            vision=self.vision(sequence).to(device, non_blocking=True),
+            grids=self._grids(sequence, device),
+            kept=kept,
+            always=recipe.reduce.always(kept, span.length),
+            earlier=earlier,
+        )
+        return recipe.score.finish(self.attention[sequence], states)
 
     def importance(self, sequence: int, sums: Tensor) -> Tensor:
         """Score ``[H_kv, T_b]`` from a sequence's attention sums of that shape."""
         vision = self.vision(sequence).to(sums.device, non_blocking=True)
+        return self.recipe_of(sequence).score.importance(sums, vision, self._grids(sequence, sums.device))
+
+    def _grids(self, sequence: int, device: torch.device) -> list[Tensor]:
+        """Places of the images' patches in a sequence."""
         first = self.prompt.spans[sequence].start
-        grids = [grid.to(sums.device, non_blocking=True) - first for grid in self.prompt.grids[sequence]]
-        return self.recipe_of(sequence).score.importance(sums, vision, grids)
+        return [grid.to(device, non_blocking=True) - first for grid in self.prompt.grids[sequence]]
 
     def statistics(self, sequence: int, sparsity: float) -> LayerStatistics:
         """What one sequence showed, as allocations see it."""
         score, recipe = self.scores[sequence], self.recipe_of(sequence)
         length = score.shape[1]
         always = recipe.reduce.always(max(1, round(recipe.budget * length)), length)
-        return LayerStatistics(score, sparsity, self.vision(sequence), always)
+        vision = self.vision(sequence)
+        if not self.measures_vision:
+            return LayerStatistics(score, sparsity, vision, always)
+        received = self.post_vision[sequence].total.mean(0)
+        return LayerStatistics(score, sparsity, vision, always, received @ vision.to(received.device, received.dtype))
 
     def vision(self, sequence: int) -> Tensor:
         """Bool ``[T_b]``, on the CPU: which of a sequence's tokens stand for vision."""

@@ -28,13 +28,14 @@ class Rows:
 
     Args:
         pool: where they are.
+        heads: KV heads of each sequence.
         numbers: int64 ``[4, N]``: the first slot of each row, its slots, entries held, and slots up to the last
             occupied one.
         longest: slots of the longest row.
     """
 
-    def __init__(self, pool: KVPool, numbers: Tensor, longest: int) -> None:
-        self.pool, self.longest = pool, longest
+    def __init__(self, pool: KVPool, heads: int, numbers: Tensor, longest: int) -> None:
+        self.pool, self.heads, self.longest = pool, heads, longest
         self.starts, self.capacities, self.held, self.used = numbers
 
     def by_row(self, flat: Tensor, vacant: float) -> Tensor:
@@ -291,7 +292,7 @@ class RunningBatch(Cache):
         starts, _, held, used, places = self._rows
         slots, grows = torch.empty_like(starts), torch.empty_like(starts, dtype=torch.bool)
         for group in self._groups:
-            rows = Rows(pool, self._rows[:4, :, group.columns].flatten(1), group.longest)
+            rows = Rows(pool, self._heads, self._rows[:4, :, group.columns].flatten(1), group.longest)
             if group.rule.tracks_attention:
                 group.state.scores = rows.by_row(pool.scores, 0)
             seen = (positions[group.columns] + 1).double().repeat(self._count)
@@ -329,31 +330,34 @@ class RunningBatch(Cache):
         pool, longest = self._pool(), max(group.longest for group in self._groups)
         starts, _, _, used, _ = self._rows[:, layer]
         states = query, pool.keys, pool.values, pool.positions, starts, used, longest, scaling
-        tracking = [group.columns for group in self._groups if group.rule.tracks_attention]
+        tracking = [group for group in self._groups if group.rule.tracks_attention]
         if not tracking:
             return kernels.attend(*states)
         output, received = kernels.attend_and_score(*states)
         slot = torch.arange(received.shape[1], device=received.device)
-        for columns in tracking:
+        for rule, columns, *_ in tracking:
             inside = slot < used[columns, None]
-            pool.scores[(starts[columns, None] + slot)[inside]] += received[columns][inside]
+            own = (starts[columns, None] + slot)[inside]
+            scores = pool.scores[own]
+            rule.record(scores, received[columns][inside])
+            pool.scores[own] = scores
         return output
 
     def _attend_run(self, layer: int, run: range, query: Tensor, scaling: float | None) -> Tensor:
         """Attention of the tokens of a run of sequences ``[n, H, 1, D]``, on a CPU."""
         strips = self._strips(layer, run)
         queries = query.chunk(len(strips), dim=1)
-        tracks = self.members[run.start].rule.tracks_attention
-        return torch.cat([self._attend_strip(*each, tracks, scaling) for each in zip(strips, queries, strict=True)], 1)
+        rule = self.members[run.start].rule
+        return torch.cat([self._attend_strip(*each, rule, scaling) for each in zip(strips, queries, strict=True)], 1)
 
-    def _attend_strip(self, strip: Strip, query: Tensor, tracks: bool, scaling: float | None) -> Tensor:
+    def _attend_strip(self, strip: Strip, query: Tensor, rule: EvictionRule, scaling: float | None) -> Tensor:
         pool = self._pool()
         keys, values = strip.of(pool.keys), strip.of(pool.values)
         occupied = (strip.of(pool.positions) != VACANT) if strip.vacancies else None
-        if not tracks:
+        if not rule.tracks_attention:
             return decode.attend(query, keys, values, occupied, None, scaling)
         output, received = decode.attend_and_score(query, keys, values, occupied, None, scaling)
-        strip.of(pool.scores).add_(received)
+        rule.record(strip.of(pool.scores), received)
         return output
 
     def _strips(self, layer: int, run: range) -> list[Strip]:

@@ -5,15 +5,21 @@ A part is a frozen dataclass of numbers whose methods are pure functions of tens
 
 from sparsight.compression.allocate import Pyramid, SharedMass, SparsityAware, StrengthSkewness, Uniform
 from sparsight.compression.allocate_heads import AcrossHeads, VisualHeads
+from sparsight.compression.bacon_score import BACON
 from sparsight.compression.elite_window import EliteWindow
-from sparsight.compression.eviction import DecodeRule, FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.compression.eviction import FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.compression.last_query import LastQuery
+from sparsight.compression.mixkv_score import MixKV
 from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
+from sparsight.compression.text_grounded import TextGrounded, TextVision
 
-Score = PostVision | Accumulated | LastWindow | EliteWindow | Recency | Random
-Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | AcrossHeads | VisualHeads
+Score = PostVision | Accumulated | LastWindow | EliteWindow | TextGrounded | MixKV | BACON | Recency | Random
+Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | TextVision | AcrossHeads | VisualHeads
+DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter | LastQuery
 
 __all__ = [
+    "BACON",
     "Accumulated",
     "AcrossHeads",
     "Allocate",
@@ -23,9 +29,11 @@ __all__ = [
     "FixedPoint",
     "Grow",
     "HeavyHitter",
+    "LastQuery",
     "LastWindow",
     "MergeNearest",
     "MergeSimilar",
+    "MixKV",
     "PostVision",
     "Pyramid",
     "Random",
@@ -36,6 +44,8 @@ __all__ = [
     "Sliding",
     "SparsityAware",
     "StrengthSkewness",
+    "TextGrounded",
+    "TextVision",
     "Uniform",
     "VisualHeads",
 ]

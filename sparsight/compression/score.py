@@ -27,6 +27,29 @@ Grids = Sequence[Tensor]
 """Positions of the vision tokens of images, ``[rows, columns]`` each."""
 
 
+@dataclass(frozen=True)
+class PromptStates:
+    """What a score can use once the prompt of one sequence is complete.
+
+    Args:
+        key: ``[H_kv, T, D]``, after RoPE.
+        value: ``[H_kv, T, D]``.
+        vision: bool ``[T]``.
+        grids: positions of the images' patches.
+        kept: entries that each KV head keeps if the budget is shared equally.
+        always: bool ``[T]`` on the CPU, the position then stays whatever its score.
+        earlier: what the score of each earlier layer has left for the later ones.
+    """
+
+    key: Tensor
+    value: Tensor
+    vision: Tensor
+    grids: Grids
+    kept: int
+    always: Tensor
+    earlier: list[Tensor]
+
+
 class AttentionSums:
     """The attention that each position of a sequence received from a score's queries.
 
@@ -88,9 +111,13 @@ class BaseScore(ABC):
         """The score with a window of at most ``most`` queries, where it has a window of fixed size."""
         return self
 
-    def accumulator(self, heads: int, length: int, device: torch.device) -> AttentionSums:
-        """What collects the queries' attention for a sequence of ``length`` tokens."""
-        return AttentionSums(heads, length, device)
+    def accumulator(self, heads: int, span: Span, device: torch.device) -> AttentionSums:
+        """What collects the queries' attention for a sequence."""
+        return AttentionSums(heads, span.length, device)
+
+    def finish(self, attention: AttentionSums, states: PromptStates) -> Tensor:
+        """Score ``[H_kv, T]`` of the complete prompt, from what :meth:`accumulator` collected."""
+        return self.importance(attention.sums(states.key, states.vision), states.vision, states.grids)
 
     @abstractmethod
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
