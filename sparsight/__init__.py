@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from sparsight.cache.report import Report
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.model_runner import generate
-    from sparsight.methods import RECIPES, ElasticCache, Sparsight, VLCache, recipe
+    from sparsight.methods import RECIPES, ElasticCache, ExpectedAttention, Sparsight, VLCache, recipe
     from sparsight.models.loading import load
 
 __all__ = [
     "RECIPES",
     "CompressedCache",
     "ElasticCache",
+    "ExpectedAttention",
     "Recipe",
     "Report",
     "Sparsight",
@@ -30,6 +31,7 @@ _MODULES = {
     "RECIPES": "sparsight.methods",
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
+    "ExpectedAttention": "sparsight.methods",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
     "Sparsight": "sparsight.methods",

@@ -12,8 +12,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sparsight.attention.interface import is_causal, mark, override_attention, visible
+from sparsight.attention.rope import Rope, Rotation, newest_valid
 from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.kv_store import KVStore
+from sparsight.cache.language_hook import LanguageHook
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.plan import make_plan
 from sparsight.cache.prefill import Prefill
@@ -93,8 +95,19 @@ class CompressedCache(Cache):
             recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
         self._model_name = type(model).__name__
         self._attention_override = override_attention(language.config)
+        self._language_hook = LanguageHook(language) if self.notes_positions else None
         self._located = prompt
         self._start(prompt)
+
+    @property
+    def notes_positions(self) -> bool:
+        """Whether the positions of the prompt's tokens matter."""
+        return self.recipe.score.before_rope
+
+    def begin_forward(self, language: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+        """Called before each forward pass of the language part: note the positions of the prompt's tokens."""
+        if self.compressed[0].store is None:
+            self._language, self._position_ids = language, arguments.get("position_ids")
 
     def _start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
@@ -102,6 +115,7 @@ class CompressedCache(Cache):
         self._unattended = False
         self._causal = True
         self._sparsity: list[list[float]] | None = None
+        self._rope: Rope | None = None
         for layer in self.compressed:
             layer.start(prompt)
 
@@ -205,10 +219,25 @@ class CompressedCache(Cache):
             seen, first = layer.seen + query.shape[2], layer.get_mask_sizes(query.shape[2])[1]
             self._check_padding(mask, first, seen)
             self._causal = is_causal(mask, self.prompt.valid_mask[:, first:])
-        result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, **kwargs)
+            if self.notes_positions:
+                self._rope = self._next_rope(layer.seen, query.shape[2], query.device)
+        rotation = self._rotation(module)
+        result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, rotation=rotation, **kwargs)
         if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
             self._compact()
         return result
+
+    def _next_rope(self, first: int, count: int, device: torch.device) -> Rope:
+        """RoPE of the prompt's tokens ``[first, first + count)``."""
+        position_ids, self._position_ids = self._position_ids, None
+        if position_ids is None:
+            # The language part counts the tokens itself.
+            position_ids = torch.arange(first, first + count, device=device)[None]
+        return Rope(self._language, position_ids, newest_valid(self.prompt.valid_mask, first, count), self._rope)
+
+    def _rotation(self, module: Any) -> Rotation | None:
+        """How an attention layer rotates the newest queries, for scores of those before RoPE."""
+        return self._rope.of(module) if self._rope is not None and self.recipe.score.before_rope else None
 
     def _check_padding(self, mask: Any, first: int, seen: int) -> None:
         """Raise ValueError unless transformers' mask for tokens ``[first, seen)`` has the padding of the inputs."""
@@ -236,6 +265,7 @@ class CompressedCache(Cache):
     def _compact(self) -> None:
         """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
+        self._rope = None
         for layer, ratios in zip(self.compressed, plan.ratios, strict=True):
             layer.compact(ratios)
         if self.recipe.allocate.threshold is not None:

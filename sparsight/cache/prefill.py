@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from sparsight.attention.rope import Rotation
 from sparsight.compression import PostVision
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.attention_statistics import attend_and_sum, visible_pairs
 from sparsight.compression.recipe import Recipe
-from sparsight.compression.score import AttentionSums
+from sparsight.compression.score import AttentionSums, PromptStates
 from sparsight.models.prompt import Prompt
 
 
@@ -22,9 +23,11 @@ class Prefill:
         zeroed: how many weights of each sequence's post-vision queries the threshold filter zeroes in all heads, int64.
         visible: how many weights those queries have, int64.
         exact: whether every query attended to all of the prompt before it.
+        rotation: RoPE of the newest queries, where the score is one of queries before RoPE.
     """
 
     exact = True
+    rotation: Rotation | None = None
 
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
         self.recipe = recipe
@@ -109,7 +112,10 @@ class Prefill:
         if count <= 0:
             return None
         keys, mask, places = self._attended(sequence, queries, newest, visible)
-        zeroed = attention.add(query[sequence, :, newest], keys, scaling, threshold, mask, places)
+        states = query[sequence, :, newest]
+        if self.rotation is not None and attention is self.attention[sequence]:
+            states = self.rotation.undo(states, sequence, newest)
+        zeroed = attention.add(states, keys, scaling, threshold, mask, places)
         if zeroed is not None:
             self._count(sequence, zeroed, visible_pairs(count, keys.shape[1], mask) * query.shape[1])
         return zeroed
@@ -142,17 +148,25 @@ class Prefill:
         self.attention = []
 
     def _score(self, sequence: int) -> Tensor:
-        span = self.prompt.spans[sequence]
-        keys = self.keys[sequence, :, span.start : span.stop]
-        sums = self.attention[sequence].sums(keys, self.vision(sequence).to(keys.device, non_blocking=True))
-        return self.importance(sequence, sums)
+        span, rotation, device = self.prompt.spans[sequence], self.rotation, self.keys.device
+        states = PromptStates(
+            key=self.keys[sequence, :, span.start : span.stop],
+            value=self.values[sequence, :, span.start : span.stop],
+            vision=self.vision(sequence).to(device, non_blocking=True),
+            grids=self._grids(sequence, device),
+            ahead=None if rotation is None else lambda states, count: rotation.ahead(states, sequence, count),
+        )
+        return self.recipe.score.finish(self.attention[sequence], states)
 
     def importance(self, sequence: int, sums: Tensor) -> Tensor:
         """Score ``[H_kv, T_b]`` from a sequence's attention sums of that shape."""
         vision = self.vision(sequence).to(sums.device, non_blocking=True)
+        return self.recipe.score.importance(sums, vision, self._grids(sequence, sums.device))
+
+    def _grids(self, sequence: int, device: torch.device) -> list[Tensor]:
+        """Places of the images' patches in a sequence."""
         first = self.prompt.spans[sequence].start
-        grids = [grid.to(sums.device, non_blocking=True) - first for grid in self.prompt.grids[sequence]]
-        return self.recipe.score.importance(sums, vision, grids)
+        return [grid.to(device, non_blocking=True) - first for grid in self.prompt.grids[sequence]]
 
     def statistics(self, sequence: int, sparsity: float) -> LayerStatistics:
         """What one sequence showed, as allocations see it."""

@@ -7,10 +7,11 @@ from sparsight.compression.allocate import Pyramid, SharedMass, SparsityAware, S
 from sparsight.compression.allocate_heads import AcrossHeads, VisualHeads
 from sparsight.compression.elite_window import EliteWindow
 from sparsight.compression.eviction import DecodeRule, FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.compression.future_queries import FutureQueries
 from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
 
-Score = PostVision | Accumulated | LastWindow | EliteWindow | Recency | Random
+Score = PostVision | Accumulated | LastWindow | EliteWindow | FutureQueries | Recency | Random
 Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | AcrossHeads | VisualHeads
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "EliteWindow",
     "Evict",
     "FixedPoint",
+    "FutureQueries",
     "Grow",
     "HeavyHitter",
     "LastWindow",

@@ -6,7 +6,7 @@ important one near it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,28 @@ POOLINGS = ("max", "average")
 
 Grids = Sequence[Tensor]
 """Positions of the vision tokens of images, ``[rows, columns]`` each."""
+
+Ahead = Callable[[Tensor, int], Tensor]
+"""States ``[H, n, D]`` before RoPE, rotated to a number of positions after the prompt and averaged."""
+
+
+@dataclass(frozen=True)
+class PromptStates:
+    """What a score can use once the prompt of one sequence is complete.
+
+    Args:
+        key: ``[H_kv, T, D]``, after RoPE.
+        value: ``[H_kv, T, D_v]``.
+        vision: bool ``[T]``.
+        grids: positions of the images' patches.
+        ahead: where the score is of queries before RoPE, what rotates them to the tokens to come.
+    """
+
+    key: Tensor
+    value: Tensor
+    vision: Tensor
+    grids: Grids
+    ahead: Ahead | None = None
 
 
 class AttentionSums:
@@ -75,10 +97,12 @@ class BaseScore(ABC):
     Attributes:
         kind: the score's name in a recipe.
         needs_full_prompt: whether nothing can be said before the last token of the prompt.
+        before_rope: whether the score's queries are those before RoPE.
     """
 
     kind: ClassVar[str]
     needs_full_prompt: ClassVar[bool] = False
+    before_rope: ClassVar[bool] = False
 
     @abstractmethod
     def queries(self, span: Span) -> range:
@@ -87,6 +111,10 @@ class BaseScore(ABC):
     def accumulator(self, heads: int, length: int, device: torch.device) -> AttentionSums:
         """What collects the queries' attention for a sequence of ``length`` tokens."""
         return AttentionSums(heads, length, device)
+
+    def finish(self, attention: AttentionSums, states: PromptStates) -> Tensor:
+        """Score ``[H_kv, T]`` of the complete prompt, from what :meth:`accumulator` collected."""
+        return self.importance(attention.sums(states.key, states.vision), states.vision, states.grids)
 
     @abstractmethod
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:

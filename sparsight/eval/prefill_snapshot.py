@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsight.attention.interface import is_causal, visible
+from sparsight.attention.rope import Rope
 from sparsight.cache import CompressedCache
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.prefill import Prefill
@@ -29,6 +30,8 @@ class States:
         value: ``[B, H_kv, T, D]``.
         scaling: factor of the logits.
         visible: bool ``[B or 1, 1, T, T]``, the keys that each query attends to; None for causal attention.
+        rope: RoPE of the queries.
+        module: the attention layer.
     """
 
     query: Tensor
@@ -36,6 +39,8 @@ class States:
     value: Tensor
     scaling: float
     visible: Tensor | None
+    rope: Rope
+    module: Any
 
 
 class PrefillSnapshot:
@@ -77,6 +82,7 @@ class PrefillSnapshot:
             observed = []
             for states in self.states:
                 prefill = Prefill(recipe, self.prompt, states.key, states.value)
+                prefill.rotation = states.rope.of(states.module) if recipe.score.before_rope else None
                 prefill.observe(states.query, states.scaling, states.visible)
                 observed.append(prefill)
             self._observed[parts] = observed
@@ -96,6 +102,8 @@ class PrefillSnapshot:
 class _Recorder(CompressedCache):
     """A cache that records the inputs of its layers and compresses nothing."""
 
+    notes_positions = True
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.states: list[States] = []
@@ -105,9 +113,12 @@ class _Recorder(CompressedCache):
     ) -> tuple[Tensor, Tensor | None]:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         visible_keys = None if is_causal(mask, self.prompt.valid_mask) else visible(mask)
+        output = super()._attend(layer, module, query, key, value, mask, **kwargs)
+        assert self._rope is not None
         # The key refers to this cache; detached tensors do not keep it alive.
-        self.states.append(States(query.detach(), key.detach(), value.detach(), scaling, visible_keys))
-        return super()._attend(layer, module, query, key, value, mask, **kwargs)
+        states = query.detach(), key.detach(), value.detach()
+        self.states.append(States(*states, scaling, visible_keys, self._rope, module))
+        return output
 
     def _compact(self) -> None:
         for layer in self.compressed:

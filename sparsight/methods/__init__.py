@@ -7,6 +7,7 @@ from sparsight.compression.recipe import Recipe
 from sparsight.methods.adakv import AdaKV
 from sparsight.methods.aircache import AirCache
 from sparsight.methods.elastic import ElasticCache
+from sparsight.methods.expected_attention import ExpectedAttention
 from sparsight.methods.full import Full
 from sparsight.methods.h2o import H2O
 from sparsight.methods.look_m import LookM
@@ -32,6 +33,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "look-m": LookM,
     "aircache": AirCache,
     "sparsemm": SparseMM,
+    "expected-attention": ExpectedAttention,
     "sparsight": Sparsight,
     "random": RandomCache,
     "full": Full,
@@ -63,6 +65,7 @@ __all__ = [
     "AdaKV",
     "AirCache",
     "ElasticCache",
+    "ExpectedAttention",
     "Full",
     "LookM",
     "PrefixKV",

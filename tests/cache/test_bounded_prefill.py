@@ -11,7 +11,7 @@ from sparsight import RECIPES, CompressedCache, VLCache, recipe
 from sparsight.bench.shapes import SHAPES
 from sparsight.cache.bounded_prefill import BoundedPrefill, allowance
 from sparsight.cache.layer import CompressedLayer
-from sparsight.compression import EliteWindow, Evict, Pyramid
+from sparsight.compression import Evict, Pyramid
 from sparsight.models.prompt import Prompt, Span
 from tests.support import models, reference
 from tests.support.families import text_config
@@ -20,7 +20,7 @@ from tests.support.models import NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generat
 from tests.support.recipes import recipe_for
 
 EVICTING = [name for name in RECIPES if name != "full" and isinstance(recipe(name).reduce, Evict)]
-IN_CHUNKS = [name for name in EVICTING if not isinstance(recipe(name).score, EliteWindow)]
+IN_CHUNKS = [name for name in EVICTING if not recipe(name).score.needs_full_prompt]
 BATCH = (ONE_IMAGE, THREE_IMAGES, NO_TEXT_AFTER)
 TEXTS = tuple(models.Prompt(0, length, 0) for length in (60, 90, 40))
 
