@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sparsight.cache.report import Report
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.model_runner import generate
-    from sparsight.methods import RECIPES, ElasticCache, ExpectedAttention, Sparsight, VLCache, recipe
+    from sparsight.methods import RECIPES, ElasticCache, ExpectedAttention, KVzip, Sparsight, VLCache, recipe
     from sparsight.models.loading import load
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CompressedCache",
     "ElasticCache",
     "ExpectedAttention",
+    "KVzip",
     "Recipe",
     "Report",
     "Sparsight",
@@ -32,6 +33,7 @@ _MODULES = {
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
     "ExpectedAttention": "sparsight.methods",
+    "KVzip": "sparsight.methods",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
     "Sparsight": "sparsight.methods",

@@ -23,8 +23,7 @@ class Rope:
 
     Args:
         language: the language part of a model.
-        position_ids: ``[B or 1, q]`` of the newest tokens, ``[3, B, q]`` with multimodal RoPE, or ``[4, B, q]`` where
-            transformers puts text positions in front of its three axes.
+        position_ids: ``[B or 1, q]`` of the newest tokens, or ``[3, B, q]`` with multimodal RoPE.
         valid: bool ``[B, q]`` on the CPU, which of the tokens are the prompts' and no padding.
         earlier: RoPE of the prompts' tokens before.
 
@@ -33,8 +32,6 @@ class Rope:
     """
 
     def __init__(self, language: Any, position_ids: Tensor, valid: Tensor, earlier: "Rope | None") -> None:
-        if position_ids.ndim == 3 and len(position_ids) == 4:
-            position_ids = position_ids[1:]
         # A copy: modules with dynamic frequencies remember the positions that they are called with.
         self._rotary: Any = copy.deepcopy(getattr(language, "rotary_emb", None))
         self._position_ids = position_ids
@@ -103,6 +100,17 @@ class Rotation:
         """States ``[H, n, D]`` rotated, float32."""
         states = states.float()
         return states if self.apply is None else self.apply(states[None], states[None, :1], cos, sin)[0][0]
+
+
+def rotary_positions(position_ids: Tensor | None, first: int, count: int, device: torch.device) -> Tensor:
+    """Positions as RoPE takes them, ``[B or 1, q]`` or ``[3, B, q]``, of what a language part is given.
+
+    That may be nothing, where it counts the ``count`` tokens from ``first`` on itself, or ``[4, B, q]``, where
+    transformers puts text positions in front of the three axes.
+    """
+    if position_ids is None:
+        return torch.arange(first, first + count, device=device)[None]
+    return position_ids[1:] if position_ids.ndim == 3 and len(position_ids) == 4 else position_ids
 
 
 def newest_valid(valid: Tensor, first: int, count: int) -> Tensor:

@@ -98,11 +98,13 @@ class BaseScore(ABC):
         kind: the score's name in a recipe.
         needs_full_prompt: whether nothing can be said before the last token of the prompt.
         before_rope: whether the score's queries are those before RoPE.
+        needs_replay: whether the model must process the prompt a second time.
     """
 
     kind: ClassVar[str]
     needs_full_prompt: ClassVar[bool] = False
     before_rope: ClassVar[bool] = False
+    needs_replay: ClassVar[bool] = False
 
     @abstractmethod
     def queries(self, span: Span) -> range:

@@ -14,9 +14,10 @@ from sparsight.attention.rope import Rope
 from sparsight.cache import CompressedCache
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.prefill import Prefill
-from sparsight.compression import Allocate, Score
+from sparsight.cache.replay import LanguageInputs, replay
+from sparsight.compression import Allocate, Reconstruction, Score
 from sparsight.compression.recipe import Recipe
-from sparsight.methods import Full
+from sparsight.methods import Full, with_instruction
 from sparsight.models.prompt import locate
 
 
@@ -77,6 +78,7 @@ class PrefillSnapshot:
 
         Recipes with the same score and the same allocation share them.
         """
+        recipe = with_instruction(recipe, str(self.model.name_or_path))
         parts = recipe.score, recipe.allocate
         if parts not in self._observed:
             observed = []
@@ -85,6 +87,11 @@ class PrefillSnapshot:
                 prefill.rotation = states.rope.of(states.module) if recipe.score.before_rope else None
                 prefill.observe(states.query, states.scaling, states.visible)
                 observed.append(prefill)
+            if isinstance(recipe.score, Reconstruction):
+                layers = self._recorder.layers
+                compressed = [index for index, layer in enumerate(layers) if isinstance(layer, CompressedLayer)]
+                by_index = dict(zip(compressed, observed, strict=True))
+                replay(self._recorder.inputs, layers, by_index, self.prompt, recipe.score)
             self._observed[parts] = observed
         return [_of(recipe, prefill) for prefill in self._observed[parts]]
 
@@ -102,7 +109,7 @@ class PrefillSnapshot:
 class _Recorder(CompressedCache):
     """A cache that records the inputs of its layers and compresses nothing."""
 
-    notes_positions = True
+    needs_tokens = repeats_prompt = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -119,6 +126,12 @@ class _Recorder(CompressedCache):
         states = query.detach(), key.detach(), value.detach()
         self.states.append(States(*states, scaling, visible_keys, self._rope, module))
         return output
+
+    @property
+    def inputs(self) -> LanguageInputs:
+        """What the language part was given."""
+        assert self._inputs is not None
+        return self._inputs
 
     def _compact(self) -> None:
         for layer in self.compressed:

@@ -10,6 +10,7 @@ from sparsight.methods.elastic import ElasticCache
 from sparsight.methods.expected_attention import ExpectedAttention
 from sparsight.methods.full import Full
 from sparsight.methods.h2o import H2O
+from sparsight.methods.kvzip import KVzip, with_instruction
 from sparsight.methods.look_m import LookM
 from sparsight.methods.prefixkv import PrefixKV
 from sparsight.methods.pyramidkv import PyramidKV
@@ -34,6 +35,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "aircache": AirCache,
     "sparsemm": SparseMM,
     "expected-attention": ExpectedAttention,
+    "kvzip": KVzip,
     "sparsight": Sparsight,
     "random": RandomCache,
     "full": Full,
@@ -67,6 +69,7 @@ __all__ = [
     "ElasticCache",
     "ExpectedAttention",
     "Full",
+    "KVzip",
     "LookM",
     "PrefixKV",
     "PyramidKV",
@@ -77,5 +80,6 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "recipe",
+    "with_instruction",
     "with_shipped_scores",
 ]

@@ -1,0 +1,84 @@
+"""The score of KVzip: what the model reads when it repeats the prompt. No question takes part."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsight.compression.score import BaseScore, Grids
+from sparsight.models.prompt import Span
+from sparsight.utils import checks
+
+BLOCK_ELEMENTS = 2**24
+"""Weights that are computed together."""
+
+
+@dataclass(frozen=True)
+class Reconstruction(BaseScore):
+    """The largest attention that a position receives while the prompt is repeated (KVzip, arXiv 2505.23416, section 3).
+
+    After the prefill the language part processes an instruction and the prompt's own embeddings again, images
+    included (see :mod:`sparsight.cache.replay`). A position is as important as the largest weight that any of these
+    queries, in any query head of the KV head, gives it.
+
+    Args:
+        instruction: token ids of what comes before the repeated prompt; None for the model's tokens of
+            :data:`sparsight.methods.kvzip.INSTRUCTION`.
+        chunk: how many tokens are repeated at a time. Weights are computed over the sinks, the chunk and its
+            repetition.
+        sinks: positions at the prompt's beginning that every chunk attends to.
+    """
+
+    kind: ClassVar[str] = "reconstruction"
+    needs_full_prompt: ClassVar[bool] = True
+    needs_replay: ClassVar[bool] = True
+    instruction: tuple[int, ...] | None = None
+    chunk: int = 2048
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        checks.count("chunk", self.chunk, least=1)
+        checks.count("sinks", self.sinks)
+        if self.instruction is not None:
+            # JSON brings a list, which a frozen part must not hold.
+            object.__setattr__(self, "instruction", tuple(self.instruction))
+
+    def queries(self, span: Span) -> range:
+        """No query of the prefill is looked at."""
+        return range(span.stop, span.stop)
+
+    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
+        """Score ``[H_kv, T]``: what :func:`largest_attention` has found."""
+        return sums
+
+
+def largest_attention(query: Tensor, context: Tensor, repeated: Tensor, scaling: float) -> Tensor:
+    """The largest weight that each key of a context receives while it is repeated.
+
+    Every query attends to all of the context and to the repeated keys up to its own.
+
+    Args:
+        query: ``[H, r, D]``, after RoPE.
+        context: keys ``[H_kv, n, D]``, after RoPE; ``H`` is a multiple of ``H_kv``.
+        repeated: the queries' own keys ``[H_kv, r, D]``.
+        scaling: factor of the logits.
+
+    Returns:
+        float32 ``[H_kv, n]``.
+    """
+    kv_heads, length, _ = context.shape
+    grouped = query.unflatten(0, (kv_heads, -1))
+    count, group = query.shape[1], grouped.shape[1]
+    largest = torch.zeros(kv_heads, length, device=context.device)
+    step = max(1, BLOCK_ELEMENTS // (group * (length + count)))
+    for head in range(kv_heads):
+        keys = torch.cat([context[head], repeated[head]]).float() * scaling
+        for first in range(0, count, step):
+            rows = grouped[head, :, first : first + step].float()
+            logits = rows @ keys.mT
+            later = torch.ones(rows.shape[1], count, dtype=torch.bool, device=keys.device).triu(first + 1)
+            logits[..., length:].masked_fill_(later, -torch.inf)
+            weights = logits.softmax(-1)[..., :length]
+            largest[head] = torch.maximum(largest[head], weights.amax((0, 1)))
+    return largest
