@@ -10,8 +10,8 @@ from sparsight.compression.score import BaseScore, Grids
 from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
-BLOCK_ELEMENTS = 2**24
-"""Weights that are computed together."""
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+"""Weights that are computed together, by device type."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,16 @@ def largest_attention(query: Tensor, context: Tensor, repeated: Tensor, scaling:
     grouped = query.unflatten(0, (kv_heads, -1))
     count, group = query.shape[1], grouped.shape[1]
     largest = torch.zeros(kv_heads, length, device=context.device)
-    step = max(1, BLOCK_ELEMENTS // (group * (length + count)))
+    elements = BLOCK_ELEMENTS.get(context.device.type, BLOCK_ELEMENTS["cpu"])
+    step = max(1, elements // (group * (length + count)))
     for head in range(kv_heads):
         keys = torch.cat([context[head], repeated[head]]).float() * scaling
         for first in range(0, count, step):
             rows = grouped[head, :, first : first + step].float()
-            logits = rows @ keys.mT
-            later = torch.ones(rows.shape[1], count, dtype=torch.bool, device=keys.device).triu(first + 1)
-            logits[..., length:].masked_fill_(later, -torch.inf)
-            weights = logits.softmax(-1)[..., :length]
-            largest[head] = torch.maximum(largest[head], weights.amax((0, 1)))
+            number = rows.shape[1]
+            logits = rows @ keys[: length + first + number].mT
+            later = torch.ones(number, number, dtype=torch.bool, device=keys.device).triu_(1)
+            logits[..., length + first :].masked_fill_(later, -torch.inf)
+            weights = torch.softmax(logits, -1, out=logits)[..., :length]
+            torch.maximum(largest[head], weights.amax((0, 1)), out=largest[head])
     return largest

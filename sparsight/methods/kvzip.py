@@ -20,7 +20,7 @@ def KVzip(
 
     Score: the largest attention that a position receives while the prompt is repeated after an instruction. Allocation:
     the heads of all layers compete. Reduction: each head keeps the sinks and evicts its lowest scores. Decoding: new
-    entries are appended. The second pass about doubles the time of the prefill or more.
+    entries are appended. The second pass of the language part costs at least as much as the first.
 
     From the paper and the authors' code: the instruction, the maximum over queries and grouped heads, weights over
     sinks, chunk and repetition only, one threshold for all heads. Not from them: images, which are repeated as the

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,11 +24,9 @@ def test_largest_attention_is_that_of_the_full_matrix(group, kv_heads, length, c
     torch.manual_seed(length)
     query = torch.randn(group * kv_heads, count, 8)
     context, repeated = torch.randn(kv_heads, length, 8), torch.randn(kv_heads, count, 8)
-    own, reconstruction.BLOCK_ELEMENTS = reconstruction.BLOCK_ELEMENTS, block
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reconstruction.BLOCK_ELEMENTS, "cpu", block)
         found = largest_attention(query, context, repeated, 0.7)
-    finally:
-        reconstruction.BLOCK_ELEMENTS = own
     for head in range(kv_heads):
         for place in range(length):
             best = 0.0
