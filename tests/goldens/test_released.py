@@ -9,14 +9,20 @@ import pytest
 from tests.goldens.inputs import axis_keys, causal_rows, ranked_attention, rows, sharpened_rows, states, uniform
 from tests.support.released import (
     adakv,
+    bacon,
     elastic,
+    expected_attention,
     h2o,
+    infinipot_v,
+    kvzip,
     look_m,
+    mixkv,
     prefixkv,
     pyramidkv,
     snapkv,
     sparsemm,
     streaming_llm,
+    tgv_kv,
     vl_cache,
 )
 from tests.support.released.common import causal_attention, largest, window_scores
@@ -201,6 +207,151 @@ def test_look_m_merges_as_in_its_equations(merge, key, value):
     assert merged_values[0, 0] == pytest.approx(value)
     assert merged_keys[1].tolist() == [0.0, -1.0]
     assert merged_values[1, 0] == 7.0
+
+
+@cases("mixkv")
+def test_mixkv_ranks_as_released(case):
+    seed, kv_heads, length, size = (case[k] for k in ("seed", "kv_heads", "length", "size"))
+    queries, keys = prompt(case)
+    keys += 1.5 * states(seed + 700, kv_heads, 1, size)
+    values = states(seed + 900, kv_heads, length, size) * (0.2 + uniform(seed + 950, kv_heads, length, 1))
+    redundancy = case["redundancy"] if case["fixed"] else mixkv.mixkv_redundancy(keys)
+    np.testing.assert_allclose(redundancy, case["redundancy"], rtol=1e-12)
+    options = (case["keep"], case["window"], case["kernel"], "average", redundancy)
+    window = list(range(length - case["window"], length))
+    kept = mixkv.mixkv(queries, keys, values, *options)
+    assert kept == [sorted(head) + window for head in case["ranked"]]
+    scores = window_scores(causal_attention(queries, keys), case["window"], case["kernel"], "average", kv_heads)
+    ranked = np.argsort(-mixkv.mixkv_scores(scores, keys, values, redundancy))
+    assert ranked[:, : case["keep"] - case["window"]].tolist() == case["ranked"]
+
+
+@cases("bacon")
+def test_bacon_gives_the_released_scores(case):
+    heads, length = case["heads"], case["length"]
+    options = (case["window"], case["kernel"], case["pooling"], case["kv_heads"])
+    layers = [
+        bacon.bacon_inputs(causal_rows(case["seed"] + layer, heads, length, length), *options)
+        for layer in range(case["layers"])
+    ]
+    base, last = (np.stack(scores) for scores in zip(*layers, strict=True))
+    np.testing.assert_allclose(bacon.bacon_scores(base, last, case["capacity"]), case["scores"], rtol=1e-9)
+
+
+def test_bacon_without_evidence_leaves_the_scores():
+    base = np.array([[[0.3, 0.2, 0.1]]])
+    assert bacon.bacon_scores(base, base, 1).tolist() == base.tolist()
+
+
+def picture_prompt(case):
+    first, end = case["picture"]
+    heads, length, seed = case["heads"], case["length"], case["seed"]
+    attentions = []
+    for layer in range(case["layers"]):
+        weights = causal_rows(seed + layer, heads, length, length)
+        weights[:, end:, first:end] *= uniform(seed + 90 + layer, heads, 1, 1) ** layer
+        attentions.append(weights / weights.sum(-1, keepdims=True))
+    return attentions, np.array([first <= j < end for j in range(length)])
+
+
+@cases("tgv_kv")
+def test_tgv_kv_gives_the_released_shares_and_positions(case):
+    attentions, vision = picture_prompt(case)
+    shares = tgv_kv.tgv_kv_shares(attentions, vision)
+    np.testing.assert_allclose(shares, case["shares"], rtol=1e-12)
+    scores = [tgv_kv.tgv_kv_scores(attention, vision) for attention in attentions]
+    np.testing.assert_allclose(scores[-1], case["scores"], atol=1e-11)
+    budgets = tgv_kv.tgv_kv_budgets(shares, case["ratio"], case["length"])
+    assert [tgv_kv.tgv_kv_positions(*layer) for layer in zip(scores, budgets, strict=True)] == case["positions"]
+
+
+@cases("tgv_kv")
+def test_tgv_kv_drops_the_released_entries_in_decoding(case):
+    _, vision = picture_prompt(case)
+    for layer, (kept, history) in enumerate(zip(case["positions"], case["history"], strict=True)):
+        entries = [len(held) + 1 for held in [kept, *history[:-1]]]
+        seed = case["seed"] + 1000 * (layer + 1)
+        decoded = [rows(seed + step, case["heads"], count) for step, count in enumerate(entries)]
+        arguments = (kept, decoded, vision, case["shares"][layer], case["ratio"], case["layers"])
+        assert tgv_kv.tgv_kv_decode(*arguments) == history
+
+
+def test_tgv_kv_protects_a_suffix_or_the_text_after_the_picture():
+    vision = np.array([True] * 6 + [False] * 2)
+    least = [[[9, 9, 9, 9, 8, 7, 6, 5, 4]], [[9, 9, 9, 9, 8, 6, 5, 4, 3]]]
+    arguments = ([*range(8)], np.array(least), vision, 1.0, 0.1, 1)
+    assert tgv_kv.tgv_kv_decode(*arguments) == [[0, 1, 2, 3, 4, 5, 7, 8], [0, 1, 2, 3, 4, 5, 8, 9]]
+    assert tgv_kv.tgv_kv_decode(*arguments, protect="text") == [[0, 1, 2, 3, 4, 6, 7, 8], [0, 1, 2, 3, 4, 6, 7, 9]]
+
+
+@cases("expected_attention")
+def test_expected_attention_gives_the_released_scores(case):
+    heads, kv_heads, length, size = (case[k] for k in ("heads", "kv_heads", "length", "size"))
+    queries, keys = prompt(case)
+    queries += states(case["seed"] + 300, heads, 1, size)
+    values = states(case["seed"] + 900, kv_heads, length, size)
+    frequencies = 10000.0 ** (-2 * np.arange(size // 2) / size)
+    options = {name: case[name] for name in ("future", "sinks", "epsilon", "covariance")}
+    scores = expected_attention.expected_attention_scores(queries, keys, values, frequencies, **options)
+    sinks = case["sinks"]
+    np.testing.assert_allclose(scores[:, sinks:], np.array(case["scores"])[:, sinks:], rtol=1e-10)
+    assert np.isinf(scores[:, :sinks]).all()
+
+
+def test_expected_attention_of_equal_queries_is_the_attention_of_that_query_at_the_next_position():
+    # Rotated by a quarter turn, (1, 0) becomes (0, 1): the second key wins.
+    queries, values = np.tile([1.0, 0.0], (1, 3, 1)), np.ones((1, 3, 1))
+    keys = np.array([[[5.0, 5.0], [1.0, 0.0], [0.0, 1.0]]])
+    frequencies, numbers = np.array([np.pi / 2]), {"future": 1, "sinks": 1}
+    scores = expected_attention.expected_attention_scores(queries, keys, values, frequencies, 1, **numbers)
+    weight = np.exp(1 / np.sqrt(2))
+    assert scores[0, 1:].tolist() == pytest.approx([1 / (1 + weight), weight / (1 + weight)])
+
+
+@cases("kvzip")
+def test_kvzip_gives_the_released_scores_and_positions(case):
+    heads, kv_heads, length, size, first = (case[k] for k in ("heads", "kv_heads", "length", "size", "first"))
+    scores = []
+    for layer in range(case["layers"]):
+        seed, scale = case["seed"] + 10 * layer, 2 + layer
+        replays = []
+        for i, (start, end) in enumerate(kvzip.kvzip_chunks(first, length, case["chunk"])):
+            tokens = case["prompt"] + end - start
+            queries = states(seed + 100 * i, heads, tokens, size, scale)
+            replays.append((start, end, queries, states(seed + 100 * i + 5000, kv_heads, tokens, size, scale)))
+        scores.append(kvzip.kvzip_scores(replays, states(seed + 500, kv_heads, length, size, scale), first))
+    scores = np.stack(scores)
+    np.testing.assert_allclose(scores[..., first:], case["scores"], rtol=1e-10)
+    assert [kvzip.kvzip_positions(scores, ratio) for ratio in case["ratios"]] == case["positions"]
+
+
+def test_kvzip_keeps_one_pair_less_than_the_ratio_says_beside_the_system_prompt():
+    scores = np.array([[[np.inf, 0.1, 0.9, 0.5], [np.inf, 0.4, 0.2, 0.3]]])
+    assert kvzip.kvzip_positions(scores, 0.5) == [[[0, 2, 3], [0]]]
+
+
+@cases("infinipot_v")
+def test_infinipot_v_keeps_the_released_positions(case):
+    seed, kv_heads, frames, size = (case[k] for k in ("seed", "kv_heads", "frames", "size"))
+    grid = (case["height"], case["width"])
+    frame = grid[0] * grid[1]
+    keys = np.tile(states(seed, kv_heads, frame, size), (1, frames, 1))
+    keys += 0.8 * states(seed + 1, kv_heads, frames * frame, size)
+    values = states(seed + 2, kv_heads, frames * frame, size)
+    options = (frame, case["keep_frames"] * frame, case["alpha"], case["recent_ratio"], grid)
+    pooling = ((7, 3), (5, 2), (3, 1), (1, 1)) if case["pooling"] else ((1, 1),)
+    for (kernel, axes), positions in zip(pooling, case["positions"], strict=True):
+        smallest = min(kernel, frames, *grid) if axes > 1 else kernel
+        odd = smallest - (smallest % 2 == 0)
+        assert infinipot_v.infinipot_v(keys, values, *options, odd, axes) == positions
+
+
+def test_infinipot_v_keeps_recent_frames_then_what_moved_then_large_values():
+    # Three frames of two tokens; the first token of the first frame differs from the last frame's.
+    keys = np.array([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    values = np.array([[[1.0], [2.0], [3.0], [9.0], [1.0], [1.0]]])
+    assert infinipot_v.infinipot_v(keys, values, 2, 4, alpha=0.75) == [[0, 3, 4, 5]]
+    assert infinipot_v.infinipot_v(keys, values, 2, 4, alpha=0.25) == [[1, 2, 3, 5]]
 
 
 @cases("sparsemm", lambda case: "budgets" in case)
