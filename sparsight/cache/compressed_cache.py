@@ -23,7 +23,7 @@ from sparsight.cache.replay import LanguageInputs, replay
 from sparsight.cache.report import Report
 from sparsight.compression import Reconstruction, VisualHeads
 from sparsight.compression.recipe import Recipe
-from sparsight.methods import with_instruction, with_shipped_scores
+from sparsight.methods import with_instructions, with_shipped_scores
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
 
@@ -83,7 +83,7 @@ class CompressedCache(Cache):
             check_bound(prefill_bound, recipe)
         language = _language_part(model)
         name = str(model.name_or_path)
-        self.recipe = recipe = with_instruction(with_shipped_scores(recipe, name), name)
+        self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
         prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None

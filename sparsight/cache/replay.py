@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsight.attention.interface import mark, own_attention
 from sparsight.cache.prefill import Prefill
 from sparsight.compression import Reconstruction
-from sparsight.compression.reconstruction import largest_attention
+from sparsight.compression.reconstruction import LEAD, largest_attention
 from sparsight.models.prompt import Prompt, Span
 
 
@@ -76,9 +76,10 @@ class LanguageInputs:
         added = (torch.zeros_like(self.embeddings),) * depth
         return LanguageInputs(self.language, self.embeddings, self.positions, added, nothing)
 
-    def repeat(self, sequence: int, tokens: slice, instruction: Tensor, first: Tensor) -> dict[str, Any]:
-        """Arguments for an instruction ``[n]`` from position ``first`` on and then some tokens of a sequence."""
+    def repeat(self, sequence: int, tokens: slice, ids: Sequence[int], first: Tensor) -> dict[str, Any]:
+        """Arguments for an instruction from position ``first`` on and then some tokens of a sequence."""
         own = self.embeddings[sequence, tokens]
+        instruction = torch.tensor(ids, dtype=torch.long, device=own.device)
         embeddings = torch.cat([self.language.get_input_embeddings()(instruction).to(own), own])
         count = len(instruction)
         positions = self.positions[:, sequence, tokens]
@@ -149,12 +150,14 @@ def replay(
         score: what is repeated, and how.
     """
     device = inputs.embeddings.device
-    instruction = torch.tensor(score.instruction, dtype=torch.long, device=device)
+    assert score.instructions is not None
     for sequence, span in enumerate(prompt.spans):
         last = inputs.positions[:, sequence, span.start : span.stop].amax()
         for first in range(span.start, span.stop, score.chunk):
             tokens = slice(first, min(first + score.chunk, span.stop))
-            arguments = inputs.repeat(sequence, tokens, instruction, last + 1)
+            lead = slice(max(first - LEAD, span.start), tokens.stop)
+            ids = score.instructions[first > span.start]
+            arguments = inputs.repeat(sequence, lead, ids, last + 1)
             cache = _RepeatingCache(layers, prefills, sequence)
             cache.watch = partial(_watch, prefills, sequence, span, tokens, score.sinks)
             seen = next(iter(prefills.values())).seen

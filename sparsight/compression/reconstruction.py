@@ -13,6 +13,9 @@ from sparsight.utils import checks
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Weights that are computed together, by device type."""
 
+LEAD = 8
+"""Tokens of the chunk before that later chunks start with."""
+
 
 @dataclass(frozen=True)
 class Reconstruction(BaseScore):
@@ -23,26 +26,29 @@ class Reconstruction(BaseScore):
     queries, in any query head of the KV head, gives it.
 
     Args:
-        instruction: token ids of what comes before the repeated prompt; None for the model's tokens of
-            :data:`sparsight.methods.kvzip.INSTRUCTION`.
-        chunk: how many tokens are repeated at a time. Weights are computed over the sinks, the chunk and its
-            repetition.
+        instructions: token ids of what comes before the first chunk of the prompt, and before each later one, which
+            starts with the last tokens of the chunk before; None for the model's tokens of
+            :data:`sparsight.methods.kvzip.INSTRUCTIONS`.
+        chunk: how many tokens are repeated at a time. Weights are computed over the sinks, the chunk and what is
+            processed to repeat it.
         sinks: positions at the prompt's beginning that every chunk attends to.
     """
 
     kind: ClassVar[str] = "reconstruction"
     needs_full_prompt: ClassVar[bool] = True
     needs_replay: ClassVar[bool] = True
-    instruction: tuple[int, ...] | None = None
-    chunk: int = 2048
+    instructions: tuple[tuple[int, ...], ...] | None = None
+    chunk: int = 2000
     sinks: int = 4
 
     def __post_init__(self) -> None:
         checks.count("chunk", self.chunk, least=1)
         checks.count("sinks", self.sinks)
-        if self.instruction is not None:
-            # JSON brings a list, which a frozen part must not hold.
-            object.__setattr__(self, "instruction", tuple(self.instruction))
+        if self.instructions is not None:
+            if len(self.instructions) != 2:
+                raise ValueError(f"instructions must be token ids of two texts, got {len(self.instructions)}.")
+            # JSON brings lists, which a frozen part must not hold.
+            object.__setattr__(self, "instructions", tuple(map(tuple, self.instructions)))
 
     def queries(self, span: Span) -> range:
         """No query of the prefill is looked at."""

@@ -17,7 +17,7 @@ from sparsight.cache.prefill import Prefill
 from sparsight.cache.replay import LanguageInputs, replay
 from sparsight.compression import Allocate, Reconstruction, Score
 from sparsight.compression.recipe import Recipe
-from sparsight.methods import Full, with_instruction
+from sparsight.methods import Full, with_instructions
 from sparsight.models.prompt import locate
 
 
@@ -78,7 +78,7 @@ class PrefillSnapshot:
 
         Recipes with the same score and the same allocation share them.
         """
-        recipe = with_instruction(recipe, str(self.model.name_or_path))
+        recipe = with_instructions(recipe, str(self.model.name_or_path))
         parts = recipe.score, recipe.allocate
         if parts not in self._observed:
             observed = []

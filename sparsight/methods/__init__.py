@@ -10,7 +10,7 @@ from sparsight.methods.elastic import ElasticCache
 from sparsight.methods.expected_attention import ExpectedAttention
 from sparsight.methods.full import Full
 from sparsight.methods.h2o import H2O
-from sparsight.methods.kvzip import KVzip, with_instruction
+from sparsight.methods.kvzip import KVzip, with_instructions
 from sparsight.methods.look_m import LookM
 from sparsight.methods.prefixkv import PrefixKV
 from sparsight.methods.pyramidkv import PyramidKV
@@ -80,6 +80,6 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "recipe",
-    "with_instruction",
+    "with_instructions",
     "with_shipped_scores",
 ]

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import sparsight
 from sparsight import CompressedCache, KVzip
+from sparsight.methods.kvzip import with_instructions
 from tests.support import models
 from tests.support.families import TINY
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, ONE_VIDEO, THREE_IMAGES
-from tests.support.recipes import INSTRUCTION
+from tests.support.recipes import INSTRUCTIONS
 
 BOTH_DIRECTIONS = ("gemma3", "paligemma")
 """Images of a prefill are seen in both directions, those that are repeated are not."""
@@ -31,9 +33,9 @@ def received(monkeypatch):
     return totals
 
 
-def twice(family, inputs, again=slice(None)):
-    """One prompt, the instruction, and some of its tokens again, all of them with their image."""
-    instruction = torch.tensor([INSTRUCTION])
+def twice(family, inputs, again=slice(None), ids=INSTRUCTIONS[0]):
+    """One prompt, an instruction, and some of its tokens again, all of them with their image."""
+    instruction = torch.tensor([ids])
     between = {"input_ids": instruction, "attention_mask": torch.ones_like(instruction)}
     doubled = {
         name: torch.cat([each, between.get(name, torch.zeros_like(instruction)), each[:, again]], dim=1)
@@ -60,7 +62,7 @@ def largest(attention, length, kv_heads):
 def compressed(family, *prompts, budget=0.3, **numbers):
     model, inputs = models.fresh_model(family), models.inputs(family, *prompts)
     options = {"prefill_chunk_size": numbers.pop("prefill_chunk_size", None)}
-    cache = CompressedCache(model, KVzip(budget, instruction=INSTRUCTION, **numbers), inputs)
+    cache = CompressedCache(model, KVzip(budget, instructions=INSTRUCTIONS, **numbers), inputs)
     models.generate(model, inputs, 2, past_key_values=cache, **options)
     return cache
 
@@ -80,19 +82,19 @@ def test_repeating_is_processing_the_prompt_twice(family, prompt, received):
         assert_close(own, largest(each, length, len(own)), rtol=1e-3, atol=1e-5)
 
 
-def test_later_chunks_attend_to_the_sinks_themselves_and_their_repetition(received):
+def test_later_chunks_start_with_the_end_of_the_one_before_and_attend_to_the_sinks(received):
     inputs = models.inputs("llama", NO_IMAGE)
     compressed("llama", NO_IMAGE, chunk=9, sinks=3)
-    length, count = inputs["input_ids"].shape[1], len(INSTRUCTION)
-    for start in range(0, length, 9):
-        stop = min(start + 9, length)
-        of_sinks = range(min(3, start))
-        attended = [*of_sinks, *range(start, stop), *range(length, length + count + stop - start)]
-        for (own,), each in zip(
-            received[0], attention_of("llama", twice("llama", inputs, slice(start, stop))), strict=True
-        ):
+    length = inputs["input_ids"].shape[1]
+    assert length == 23
+    for start, stop, lead, sinks in ((0, 9, 0, 0), (9, 18, 8, 3), (18, 23, 8, 3)):
+        ids = INSTRUCTIONS[start > 0]
+        attention = attention_of("llama", twice("llama", inputs, slice(start - lead, stop), ids))
+        end = length + len(ids) + lead + stop - start
+        attended = [*range(sinks), *range(start, stop), *range(length, end)]
+        for (own,), each in zip(received[0], attention, strict=True):
             weights = each[:, length:, attended]
-            weights = (weights / weights.sum(-1, keepdim=True))[..., len(of_sinks) : len(of_sinks) + stop - start]
+            weights = (weights / weights.sum(-1, keepdim=True))[..., sinks : sinks + stop - start]
             brute = weights.unflatten(0, (2, -1)).amax((1, 2))
             assert_close(own[:, start:stop], brute, rtol=1e-3, atol=1e-5)
 
@@ -122,28 +124,28 @@ def test_a_prompt_in_chunks_is_repeated_as_a_whole(family, received):
             assert_close(own, brute, rtol=1e-3, atol=1e-5)
 
 
-def test_the_instruction_comes_from_the_models_tokenizer():
-    import sparsight
-    from sparsight.methods.kvzip import with_instruction
-
+def test_the_instructions_come_from_the_models_tokenizer():
     model, processor = sparsight.load(device="cpu")
     ids = processor.tokenizer("\n\nRepeat the previous context exactly.", add_special_tokens=False)["input_ids"]
-    assert list(with_instruction(KVzip(), model.name_or_path).score.instruction) == ids
-    assert with_instruction(KVzip(instruction=[1]), "nowhere").score.instruction == (1,)
-    with pytest.raises(ValueError, match=r"there is no tokenizer at '\./nowhere': give the recipe instruction="):
-        with_instruction(KVzip(), "./nowhere")
+    first, later = with_instructions(KVzip(), model.name_or_path).score.instructions
+    assert list(first) == ids
+    assert len(later) > len(first)
+    own = KVzip(instructions=[[1], [2]])
+    assert with_instructions(own, "nowhere") == own
+    with pytest.raises(ValueError, match=r"there is no tokenizer at '\./nowhere': give the recipe instructions="):
+        with_instructions(KVzip(), "./nowhere")
 
 
 def test_a_bounded_prefill_is_refused():
     with pytest.raises(ValueError, match="'reconstruction' processes the prompt a second time"):
         CompressedCache(
-            models.model("llava"), KVzip(instruction=[1]), models.inputs("llava", ONE_IMAGE), prefill_bound=2
+            models.model("llava"), KVzip(instructions=[[1], [2]]), models.inputs("llava", ONE_IMAGE), prefill_bound=2
         )
 
 
 def test_several_caches_and_beams_share_a_model():
     model, inputs = models.fresh_model("llava"), models.inputs("llava", ONE_IMAGE, THREE_IMAGES)
-    chosen = KVzip(1.0, instruction=INSTRUCTION)
+    chosen = KVzip(1.0, instructions=INSTRUCTIONS)
     others = [CompressedCache(model, chosen, inputs) for _ in range(2)]
     for each in others:
         assert torch.equal(

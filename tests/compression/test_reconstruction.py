@@ -63,7 +63,12 @@ def test_the_best_of_all_layers_and_heads_are_counted(layers, heads, length, bud
             assert counts[layer][head] == sum(each[2:] == (layer, head) for each in ranked)
 
 
-def test_the_instruction_survives_json():
-    made = KVzip(0.2, instruction=[4, 5])
+def test_the_instructions_survive_json():
+    made = KVzip(0.2, instructions=[[4, 5], [6]])
     assert Recipe.from_json(made.to_json()) == made
-    assert json.loads(KVzip().to_json())["score"]["instruction"] is None
+    assert json.loads(KVzip().to_json())["score"]["instructions"] is None
+
+
+def test_instructions_are_two():
+    with pytest.raises(ValueError, match="instructions must be token ids of two texts, got 1"):
+        KVzip(instructions=[[4, 5]])

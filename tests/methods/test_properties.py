@@ -12,7 +12,7 @@ from sparsight import RECIPES, CompressedCache, Recipe
 from sparsight.compression import Reconstruction, VisualHeads
 from sparsight.compression.recipe import KINDS
 from tests.support import families, models
-from tests.support.recipes import INSTRUCTION, head_scores, recipe_for
+from tests.support.recipes import INSTRUCTIONS, head_scores, recipe_for
 
 PROMPTS = st.builds(
     models.Prompt,
@@ -71,7 +71,7 @@ def test_any_score_goes_with_any_allocation_reduction_and_decode_rule(kinds):
     if isinstance(parts["allocate"], VisualHeads):
         parts["allocate"] = VisualHeads(scores=head_scores(model))
     if isinstance(parts["score"], Reconstruction):
-        parts["score"] = Reconstruction(instruction=INSTRUCTION)
+        parts["score"] = Reconstruction(instructions=INSTRUCTIONS)
     if parts["allocate"].head_wise and not parts["reduce"].per_head:
         with pytest.raises(ValueError, match="the heads share one choice: give the reduction per_head=True"):
             Recipe("mixed", 0.2, **parts)
