@@ -25,7 +25,8 @@ class AcrossLayers:
         """Share of the prompt's entries that each KV head of each layer keeps."""
         scores = gather_to_cpu(layer.score for layer in layers)
         number, heads, length = scores.shape
-        total = number * heads * max(1, round(budget * length))
+        always = int(layers[0].always.sum())
+        total = max(number * heads * always, round(budget * scores.numel()))
         ranked = scores.masked_fill(layers[0].always, torch.inf).flatten().sort(descending=True, stable=True).indices
         counts = torch.bincount(ranked[:total] // length, minlength=number * heads)
         return [[count / length for count in layer] for layer in counts.view(number, heads).tolist()]

@@ -52,7 +52,7 @@ def test_the_best_of_all_layers_and_heads_are_counted(layers, heads, length, bud
     vision = torch.zeros_like(always)
     shares = AcrossLayers().shares([LayerStatistics(each, 0.0, vision, always) for each in scores], budget)
     counts = [[round(share * length) for share in layer] for layer in shares]
-    total = layers * heads * max(1, round(budget * length))
+    total = max(layers * heads, round(budget * layers * heads * length))
     ranked = sorted(
         ((bool(always[t]), float(scores[layer, head, t]), layer, head) for layer in range(layers)
          for head in range(heads) for t in range(length)),
