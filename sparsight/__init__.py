@@ -9,7 +9,16 @@ if TYPE_CHECKING:
     from sparsight.cache.report import Report
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.model_runner import generate
-    from sparsight.methods import RECIPES, ElasticCache, ExpectedAttention, KVzip, Sparsight, VLCache, recipe
+    from sparsight.methods import (
+        RECIPES,
+        ElasticCache,
+        ExpectedAttention,
+        InfiniPotV,
+        KVzip,
+        Sparsight,
+        VLCache,
+        recipe,
+    )
     from sparsight.models.loading import load
 
 __all__ = [
@@ -17,6 +26,7 @@ __all__ = [
     "CompressedCache",
     "ElasticCache",
     "ExpectedAttention",
+    "InfiniPotV",
     "KVzip",
     "Recipe",
     "Report",
@@ -33,6 +43,7 @@ _MODULES = {
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
     "ExpectedAttention": "sparsight.methods",
+    "InfiniPotV": "sparsight.methods",
     "KVzip": "sparsight.methods",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",

@@ -84,7 +84,8 @@ class CompressedCache(Cache):
         language = _language_part(model)
         name = str(model.name_or_path)
         self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
-        prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
+        grids = isinstance(getattr(recipe.score, "pool", 1), tuple)
+        prompt = locate(model.config, inputs, grids=grids, frames=recipe.score.needs_frames)
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None
         for index in compressible(language.config):

@@ -154,6 +154,8 @@ class Prefill:
             value=self.values[sequence, :, span.start : span.stop],
             vision=self.vision(sequence).to(device, non_blocking=True),
             grids=self._grids(sequence, device),
+            frames=[each.to(device, non_blocking=True) - span.start for each in self._frames(sequence)],
+            kept=max(1, round(self.recipe.budget * span.length)),
             ahead=None if rotation is None else lambda states, count: rotation.ahead(states, sequence, count),
         )
         return self.recipe.score.finish(self.attention[sequence], states)
@@ -162,6 +164,9 @@ class Prefill:
         """Score ``[H_kv, T_b]`` from a sequence's attention sums of that shape."""
         vision = self.vision(sequence).to(sums.device, non_blocking=True)
         return self.recipe.score.importance(sums, vision, self._grids(sequence, sums.device))
+
+    def _frames(self, sequence: int) -> tuple[Tensor, ...]:
+        return self.prompt.frames[sequence] if self.prompt.frames else ()
 
     def _grids(self, sequence: int, device: torch.device) -> list[Tensor]:
         """Places of the images' patches in a sequence."""

@@ -161,8 +161,10 @@ def replay(
             cache = _RepeatingCache(layers, prefills, sequence)
             cache.watch = partial(_watch, prefills, sequence, span, tokens, score.sinks)
             seen = next(iter(prefills.values())).seen
-            mask = torch.ones(1, seen + arguments["inputs_embeds"].shape[1], dtype=torch.long, device=device)
+            # Assisted generation has brought tokens after the prompt, which are no part of it.
+            mask = torch.zeros(1, seen + arguments["inputs_embeds"].shape[1], dtype=torch.long, device=device)
             mask[0, : prompt.length] = prompt.valid_mask[sequence]
+            mask[:, seen:] = 1
             inputs.language(**arguments, attention_mask=mask, past_key_values=cache, use_cache=True)
 
 

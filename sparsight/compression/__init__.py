@@ -12,8 +12,19 @@ from sparsight.compression.future_queries import FutureQueries
 from sparsight.compression.reconstruction import Reconstruction
 from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
+from sparsight.compression.temporal_change import TemporalChange
 
-Score = PostVision | Accumulated | LastWindow | EliteWindow | FutureQueries | Reconstruction | Recency | Random
+Score = (
+    PostVision
+    | Accumulated
+    | LastWindow
+    | EliteWindow
+    | FutureQueries
+    | Reconstruction
+    | TemporalChange
+    | Recency
+    | Random
+)
 Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | AcrossHeads | AcrossLayers | VisualHeads
 
 __all__ = [
@@ -42,6 +53,7 @@ __all__ = [
     "Sliding",
     "SparsityAware",
     "StrengthSkewness",
+    "TemporalChange",
     "Uniform",
     "VisualHeads",
 ]

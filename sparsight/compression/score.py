@@ -39,6 +39,8 @@ class PromptStates:
         value: ``[H_kv, T, D_v]``.
         vision: bool ``[T]``.
         grids: positions of the images' patches.
+        frames: positions of the vision tokens of videos' frames, ``[F, patches]`` each.
+        kept: entries that each KV head keeps if the budget is shared equally.
         ahead: where the score is of queries before RoPE, what rotates them to the tokens to come.
     """
 
@@ -46,6 +48,8 @@ class PromptStates:
     value: Tensor
     vision: Tensor
     grids: Grids
+    frames: Sequence[Tensor] = ()
+    kept: int = 1
     ahead: Ahead | None = None
 
 
@@ -99,12 +103,14 @@ class BaseScore(ABC):
         needs_full_prompt: whether nothing can be said before the last token of the prompt.
         before_rope: whether the score's queries are those before RoPE.
         needs_replay: whether the model must process the prompt a second time.
+        needs_frames: whether videos' frames must be found in the prompt.
     """
 
     kind: ClassVar[str]
     needs_full_prompt: ClassVar[bool] = False
     before_rope: ClassVar[bool] = False
     needs_replay: ClassVar[bool] = False
+    needs_frames: ClassVar[bool] = False
 
     @abstractmethod
     def queries(self, span: Span) -> range:

@@ -67,7 +67,7 @@ class PrefillSnapshot:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs = model, inputs
         self._recorder = _Recorder(model, Full(), inputs)
-        self.prompt = locate(model.config, inputs, grids=True)
+        self.prompt = locate(model.config, inputs, grids=True, frames=True)
         self.logits = next_logits(model, self._recorder, inputs)
         self.states = self._recorder.states
         self._observed: dict[tuple[Score, Allocate], list[Prefill]] = {}

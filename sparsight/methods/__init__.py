@@ -10,6 +10,7 @@ from sparsight.methods.elastic import ElasticCache
 from sparsight.methods.expected_attention import ExpectedAttention
 from sparsight.methods.full import Full
 from sparsight.methods.h2o import H2O
+from sparsight.methods.infinipot_v import InfiniPotV
 from sparsight.methods.kvzip import KVzip, with_instructions
 from sparsight.methods.look_m import LookM
 from sparsight.methods.prefixkv import PrefixKV
@@ -36,6 +37,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "sparsemm": SparseMM,
     "expected-attention": ExpectedAttention,
     "kvzip": KVzip,
+    "infinipot-v": InfiniPotV,
     "sparsight": Sparsight,
     "random": RandomCache,
     "full": Full,
@@ -69,6 +71,7 @@ __all__ = [
     "ElasticCache",
     "ExpectedAttention",
     "Full",
+    "InfiniPotV",
     "KVzip",
     "LookM",
     "PrefixKV",

@@ -1,4 +1,4 @@
-"""Expected Attention and KVzip against brute force and what their authors' own functions returned."""
+"""Expected Attention, KVzip and InfiniPot-V against brute force and what their authors' own functions returned."""
 
 from types import SimpleNamespace
 
@@ -16,11 +16,13 @@ from sparsight.compression import AcrossLayers
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.reconstruction import largest_attention
 from sparsight.compression.reduce import top_positions
+from sparsight.compression.score import PromptStates
 from sparsight.models.prompt import Prompt, Span
 from tests.goldens.inputs import states
 from tests.goldens.test_released import cases, prompt
 from tests.support import models
 from tests.support.released.expected_attention import expected_attention_scores
+from tests.support.released.infinipot_v import infinipot_v
 from tests.support.released.kvzip import kvzip_chunk_scores, kvzip_chunks, kvzip_positions
 
 
@@ -176,3 +178,54 @@ def kept_across_layers(scores, first, total):
         ]
         for layer, own in zip(scores, shares, strict=True)
     ]
+
+
+def vision_kept(keys, values, frame, budget, change=0.5, last=0.25, before=3, after=2):
+    """Vision positions that each head keeps of a video between some text, all of which stays."""
+    heads, count, size = keys.shape
+    length = before + count + after
+    key, value = torch.randn(2, heads, length, size)
+    key[:, before : before + count], value[:, before : before + count] = keys, values
+    vision = torch.zeros(length, dtype=torch.bool)
+    vision[before : before + count] = True
+    kept = budget + before + after
+    chosen = recipe("infinipot-v", budget=kept / length, change=change, last=last)
+    frames = [torch.arange(before, before + count).view(-1, frame)]
+    states = PromptStates(key, value, vision, [], frames, kept)
+    accumulator = chosen.score.accumulator(heads, length, torch.device("cpu"))
+    positions = chosen.reduce.select(chosen.score.finish(accumulator, states), kept)
+    outside = (positions < before) | (positions >= before + count)
+    assert (outside.sum(-1) == before + after).all()
+    return [[place - before for place in head.tolist() if before <= place < before + count] for head in positions]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    frames=st.integers(2, 9),
+    frame=st.integers(1, 6),
+    share=st.floats(0, 1),
+    change=st.floats(0, 1),
+    last=st.floats(0.01, 1),
+)
+def test_infinipot_v_equals_the_brute_force(heads, frames, frame, share, change, last):
+    torch.manual_seed(frames)
+    keys, values = torch.randn(2, heads, frames * frame, 8)
+    # All frames cannot be recent: there would be nothing to compare.
+    last = min(last, 1 - 1 / frames)
+    budget = round(share * frames * frame)
+    numpy = [each.double().numpy() for each in (keys, values)]
+    brute = infinipot_v(*numpy, frame, budget, change, last)
+    assert vision_kept(keys, values, frame, budget, change, last) == brute
+
+
+@cases("infinipot_v")
+def test_infinipot_v_keeps_the_positions_of_the_authors_code(case):
+    seed, heads, frames, size = (case[k] for k in ("seed", "kv_heads", "frames", "size"))
+    frame = case["height"] * case["width"]
+    keys = torch.from_numpy(states(seed, heads, frame, size)).repeat(1, frames, 1)
+    keys += 0.8 * torch.from_numpy(states(seed + 1, heads, frames * frame, size))
+    values = torch.from_numpy(states(seed + 2, heads, frames * frame, size))
+    # The last quarter of the layers is not pooled, where any are.
+    kept = vision_kept(keys, values, frame, case["keep_frames"] * frame, case["alpha"], case["recent_ratio"])
+    assert kept == case["positions"][-1]
