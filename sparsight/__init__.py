@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sparsight.cache.report import Report
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.model_runner import generate
+    from sparsight.engine.sampling import SamplingParams
     from sparsight.methods import (
         RECIPES,
         ElasticCache,
@@ -30,6 +31,7 @@ __all__ = [
     "KVzip",
     "Recipe",
     "Report",
+    "SamplingParams",
     "Sparsight",
     "VLCache",
     "batch",
@@ -47,6 +49,7 @@ _MODULES = {
     "KVzip": "sparsight.methods",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
+    "SamplingParams": "sparsight.engine.sampling",
     "Sparsight": "sparsight.methods",
     "VLCache": "sparsight.methods",
     "batch": "sparsight.batch_inference.api",

@@ -81,7 +81,7 @@ class CompressedCache(Cache):
             raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got a {type(recipe).__name__}.")
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
-        language = _language_part(model)
+        language = language_part(model)
         name = str(model.name_or_path)
         self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
         grids = isinstance(getattr(recipe.score, "pool", 1), tuple)
@@ -233,6 +233,8 @@ class CompressedCache(Cache):
                 )
         if layer.store is not None:
             output = layer.attend_held(query, key, value, mask, kwargs.get("scaling"))
+            if layer is self.compressed[-1] and query.shape[2] > 1:
+                self._gather()
             return output.transpose(1, 2).contiguous(), None
         if layer is self.compressed[0]:
             seen, first = layer.seen + query.shape[2], layer.get_mask_sizes(query.shape[2])[1]
@@ -291,6 +293,13 @@ class CompressedCache(Cache):
             layer.compact(ratios)
         if self.recipe.allocate.threshold is not None:
             self._sparsity = plan.sparsity
+        self._gather()
+
+    def _gather(self) -> None:
+        """Prepare the step metadata of static storage now: a captured or compiled step must not."""
+        for layer in self.compressed:
+            if layer.leads and layer.capacity is not None:
+                layer.prepare_step()
 
     def _foreign_model(self) -> ValueError:
         return ValueError(
@@ -324,6 +333,8 @@ class CompressedCache(Cache):
                 layer.select(self.prompt, index)
             else:
                 layer.reorder_cache(torch.LongTensor(sequences))
+        if self.compressed[0].store is not None:
+            self._gather()
 
     def reset(self) -> None:
         """Forget everything: the cache waits for its prompt again."""
@@ -408,7 +419,7 @@ def compressible(config: Any) -> list[int]:
     return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
 
 
-def _language_part(model: PreTrainedModel) -> PreTrainedModel:
+def language_part(model: PreTrainedModel) -> PreTrainedModel:
     """The module of a model that generates text.
 
     Raises:

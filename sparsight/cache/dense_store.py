@@ -87,7 +87,7 @@ class DenseStore(KVStore):
         """:meth:`KVStore.select`."""
         sequences = sequences.to(self.keys.device)
         rows = self.row_index(sequences)
-        self.held, self.used = self.held[rows], self.used[rows]
+        self._set_lengths(self.held[rows], self.used[rows])
         positions = self.positions.index_select(0, rows).flatten()
         self._lay_out(self.keys.index_select(0, sequences), self.values.index_select(0, sequences), positions)
 
@@ -116,10 +116,10 @@ class DenseStore(KVStore):
         used, vacancies = self.keys.shape[2], True
         # Reading lengths would wait for a GPU, and cannot be captured; a new turn is not, and its tokens come last.
         if (not self.static and self.keys.device.type == "cpu") or query.shape[2] > 1:
-            used = max(self.used.tolist())
-            vacancies = min(self.held.tolist()) < used
+            used, least = self._lengths.extent(self._layer)
+            vacancies = least < used
         occupied = (self.positions[:, :used] != VACANT).view(-1, self.heads, used) if vacancies else None
-        return self.keys[:, :, :used], self.values[:, :, :used], occupied
+        return self.keys.narrow(2, 0, used), self.values.narrow(2, 0, used), occupied
 
 
 def vacant_slots(count: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsight.attention import kernels
-from sparsight.cache.step_metadata import StepMetadata, writable
+from sparsight.cache.step_metadata import Lengths, writable
 from sparsight.compression.eviction import VACANT
 
 LEAST_GROWTH = 16
@@ -37,8 +37,6 @@ class KVStore(ABC):
         flat_positions: int32 ``[slots]``, the position of each slot's token, -1 where the slot is vacant.
         heads: KV heads.
         starts: int64 ``[N]``, the first slot of each row.
-        used: int64 ``[N]``, slots of each row up to the last occupied one.
-        held: int64 ``[N]``, entries of each row.
         static: whether the tensors keep their addresses and shapes while single tokens are written.
     """
 
@@ -48,10 +46,30 @@ class KVStore(ABC):
     starts: Tensor
 
     def __init__(self, heads: int, held: Tensor, used: Tensor) -> None:
-        self.heads, self.held, self.used = heads, held, used
+        self.heads = heads
+        self._set_lengths(held, used)
         self.static = False
         # Tokens that fit in every row without another look at the lengths.
         self._free = 0
+
+    # The lengths of the rows
+
+    @property
+    def held(self) -> Tensor:
+        """Entries of each row, int64 ``[N]``."""
+        return self._lengths.held[self._layer]
+
+    @property
+    def used(self) -> Tensor:
+        """Slots of each row up to the last occupied one, int64 ``[N]``."""
+        return self._lengths.used[self._layer]
+
+    def _set_lengths(self, held: Tensor, used: Tensor) -> None:
+        self.share(Lengths(held[None], used[None]), 0)
+
+    def share(self, lengths: Lengths, layer: int) -> None:
+        """Have the lengths in those of several layers, which a step updates together."""
+        self._lengths, self._layer = lengths, layer
 
     # The form of the storage
 
@@ -123,23 +141,19 @@ class KVStore(ABC):
         self._free = min(capacity - slots for slots, capacity in zip(used, self.capacities, strict=True))
         return max(missing) > 0
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor, added: Tensor, step: StepMetadata) -> None:
-        """Write the entries of each sequence's newest token, in place.
+    def write(self, keys: Tensor, values: Tensor, positions: Tensor, places: Tensor) -> None:
+        """Write the entries of each sequence's newest token in place; their lengths have been counted already.
 
         Args:
             keys: ``[B, H_kv, 1, D]``.
             values: ``[B, H_kv, 1, D]``.
-            slots: int64 ``[N]``, which slot of its row each takes.
-            added: bool or int64 ``[N]``, how many entries each row holds more than before.
-            step: the positions of the tokens.
+            positions: int32 ``[N]``.
+            places: int64 ``[N]``, where in the storage each row's entry goes.
         """
-        places = self.starts + slots
-        for states, new in zip(
-            self._flat(), (keys.flatten(0, 2), values.flatten(0, 2), step.row_positions), strict=True
-        ):
-            states.index_copy_(0, places, new)
-        torch.maximum(self.used, slots + step.row_steps, out=self.used)
-        self.held.add_(added)
+        own_keys, own_values, own_positions = self._flat()
+        own_keys.index_copy_(0, places, keys.flatten(0, 2))
+        own_values.index_copy_(0, places, values.flatten(0, 2))
+        own_positions.index_copy_(0, places, positions)
 
     def append(self, keys: Tensor, values: Tensor, position: int, valid: Tensor | None = None) -> None:
         """Append entries ``[B, H_kv, q, D]`` at consecutive positions; bool ``valid`` ``[B, q]`` excludes padding."""
@@ -155,8 +169,7 @@ class KVStore(ABC):
         for states, more in zip(self._flat(), added, strict=True):
             states.index_copy_(0, places, more)
         with torch.inference_mode(False):
-            self.used = end + count
-            self.held = (self.positions != VACANT).sum(-1)
+            self._set_lengths((self.positions != VACANT).sum(-1), end + count)
 
     def _end(self) -> Tensor:
         """Where :meth:`append` begins, int64 ``[N]``."""
@@ -177,41 +190,14 @@ class KVStore(ABC):
         """Replace the positions of all slots, ``[N, C]``; what became vacant at the end of a row is free again."""
         occupied = positions != VACANT
         self.flat_positions = self.flattened(positions)
-        self.held = occupied.sum(-1)
-        self.used = (occupied * torch.arange(1, positions.shape[1] + 1, device=positions.device)).amax(-1)
+        used = (occupied * torch.arange(1, positions.shape[1] + 1, device=positions.device)).amax(-1)
+        self._set_lengths(occupied.sum(-1), used)
         self._free = 0
-
-    # Sequences of a static batch that leave and join
-
-    def clear(self, sequence: int) -> None:
-        """Drop all entries of a sequence in place; its slots stay."""
-        rows = self.rows_of(sequence)
-        for row in range(rows.start, rows.stop):
-            self.flat_positions[self._slots(row)] = VACANT
-        self.held[rows] = self.used[rows] = 0
-
-    def put(self, sequence: int, other: "KVStore") -> None:
-        """Put the only sequence of ``other`` in the place of one of these, in place.
-
-        Raises:
-            ValueError: it has more slots than there are in that place.
-        """
-        rows = self.rows_of(sequence)
-        more, own = other.capacities, self.capacities[rows]
-        if any(slots > capacity for slots, capacity in zip(more, own, strict=True)):
-            raise ValueError(f"A sequence with {more} slots does not fit in the place of one with {own}.")
-        self.clear(sequence)
-        for row, capacity in enumerate(more):
-            theirs, start = other._slots(row), self._slots(rows.start + row).start
-            ours = slice(start, start + capacity)
-            for one, another in zip(self._flat(), other._flat(), strict=True):
-                one[ours] = another[theirs]
-        self.held[rows], self.used[rows] = other.held, other.used
 
     def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
         """All tensors with one index for the slots of all rows."""
-        keys, values = (each.view(-1, each.shape[-1]) for each in (self.keys, self.values))
-        return keys, values, self.flat_positions
+        keys, values = self.keys, self.values
+        return keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1]), self.flat_positions
 
     def _slots(self, row: int) -> slice:
         """The slots of one row."""
@@ -252,8 +238,8 @@ class KVStore(ABC):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that a decode step reads or writes."""
-        return self.keys, self.values, self.flat_positions, self.starts, self.used, self.held
+        """The storage, which a decode step reads and writes."""
+        return self.keys, self.values, self.flat_positions, self.starts
 
     @property
     def nbytes(self) -> int:

@@ -13,9 +13,9 @@ from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
-from sparsight.cache.step_metadata import StepMetadata, writable
+from sparsight.cache.step_metadata import StepMetadata
 from sparsight.compression.allocate import KeepRatio
-from sparsight.compression.eviction import VACANT, EvictionState, fitted
+from sparsight.compression.eviction import EvictionState, fitted
 from sparsight.compression.recipe import Recipe
 from sparsight.models.prompt import Prompt
 
@@ -82,7 +82,6 @@ class CompressedLayer(CacheLayerMixin):
         self.eviction: EvictionState | None = None
         self.step: StepMetadata | None = None
         self.kept: list[int] = []
-        self._rounded_up = True
         self.record_past = False
         self.exact, self.cut_short = True, False
         # Some models ask whether their prompt's prefix has been seen.
@@ -143,35 +142,34 @@ class CompressedLayer(CacheLayerMixin):
         store, state = self._decoding()
         device, first = store.held.device, self.first
         # A layer on another device has metadata of its own.
-        shared = first.step if first is not None and first.step is not None else None
-        self.leads = shared is None or shared.position.device != device
-        if self.leads:
-            shared = StepMetadata(len(self.prompt.spans), store.heads, self.seen, self.capacity, device)
-        self.step = shared
+        step = None if first is None else first.step
+        self.leads = step is None or step.position.device != device
+        if step is None or self.leads:
+            batch = len(self.prompt.spans)
+            step = StepMetadata(self.recipe.decode, batch, store.heads, self.seen, self.capacity, device)
+        self.step, self._index = step, step.add_layer(store, state)
         if self.capacity is None:
             return
-        if self._rounded_up:
-            self._drop_excess()
         store.static = False
-        store.reserve(self.recipe.decode.growth(store, state, self.seen, self.capacity))
+        step.make_room(self._index, self.seen, self.recipe.decode.growth(store, state, self.seen, self.capacity))
         store.static = True
-        self._fit_scores()
         if device.type == "cuda":
             # Otherwise torch.compile would copy the entries for every token.
-            for tensor in (*store.tensors, *state.tensors, *self._step().tensors):
+            for tensor in (*store.tensors, *state.tensors):
                 torch._dynamo.mark_static_address(tensor)
 
-    def _drop_excess(self) -> None:
+    def drop_excess(self) -> None:
         """Drop what rounding kept beyond the allowance, before the first token."""
-        store, state = self._decoding()
-        store.vacate(self.recipe.decode.excess(store, state, self.seen))
-        self._rounded_up = False
+        self._step().make_room(self._index, self.seen, 0)
 
-    @writable
-    def _fit_scores(self) -> None:
-        """Scores for all slots, those that the storage has grown by included."""
-        store, state = self._decoding()
-        state.scores = fitted(state.scores, max(store.capacities))
+    def prepare_step(self) -> None:
+        """Have the step metadata complete before a step is captured or compiled."""
+        step = self._step()
+        step.gather()
+        if step.position.device.type == "cuda":
+            # Otherwise torch.compile would copy the entries for every token.
+            for tensor in step.tensors:
+                torch._dynamo.mark_static_address(tensor)
 
     def sync_lengths(self) -> None:
         """Count the tokens that were seen with static storage, whose steps do not run this code."""
@@ -183,12 +181,14 @@ class CompressedLayer(CacheLayerMixin):
     ) -> Tensor:
         """Write the new entries and attend over all entries held, ``[B, H, q, D]``."""
         mask = None
+        if torch.is_grad_enabled():
+            key, value = key.detach(), value.detach()
         if key.shape[2] == 1:
-            self._write(key.detach(), value.detach())
+            self._write(key, value)
         else:
             # Of a new turn, the last token attends to every other except padding.
             mask = _recent_mask(attention_mask)
-            self._append(key.detach(), value.detach(), None if mask is None else mask[:, 0, -1])
+            self._append(key, value, None if mask is None else mask[:, 0, -1])
         store, state = self._decoding()
         if self.recipe.decode.tracks_attention:
             output, received = store.attend_and_score(query, mask, scaling)
@@ -200,19 +200,16 @@ class CompressedLayer(CacheLayerMixin):
     def _write(self, key: Tensor, value: Tensor) -> None:
         """Write the entries of one new token of every sequence."""
         (store, state), step = self._decoding(), self._step()
-        if not store.static:
-            if self._rounded_up:
-                self._drop_excess()
-            self.seen += 1
-            if store.reserve(1):
-                self._fit_scores()
         if self.leads:
+            if not store.static:
+                step.make_room_everywhere(self.seen)
             step.advance()
-        slots, added = self.recipe.decode.slots(store, state, step.row_seen, step.row_steps)
-        store.write(key, value, slots, added, step)
+        if not store.static:
+            self.seen += 1
+        store.write(key, value, step.row_positions, step.places[self._index])
         if self.recipe.decode.tracks_attention:
             # What took the place of an entry does not inherit its score.
-            state.scores.scatter_(1, slots[:, None], 0)
+            state.scores.scatter_(1, step.slots[self._index][:, None], 0)
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Append the entries of a new turn, bool ``valid`` ``[B, q]`` excludes padding."""
@@ -225,9 +222,8 @@ class CompressedLayer(CacheLayerMixin):
         state.turn_tokens = state.turn_tokens + added
         state.excluded = state.excluded + count
         self.recipe.decode.protect(store, state, self.seen)
-        self._rounded_up = True
+        state.rounded, state.scores = True, fitted(state.scores, max(store.capacities))
         self._begin_decoding()
-        self._fit_scores()
 
     def _decoding(self) -> tuple[KVStore, EvictionState]:
         """What decoding works on."""
@@ -237,26 +233,6 @@ class CompressedLayer(CacheLayerMixin):
     def _step(self) -> StepMetadata:
         assert self.step is not None
         return self.step
-
-    # Sequences of a static batch that leave and join
-
-    def clear(self, sequence: int) -> None:
-        """Drop a sequence and keep its place."""
-        self._decoding()[0].clear(sequence)
-        # What is written there until another comes has no position: the slots stay vacant.
-        self._step().put(sequence, VACANT, 0, active=0)
-
-    def put(self, sequence: int, other: "CompressedLayer") -> None:
-        """Give the place of a sequence to that of ``other``, which was compressed alone by the same recipe.
-
-        Raises:
-            ValueError: it has more slots than there are in this place.
-        """
-        (store, state), (other_store, other_state) = self._decoding(), other._decoding()
-        store.put(sequence, other_store)
-        state.put(store.rows_of(sequence), other_state)
-        step = other._step()
-        self._step().put(sequence, step.position[0], step.end[0], active=1)
 
     # What generation strategies ask of a cache
 

@@ -103,7 +103,7 @@ class RaggedStore(KVStore):
             for each in (self.keys, self.values, self.flat_positions)
         )
         index = index.to(self.held.device)
-        self.held, self.used = self.held[index], self.used[index]
+        self._set_lengths(self.held[index], self.used[index])
         self._lay_out(keys, values, positions, [self._capacities[row] for row in rows])
 
     def attend(self, query: Tensor, recent_mask: Tensor | None, scaling: float | None) -> Tensor:

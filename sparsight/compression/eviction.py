@@ -6,8 +6,8 @@ the same code runs eagerly, in a CUDA graph and compiled. A row is one KV head o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -24,15 +24,15 @@ VACANT = -1
 
 
 class Rows(Protocol):
-    """What an eviction rule reads of the rows of one layer.
+    """What an eviction rule reads of the rows of one layer."""
 
-    Attributes:
-        held: int64 ``[N]``, entries of each row.
-        used: int64 ``[N]``, slots up to the last occupied one.
-    """
+    @property
+    def held(self) -> Tensor:
+        """Entries of each row, int64 ``[N]``."""
 
-    held: Tensor
-    used: Tensor
+    @property
+    def used(self) -> Tensor:
+        """Slots up to the last occupied one, int64 ``[N]``."""
 
     @property
     def positions(self) -> Tensor:
@@ -53,6 +53,7 @@ class EvictionState:
         protected: int64 ``[N]``, entries that may not be dropped.
         boundary: int32 ``[N]``, the position from which on entries may be dropped, for rules with a fixed place.
         scores: float32 ``[N, C]``, the attention that each slot's entry received, where the rule tracks it; else empty.
+        rounded: whether the number of entries kept of a prompt may be one more than the allowance, as it is rounded.
     """
 
     ratio: Tensor
@@ -61,24 +62,30 @@ class EvictionState:
     protected: Tensor
     boundary: Tensor
     scores: Tensor
+    rounded: bool = field(default=True, kw_only=True)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of the above."""
+        """All tensors of the above."""
         return self.ratio, self.excluded, self.turn_tokens, self.protected, self.boundary, self.scores
 
     def allowance(self, seen: Tensor | int) -> Tensor:
         """Entries that each row may hold once ``seen`` tokens have been processed, float64 ``[N]``."""
         return torch.addcmul(self.turn_tokens, self.ratio, seen - self.excluded)
 
+    @staticmethod
+    def combine(
+        states: Sequence["EvictionState"], combined: Callable[[list[Tensor]], Tensor], scores: Tensor | None = None
+    ) -> "EvictionState":
+        """One state of several, each tensor but the scores ``combined`` from theirs."""
+        by_field = [list(each) for each in zip(*(state.tensors for state in states), strict=True)]
+        ratio, excluded, turns, protected, boundary = map(combined, by_field[:-1])
+        scores = by_field[-1][0].new_empty(0) if scores is None else scores
+        return EvictionState(ratio, excluded, turns, protected, boundary, scores)
+
     def select(self, index: Tensor) -> "EvictionState":
         """The state of the rows at ``index``."""
-        return EvictionState(*(each[index] for each in self.tensors))
-
-    def put(self, rows: slice, other: "EvictionState") -> None:
-        """Overwrite the state of some rows in place."""
-        for own, new in zip(self.tensors, other.tensors, strict=True):
-            own[rows] = fitted(new, own.shape[1]) if own.ndim == 2 else new
+        return EvictionState(*(each[index] for each in self.tensors), rounded=self.rounded)
 
     @staticmethod
     def join(states: Sequence["EvictionState"], padding: Sequence[int], capacity: int) -> "EvictionState":
@@ -117,42 +124,40 @@ class EvictionRule(ABC):
         state.protected = self.protected(rows.held)
         state.boundary = position_at(state.protected, rows, seen)
 
-    def slots(self, rows: Rows, state: EvictionState, seen: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """The slot that the entry of each row's newest token takes.
+    def grows(self, held: Tensor, state: EvictionState, seen: Tensor) -> Tensor:
+        """Which rows hold one entry more with their newest token: those that may, or have none that may go.
 
-        Rows that may hold more entries, or have none that may go, take a vacant slot; the others overwrite the first in
-        :meth:`order`.
+        Elementwise, so that one call answers for the rows of all layers.
 
         Args:
-            rows: with at least one vacant slot in every row that may grow.
+            held: int64 ``[..., N]``, entries held before.
             state: of these rows.
             seen: float64 ``[N]``, tokens seen, the new one included.
-            steps: int64 ``[N]``, 1; 0 for rows whose sequence has left.
 
         Returns:
-            The slots, int64 ``[N]``, and how many entries each row holds more than before, bool or int64 ``[N]``.
+            Bool ``[..., N]``.
         """
-        least = self.protected_now(rows, state) + 1
-        grows = rows.held + 1 <= torch.maximum(state.allowance(seen), least)
-        return self.lowest(rows, state, grows).argmin(-1), grows
+        least = self.protected_now(held, state) + 1
+        return held + 1 <= torch.maximum(state.allowance(seen), least)
 
-    def lowest(self, rows: Rows, state: EvictionState, grows: Tensor) -> Tensor:
-        """Numbers ``[N, C]`` whose first minimum is a vacant slot where ``grows`` ``[N]``, else the first to go."""
+    def slots(self, rows: Rows, state: EvictionState, grows: Tensor) -> Tensor:
+        """The slot that the entry of each row's newest token takes, int64 ``[N]``.
+
+        Rows that grow take a vacant slot, of which they must have one; the others overwrite the first in
+        :meth:`order`.
+        """
         # Of the positions as they are, those of vacant slots are the lowest.
-        return torch.where(grows[:, None], rows.positions, self.order(rows, state))
+        return torch.where(grows[:, None], rows.positions, self.order(rows, state)).argmin(-1)
 
     def excess(self, rows: Rows, state: EvictionState, seen: int) -> Tensor:
-        """Slots to vacate so that the token at position ``seen`` replaces one entry of a row at most, bool ``[N, C]``.
-
-        The number of entries kept of a prompt is rounded, so one more than the allowance can be left.
-        """
+        """Slots to vacate so that the token at position ``seen`` replaces one entry a row at most, bool ``[N, C]``."""
         drops = (rows.held + 1 - state.allowance(seen + 1)).ceil()
-        drops = torch.minimum(drops, (rows.held - self.protected_now(rows, state)).double()) - 1
+        drops = torch.minimum(drops, (rows.held - self.protected_now(rows.held, state)).double()) - 1
         rank = self.order(rows, state).argsort(dim=-1, stable=True).argsort(dim=-1)
         return rank < drops[:, None]
 
-    def protected_now(self, rows: Rows, state: EvictionState) -> Tensor:
-        """How many entries are protected at this token."""
+    def protected_now(self, held: Tensor, state: EvictionState) -> Tensor:
+        """How many of ``held`` entries are protected at this token."""
         return state.protected
 
     def growth(self, rows: Rows, state: EvictionState, seen: int, tokens: int) -> int:
@@ -167,11 +172,11 @@ class Ring(EvictionRule):
         """By age, from the fixed place on."""
         return torch.where(rows.positions >= state.boundary[:, None], rows.positions, NEVER)
 
-    def lowest(self, rows: Rows, state: EvictionState, grows: Tensor) -> Tensor:
-        """:meth:`EvictionRule.lowest` in fewer operations: what a position is ahead of a limit, others far above it."""
-        limit = torch.where(grows, VACANT, state.boundary)
-        # The sign bit is cleared, so that positions before the limit are the largest.
-        return torch.sub(rows.positions, limit[:, None]).bitwise_and_(NEVER)
+    def slots(self, rows: Rows, state: EvictionState, grows: Tensor) -> Tensor:
+        """:meth:`EvictionRule.slots` in fewer operations."""
+        limit = state.boundary.masked_fill(grows, VACANT)
+        # How far each position is ahead of the limit; without the sign bit, positions before it are the largest.
+        return torch.sub(rows.positions, limit[:, None]).bitwise_and_(NEVER).argmin(-1)
 
     def growth(self, rows: Rows, state: EvictionState, seen: int, tokens: int) -> int:
         """Up to the allowance, and one entry more than may not go."""
@@ -198,9 +203,13 @@ class Grow(EvictionRule):
         """None."""
         return torch.zeros_like(rows.positions, dtype=torch.bool)
 
-    def slots(self, rows: Rows, state: EvictionState, seen: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def grows(self, held: Tensor, state: EvictionState, seen: Tensor) -> Tensor:
+        """All rows."""
+        return torch.ones_like(held, dtype=torch.bool)
+
+    def slots(self, rows: Rows, state: EvictionState, grows: Tensor) -> Tensor:
         """The slot after the last one used, without looking at positions."""
-        return rows.used, steps
+        return rows.used
 
 
 @dataclass(frozen=True)
@@ -269,14 +278,14 @@ class HeavyHitter(EvictionRule):
         """The most recent ones, at least the last."""
         return (self.recent * held.double()).round().clamp(min=1).long()
 
-    def protected_now(self, rows: Rows, state: EvictionState) -> Tensor:
+    def protected_now(self, held: Tensor, state: EvictionState) -> Tensor:
         """As many as the entries held now ask for."""
-        return self.protected(rows.held)
+        return self.protected(held)
 
     def order(self, rows: Rows, state: EvictionState) -> Tensor:
         """By score, before the recent entries."""
         # In ascending order of position vacant slots come first.
-        begin = (rows.positions.shape[1] - self.protected_now(rows, state)).clamp(min=0)
+        begin = (rows.positions.shape[1] - self.protected(rows.held)).clamp(min=0)
         recent_from = rows.positions.sort(-1).values.gather(-1, begin[:, None])
         may_go = (rows.positions >= 0) & (rows.positions < recent_from)
         return torch.where(may_go, state.scores, torch.inf)
@@ -298,6 +307,8 @@ def position_at(index: Tensor, rows: Rows, seen: int) -> Tensor:
     return torch.where(index < rows.held, found, coming).int()
 
 
+@torch.inference_mode(False)
 def fitted(scores: Tensor, capacity: int) -> Tensor:
     """Scores ``[N, C]`` for rows of ``capacity`` slots; scores of a rule that does not track attention stay empty."""
-    return functional.pad(scores, (0, capacity - scores.shape[1])) if scores.shape[1] else scores
+    missing = capacity - scores.shape[1]
+    return functional.pad(scores, (0, missing)) if missing and scores.shape[1] else scores

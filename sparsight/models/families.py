@@ -28,6 +28,7 @@ class Family:
             those are is read from the model's config.
         chunked_prefill: whether prefill in chunks gives the same result as unchunked prefill. It does not where image
             tokens attend to each other in both directions, nor where one forward pass needs all of the images.
+        first_position: position id of a prompt's first token.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class Family:
     video: bool = False
     uncompressed_layers: str = ""
     chunked_prefill: bool = True
+    first_position: int = 0
 
     def token_ids(self, config: Any) -> list[int]:
         """Ids of the vision tokens in a model's config."""
@@ -72,7 +74,7 @@ FAMILIES = {
             uncompressed_layers="sliding window",
             chunked_prefill=False,
         ),
-        Family("paligemma", "PaliGemmaForConditionalGeneration", square_grid, chunked_prefill=False),
+        Family("paligemma", "PaliGemmaForConditionalGeneration", square_grid, chunked_prefill=False, first_position=1),
         Family("mistral3", "Mistral3ForConditionalGeneration", single_grid),
         Family(
             "minicpmv4_6",

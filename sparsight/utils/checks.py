@@ -23,6 +23,12 @@ def at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
 
 
+def between(name: str, value: float, least: float, most: float) -> None:
+    """Raise ValueError unless ``value`` is a number from ``least`` to ``most``."""
+    if not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"{name} must be a number from {least} to {most}, got {value!r}.")
+
+
 def window(name: str, value: int | tuple[int, int]) -> None:
     """Raise ValueError unless ``value`` is an odd whole number of at least 1, or two of them."""
     sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)

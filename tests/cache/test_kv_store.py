@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.cache.kv_store import LEAST_GROWTH, growth_step
-from sparsight.cache.step_metadata import StepMetadata
+from sparsight.cache.step_metadata import Lengths
 from tests.cache.stores import attention_over_lists, check_entries, filled
 
 HEADS, SIZE = 2, 8
@@ -105,14 +105,15 @@ def test_any_sequence_of_changes_leaves_what_lists_would_hold(kind, held, steps,
         elif change == "overwrite":
             # Every other row takes a vacant slot, the others overwrite their oldest entry.
             store.reserve(1)
-            added = torch.tensor([1, 0, 1, 0])
+            added = torch.tensor([[1, 0, 1, 0]])
             positions = store.positions
             oldest = positions.masked_fill(positions < 0, 10**6).argmin(-1)
             slots = torch.where(added.bool(), store.used, oldest)
-            step = StepMetadata(2, HEADS, position, None, torch.device("cpu"))
-            step.advance()
-            store.write(keys, values, slots, added, step)
-            rows = [sorted(row, key=lambda e: e[0])[1 - more :] for row, more in zip(rows, added.tolist(), strict=True)]
+            lengths = Lengths(store.held[None], store.used[None])
+            store.share(lengths, 0)
+            lengths.grow(added.bool(), slots)
+            store.write(keys, values, torch.full((4,), position).int(), store.starts + slots[0])
+            rows = [sorted(row, key=lambda e: e[0])[1 - m :] for row, m in zip(rows, added[0].tolist(), strict=True)]
             rows = [[*row, *entries] for row, entries in zip(rows, new, strict=True)]
             position = first = position + 1
         elif all(len(row) > 1 for row in rows):

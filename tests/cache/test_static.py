@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import CompileConfig
 
@@ -18,7 +16,6 @@ from tests.support.models import (
     NO_TEXT_AFTER,
     ONE_IMAGE,
     THREE_IMAGES,
-    Prompt,
     generate,
     inputs,
     logits,
@@ -119,9 +116,9 @@ def test_a_token_is_written_by_few_operations_where_nothing_is_dropped():
             layer._write(keys, keys)
         # What makes no new tensor and changes none costs a GPU nothing.
         counts.append(sum(not function.is_view for function, *_ in recorded.calls))
-    # The places, keys, values and positions, both lengths and what the first of them is made of.
-    assert counts[1] == 7
-    assert counts[0] - counts[1] <= 6
+    # Keys, values and positions; the first layer plans for all.
+    assert counts[1] == 3
+    assert counts[0] - counts[1] <= 12
 
 
 @pytest.mark.parametrize("name", ["vl-cache", "elastic", "h2o"])
@@ -186,77 +183,6 @@ def test_joined_prompts_have_room_too():
         held.append((output.logits, joined.report().held))
     assert_close(held[0][0], held[1][0])
     assert held[0][1] == held[1][1]
-
-
-# Sequences of a running batch
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    name=st.sampled_from(["vl-cache", "elastic", "streaming-llm", "h2o", "adakv"]),
-    row=st.integers(0, 2),
-    before=st.integers(0, 6),
-    empty=st.integers(0, 3),
-    seed=st.integers(0, 100),
-)
-def test_a_row_is_emptied_and_filled_without_touching_its_neighbours(name, row, before, empty, seed):
-    tiny = model("llama")
-    chosen = made(tiny, name)
-    prompts = [inputs("llama", Prompt(0, 30 + 9 * place, 9), seed=seed + place) for place in range(4)]
-    newcomer = prompts.pop(row)
-
-    def alone(prompt):
-        cache = CompressedCache(tiny, chosen, prompt, max_new_tokens=32)
-        tiny(**prompt, past_key_values=cache)
-        return cache
-
-    # The longest prompt makes the batch's storage wide enough for all.
-    wide = inputs("llama", Prompt(0, 70, 9), seed=seed)
-    batch = CompressedCache.join([alone(prompt) for prompt in [*prompts[:row], wide, *prompts[row:]]])
-    references = [alone(prompt) for prompt in [*prompts[:row], wide, *prompts[row:]]]
-    seen = [cache.prompt.length for cache in references]
-
-    def step(rows):
-        """One token of every sequence, of the batch and of each alone."""
-        tokens = [7 + place + sum(seen) % 50 for place in range(4)]
-        together = tiny(
-            input_ids=torch.tensor(tokens)[:, None], past_key_values=batch, position_ids=torch.tensor(seen)[:, None]
-        ).logits
-        for place in rows:
-            lone = tiny(
-                input_ids=torch.tensor([[tokens[place]]]),
-                past_key_values=references[place],
-                position_ids=torch.tensor([[seen[place]]]),
-            ).logits
-            assert_close(together[place], lone[0], rtol=1e-4, atol=1e-4)
-            seen[place] += 1
-
-    others = [place for place in range(4) if place != row]
-    for _ in range(before):
-        step(range(4))
-    for layer in batch.compressed:
-        layer.clear(row)
-    for _ in range(empty):
-        step(others)
-    references[row] = alone(newcomer)
-    seen[row] = references[row].prompt.length
-    for layer, other in zip(batch.compressed, alone(newcomer).compressed, strict=True):
-        layer.put(row, other)
-    for _ in range(6):
-        step(range(4))
-
-
-@pytest.mark.parametrize("name", ["vl-cache", "adakv"])
-def test_a_sequence_that_does_not_fit_is_refused(name):
-    tiny = model("llama")
-    caches = []
-    for length in (20, 400):
-        prompt = inputs("llama", Prompt(0, length, 9))
-        caches.append(CompressedCache(tiny, recipe(name, budget=0.5), prompt, max_new_tokens=4))
-        tiny(**prompt, past_key_values=caches[-1])
-    short, long = (cache.compressed[0] for cache in caches)
-    with pytest.raises(ValueError, match="does not fit in the place of one with"):
-        short.put(0, long)
 
 
 # What records the step

@@ -95,7 +95,11 @@ def test_one_pass_gives_the_attention_and_what_two_passes_tell_of_it(
     assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance)
     assert_close(sums, attention_sums(query, key, 0.3)[0], rtol=1e-5, atol=1e-5)
     if counted:
-        assert zeroed == attention_sums(query[:, rows - counted :], key, 0.3, 0.01)[1]
+        # Rounding decides about weights that lie at the threshold.
+        fewest, most = (
+            attention_sums(query[:, rows - counted :], key, 0.3, 0.01 * near)[1] for near in (1 - 1e-5, 1 + 1e-5)
+        )
+        assert fewest <= zeroed <= most
     else:
         assert zeroed == 0
 

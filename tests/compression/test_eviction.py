@@ -43,16 +43,15 @@ def overwritten_in_slots(rule, kept, ratios, scores=None, seen=None):
     table = torch.zeros(count, max(store.capacities)) if scores is None else scores(store.positions)
     state = EvictionState(ratio, padding.double(), zeros.double(), zeros.long(), zeros.int(), table)
     rule.protect(store, state, seen)
-    store.vacate(rule.excess(store, state, seen))
-    step = StepMetadata(1, count, seen, None, torch.device("cpu"))
+    step = StepMetadata(rule, 1, count, seen, None, torch.device("cpu"))
+    step.add_layer(store, state)
     for position in range(seen, seen + STEPS):
-        store.reserve(1)
+        step.make_room_everywhere(position)
         if rule.tracks_attention:
             state.scores = scores(store.positions)
         step.advance()
-        slots, added = rule.slots(store, state, step.row_seen, step.row_steps)
         key = (position - padding).view(1, count, 1, 1)
-        store.write(key, key, slots, added, step)
+        store.write(key, key, step.row_positions, step.places[0])
         rows = [store.entries(row) for row in range(count)]
         assert store.held.tolist() == [len(positions) for positions, _, _ in rows]
         for (positions, keys, _), missing in zip(rows, padding.tolist(), strict=True):
@@ -115,20 +114,6 @@ def test_the_least_attended_entry_before_the_recent_ones_goes(count, ratio, rece
         return lowest
 
     check(HeavyHitter(recent=recent), [count], [ratio], place, lambda positions: by_position[positions.long()], seen)
-
-
-def test_a_row_whose_sequence_has_left_takes_a_vacant_slot():
-    states = torch.zeros(2, 1, 1, 1)
-    store = DenseStore.allocate([3, 3], states, states)
-    store.fill(0, torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), torch.arange(3).expand(2, -1))
-    store.clear(1)
-    state = EvictionState(
-        *(torch.zeros(2).double() for _ in range(3)), torch.zeros(2).long(), torch.zeros(2).int(), None
-    )
-    steps = torch.tensor([1, 0])
-    for rule in (Grow(), Sliding(sinks=1)):
-        slots, _ = rule.slots(store, state, torch.tensor([4.0, 0.0], dtype=torch.float64), steps)
-        assert store.positions[1, slots[1]] == -1
 
 
 @pytest.mark.parametrize(("index", "position"), [(0, 0), (3, 6), (4, 50), (6, 52)])

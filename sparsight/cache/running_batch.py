@@ -1,0 +1,319 @@
+"""The sequences that decode together: their entries lie in one pool, and each joins and leaves on its own."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsight.attention import decode, kernels
+from sparsight.attention.interface import mark, override_attention
+from sparsight.cache.compressed_cache import CompressedCache, compressible, language_part
+from sparsight.cache.kv_pool import KVPool
+from sparsight.cache.kv_store import KVStore
+from sparsight.cache.step_metadata import Lengths
+from sparsight.compression.eviction import VACANT, EvictionRule, EvictionState
+
+
+class Rows:
+    """Rows of a pool, as an eviction rule reads them.
+
+    Args:
+        pool: where they are.
+        numbers: int64 ``[4, N]``: the first slot of each row, its slots, entries held, and slots up to the last
+            occupied one.
+        longest: slots of the longest row.
+    """
+
+    def __init__(self, pool: KVPool, numbers: Tensor, longest: int) -> None:
+        self.pool, self.longest = pool, longest
+        self.starts, self.capacities, self.held, self.used = numbers
+
+    def by_row(self, flat: Tensor, vacant: float) -> Tensor:
+        """A number of each slot, ``[slots]``, as ``[N, longest]``; ``vacant`` behind the last slot of a shorter row."""
+        slot = torch.arange(self.longest, device=flat.device)
+        beyond = slot >= self.capacities[:, None]
+        return flat[(self.starts[:, None] + slot).masked_fill_(beyond, 0)].masked_fill_(beyond, vacant)
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of the token in each slot, int32 ``[N, longest]``, -1 where the slot is vacant."""
+        return self.by_row(self.pool.positions, VACANT)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sequence of a batch, as the host knows it.
+
+    Attributes:
+        start: where its extent begins.
+        rule: which slot each new entry takes.
+        starts: the first slot of each row, by layer and KV head.
+        capacities: slots of each row, by layer and KV head.
+    """
+
+    start: int
+    rule: EvictionRule
+    starts: list[list[int]]
+    capacities: list[list[int]]
+
+
+class Strip(NamedTuple):
+    """Neighbouring rows of the pool, equally long.
+
+    Attributes:
+        start: the first slot.
+        rows: how many.
+        capacity: slots of each.
+        used: slots of each up to the last occupied one.
+        vacancies: whether some of these are vacant.
+    """
+
+    start: int
+    rows: int
+    capacity: int
+    used: int
+    vacancies: bool
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The used slots of ``flat``, ``[slots, ...]``: a view ``[rows, used, ...]``."""
+        return flat.narrow(0, self.start, self.rows * self.capacity).unflatten(0, (self.rows, -1))[:, : self.used]
+
+
+class _Layer(CacheLayerMixin):
+    """A layer of the model, which the batch answers for."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand new entries through."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Positions are given to the model, so this is not asked for them."""
+        return 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask of a single token is ignored."""
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class RunningBatch(Cache):
+    """The cache for one decode step of all running sequences.
+
+    :meth:`join` moves a sequence here once its prompt is compressed; :meth:`leave` returns its slots. Between them
+    :meth:`advance` and one call of the model, with a token of each sequence, are a decode step. A sequence gets what it
+    would get alone, as it shares no tensor with the others but the pool. Sequences of different methods may run
+    together.
+
+    Args:
+        model: an unmodified transformers model, all of whose layers can be compressed.
+        max_bytes: size of the pool.
+
+    Attributes:
+        pool: the pool, once the first sequence has joined.
+        members: the running sequences, in the order of the batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
+        config = language_part(model).config
+        self._count = len(compressible(config))
+        super().__init__(layers=[_Layer() for _ in range(self._count)])
+        self.max_bytes = max_bytes
+        self.pool: KVPool | None = None
+        self.members: list[Member] = []
+        self._override = override_attention(config)
+        self._device = model.device
+        self._start(0)
+
+    def _start(self, heads: int) -> None:
+        """Begin without a sequence.
+
+        ``_rows`` is int64 ``[5, L, B * heads]``: of each row its start, capacity, entries held, slots used, and the
+        place in the pool that its newest entry takes.
+        """
+        self._heads = heads
+        self._rows = torch.zeros(5, self._count, 0, dtype=torch.int64, device=self._device)
+        whole = self._rows[0]
+        number = whole.double()
+        self._state = EvictionState(number, number, number, whole, whole.int(), number.new_empty(0))
+        self._position = torch.zeros(0, dtype=torch.int64, device=self._device)
+
+    # Sequences that join and leave
+
+    @torch.no_grad()
+    def join(self, cache: CompressedCache, tokens: int) -> bool:
+        """Copy the only sequence of a cache here, with room for ``tokens`` more; whether there is a place for it.
+
+        Args:
+            cache: has seen its prompt and nothing more.
+            tokens: the longest answer, less the token that is known already.
+        """
+        layers, rule = cache.compressed, cache.recipe.decode
+        for layer in layers:
+            layer.drop_excess()
+        stores = [layer.store for layer in layers if layer.store is not None]
+        states = [layer.eviction for layer in layers if layer.eviction is not None]
+        if self.pool is None:
+            self.pool = KVPool(stores[0], self.max_bytes)
+            self._start(stores[0].heads)
+        seen = layers[0].seen
+        growth = [rule.growth(*each, seen, tokens) for each in zip(stores, states, strict=True)]
+        held = torch.stack([store.held for store in stores])
+        capacities = held + torch.tensor(growth, device=held.device)[:, None]
+        start = self.pool.allocate(int(capacities.sum()))
+        if start is None:
+            return False
+        starts = start + capacities.flatten().cumsum(0).view_as(capacities) - capacities
+        for each in zip(stores, states, starts, strict=True):
+            self._fill(*each)
+        rows = torch.stack([starts, capacities, held, held, starts])
+        self._rows = torch.cat([self._rows, rows], dim=2)
+        own = EvictionState.combine(states, torch.stack)
+        self._state = EvictionState.combine([self._state, own], partial(torch.cat, dim=1))
+        self._position = torch.cat([self._position, self._position.new_tensor([seen - 1])])
+        self.members.append(Member(start, rule, starts.tolist(), capacities.tolist()))
+        self._regroup()
+        return True
+
+    def _fill(self, store: KVStore, state: EvictionState, starts: Tensor) -> None:
+        """Copy the entries of a layer to the rows of the pool that begin at ``starts`` ``[H_kv]``."""
+        pool = self._pool()
+        occupied = (store.flat_positions != VACANT).nonzero()[:, 0]
+        before = store.held.cumsum(0) - store.held
+        places = torch.arange(len(occupied), device=occupied.device)
+        places += (starts - before).repeat_interleave(store.held)
+        pool.keys[places] = store.keys.view(-1, store.keys.shape[-1])[occupied]
+        pool.values[places] = store.values.view(-1, store.values.shape[-1])[occupied]
+        pool.positions[places] = store.flat_positions[occupied]
+        if state.scores.shape[1]:
+            pool.scores[places] = store.flattened(state.scores)[occupied]
+
+    def leave(self, index: int) -> None:
+        """Drop a sequence and return its slots."""
+        self._pool().free(self.members.pop(index).start)
+        others = torch.arange(len(self._position), device=self._device) != index
+        rows = others.repeat_interleave(self._heads)
+        self._rows, self._position = self._rows[..., rows], self._position[others]
+        self._state = EvictionState.combine([self._state], lambda each: each[0][:, rows])
+        self._regroup()
+
+    def _regroup(self) -> None:
+        """Sort the rows by the rule that decides about them."""
+        by_rule: dict[EvictionRule, list[int]] = {}
+        for index, member in enumerate(self.members):
+            by_rule.setdefault(member.rule, []).append(index)
+        self._groups = []
+        for rule, indices in by_rule.items():
+            columns = torch.tensor(indices)[:, None] * self._heads + torch.arange(self._heads)
+            longest = max(max(map(max, self.members[index].capacities)) for index in indices)
+            self._groups.append((rule, columns.flatten().to(self._device), longest))
+        self._extents: tuple[list[list[int]], ...] | None = None
+
+    # A decode step
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Choose the slots of each sequence's next token, in all layers at once."""
+        pool = self._pool()
+        self._position = self._position + 1
+        positions = self._position.int().repeat_interleave(self._heads)
+        starts, _, held, used, places = self._rows
+        slots, grows = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.bool)
+        for rule, columns, longest in self._groups:
+            rows = Rows(pool, self._rows[:4, :, columns].flatten(1), longest)
+            scores = rows.by_row(pool.scores, 0) if rule.tracks_attention else None
+            state = EvictionState.combine([self._state], partial(_columns, columns), scores)
+            seen = (positions[columns] + 1).double().repeat(self._count)
+            more = rule.grows(rows.held, state, seen)
+            slots[:, columns] = rule.slots(rows, state, more).view(self._count, -1)
+            grows[:, columns] = more.view(self._count, -1)
+        Lengths(held, used).grow(grows, slots)
+        torch.add(starts, slots, out=places)
+        pool.positions[places.flatten()] = positions.repeat(self._count)
+        # What took the place of an entry does not inherit its score.
+        pool.scores[places.flatten()] = 0
+        self._extents = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention layers: keys ``[B, H_kv, 1, D]`` go on to the attention function, marked."""
+        return mark(key_states, partial(self._attend, layer_idx)), value_states
+
+    def _attend(
+        self, layer: int, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Write the new entries of a layer and attend over all entries held, ``[B, 1, H, D]``."""
+        pool, places = self._pool(), self._rows[4, layer]
+        pool.keys[places], pool.values[places] = key.flatten(0, 2), value.flatten(0, 2)
+        scaling = kwargs.get("scaling")
+        if kernels.usable(query, pool.keys, pool.values):
+            output = self._attend_by_kernel(layer, query, scaling)
+        else:
+            each = enumerate(query.split(1))
+            output = torch.cat([self._attend_one(layer, index, queries, scaling) for index, queries in each])
+        return output.transpose(1, 2).contiguous(), None
+
+    def _attend_by_kernel(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
+        pool, longest = self._pool(), max(longest for *_, longest in self._groups)
+        starts, _, _, used, _ = self._rows[:, layer]
+        states = query, pool.keys, pool.values, pool.positions, starts, used, longest, scaling
+        tracking = [columns for rule, columns, _ in self._groups if rule.tracks_attention]
+        if not tracking:
+            return kernels.attend(*states)
+        output, received = kernels.attend_and_score(*states)
+        slot = torch.arange(received.shape[1], device=received.device)
+        for columns in tracking:
+            inside = slot < used[columns, None]
+            pool.scores[(starts[columns, None] + slot)[inside]] += received[columns][inside]
+        return output
+
+    def _attend_one(self, layer: int, index: int, query: Tensor, scaling: float | None) -> Tensor:
+        """Attention of one sequence's token ``[1, H, 1, D]``, on a CPU."""
+        strips = self._strips(layer, index)
+        queries = query.chunk(len(strips), dim=1)
+        return torch.cat([self._attend_strip(*each, index, scaling) for each in zip(strips, queries, strict=True)], 1)
+
+    def _attend_strip(self, strip: Strip, query: Tensor, index: int, scaling: float | None) -> Tensor:
+        pool = self._pool()
+        keys, values = strip.of(pool.keys)[None], strip.of(pool.values)[None]
+        occupied = (strip.of(pool.positions) != VACANT)[None] if strip.vacancies else None
+        if not self.members[index].rule.tracks_attention:
+            return decode.attend(query, keys, values, occupied, None, scaling)
+        output, received = decode.attend_and_score(query, keys, values, occupied, None, scaling)
+        strip.of(pool.scores).add_(received[0])
+        return output
+
+    def _strips(self, layer: int, index: int) -> list[Strip]:
+        """A sequence's rows in a layer: one strip where all are equally long, else one each."""
+        if self._extents is None:
+            held, used = self._rows[2:4].unflatten(2, (-1, self._heads))
+            self._extents = used.amin(-1).tolist(), used.amax(-1).tolist(), held.amin(-1).tolist()
+        shortest, longest, fewest = (each[layer][index] for each in self._extents)
+        starts, capacities = (each[layer] for each in (self.members[index].starts, self.members[index].capacities))
+        if shortest == longest and min(capacities) == max(capacities):
+            return [Strip(starts[0], self._heads, capacities[0], longest, fewest < longest)]
+        rows = slice(index * self._heads, (index + 1) * self._heads)
+        by_row = zip(starts, capacities, *self._rows[2:4, layer, rows].tolist(), strict=True)
+        return [Strip(start, 1, capacity, used, held < used) for start, capacity, held, used in by_row]
+
+    def _pool(self) -> KVPool:
+        assert self.pool is not None
+        return self.pool
+
+
+def _columns(columns: Tensor, states: list[Tensor]) -> Tensor:
+    """Some columns of one tensor ``[L, N]``, flattened."""
+    return states[0][:, columns].flatten()
