@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from sparsight.cache import CompressedCache
     from sparsight.cache.report import Report
     from sparsight.compression.recipe import Recipe
+    from sparsight.engine.engine import Engine
     from sparsight.engine.model_runner import generate
+    from sparsight.engine.request import Completion, Handle, RequestError
     from sparsight.engine.sampling import SamplingParams
     from sparsight.methods import (
         RECIPES,
@@ -24,13 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RECIPES",
+    "Completion",
     "CompressedCache",
     "ElasticCache",
+    "Engine",
     "ExpectedAttention",
+    "Handle",
     "InfiniPotV",
     "KVzip",
     "Recipe",
     "Report",
+    "RequestError",
     "SamplingParams",
     "Sparsight",
     "VLCache",
@@ -42,13 +48,17 @@ __all__ = [
 
 _MODULES = {
     "RECIPES": "sparsight.methods",
+    "Completion": "sparsight.engine.request",
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
+    "Engine": "sparsight.engine.engine",
     "ExpectedAttention": "sparsight.methods",
+    "Handle": "sparsight.engine.request",
     "InfiniPotV": "sparsight.methods",
     "KVzip": "sparsight.methods",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
+    "RequestError": "sparsight.engine.request",
     "SamplingParams": "sparsight.engine.sampling",
     "Sparsight": "sparsight.methods",
     "VLCache": "sparsight.methods",

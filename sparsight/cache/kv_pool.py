@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.cache.dense_store import vacant_slots
 from sparsight.cache.kv_store import KVStore
+from sparsight.compression.eviction import VACANT
 
 
 class KVPool:
@@ -23,7 +23,7 @@ class KVPool:
     Attributes:
         keys: ``[slots, D]``.
         values: ``[slots, D_v]``.
-        positions: int32 ``[slots]``, the position of each slot's token, -1 where the slot is vacant.
+        positions: int32 ``[slots]``, the position of each slot's token, -1 where a slot of a sequence is vacant.
         scores: float32 ``[slots]``, the attention that each slot's entry received, for rules that track it.
         extents: first slot and number of slots of each sequence.
     """
@@ -35,7 +35,7 @@ class KVPool:
         self.slots = max_bytes // self.slot_bytes
         self.keys, self.values = (zeros(self.slots, size, like.keys.dtype, device) for size in sizes)
         self.scores = zeros(self.slots, 1, torch.float32, device)[:, 0]
-        self.positions = vacant_slots(self.slots, device)
+        self.positions = zeros(self.slots, 1, torch.int32, device)[:, 0]
         self.extents: dict[int, int] = {}
         self._free = [(0, self.slots)]
 
@@ -50,7 +50,7 @@ class KVPool:
             if gap >= count:
                 self._free[index : index + 1] = [(start + count, gap - count)] if gap > count else []
                 self.extents[start] = count
-                self.positions[start : start + count] = -1
+                self.positions[start : start + count] = VACANT
                 return start
         return None
 

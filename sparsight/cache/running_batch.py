@@ -200,6 +200,11 @@ class RunningBatch(Cache):
         if state.scores.shape[1]:
             pool.scores[places] = store.flattened(state.scores)[occupied]
 
+    @property
+    def newest_bytes(self) -> int:
+        """Bytes of the pool that the newest sequence has."""
+        return self._pool().extents[self.members[-1].start] * self._pool().slot_bytes
+
     def leave(self, index: int) -> None:
         """Drop a sequence and return its slots."""
         self._pool().free(self.members.pop(index).start)

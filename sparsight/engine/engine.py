@@ -1,0 +1,441 @@
+"""The engine: requests join and leave one running batch, each with its own compressed cache."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from collections.abc import Sequence as Several
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsight.cache.layer import CompressedLayer
+from sparsight.cache.running_batch import RunningBatch
+from sparsight.compression.recipe import Recipe
+from sparsight.engine.positions import decode_positions
+from sparsight.engine.prompt_runner import PromptRunner
+from sparsight.engine.request import Handle
+from sparsight.engine.sampling import SamplingParams, sample
+from sparsight.engine.sequence import Sequence
+from sparsight.engine.vision_cache import VisionCache
+from sparsight.methods import Sparsight
+from sparsight.methods import recipe as recipe_by_name
+from sparsight.models.images import open_image
+from sparsight.models.inputs import apply_chat_template, check_length, prepare
+from sparsight.models.loading import Checkpoint
+from sparsight.utils import checks
+from sparsight.utils.text import first_sentence
+
+WORKERS = 2
+"""Threads that open images and tokenise prompts."""
+
+VISION_BYTES = 2**28
+"""Bytes of vision features that are kept for images that come again."""
+
+
+@dataclass
+class _Request:
+    """A request that waits for its prefill."""
+
+    handle: Handle
+    recipe: Recipe
+    params: SamplingParams
+    inputs: "Future[Any]"
+
+
+class Engine:
+    """Generates the answers to many requests at once; each gets the tokens that it would get alone.
+
+    ::
+
+        engine = sparsight.Engine(model, processor, recipe="vl-cache")
+        handle = engine.add("What does the sign say?", [image])
+        for piece in handle:
+            print(piece.text, end="")
+
+    A step is at most one chunk of one prompt and one token of every running answer. Requests are taken up in the order
+    in which they came, as soon as what they will hold at their longest fits into ``kv_memory``.
+
+    Args:
+        model: an unmodified transformers model.
+        processor: its processor.
+        recipe: how prompts are compressed, unless a request has a recipe of its own: a :class:`~sparsight.Recipe` or a
+            method's name.
+        kv_memory: bytes for the compressed caches, or a fraction of the memory that is free now.
+        max_running: answers that are generated at the same time, at most.
+        prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
+
+    Raises:
+        ValueError: an argument is out of range, or there is no such method.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        recipe: Recipe | str | None = None,
+        *,
+        kv_memory: float = 0.5,
+        max_running: int = 64,
+        prefill_chunk: int | None = 512,
+    ) -> None:
+        checks.count("max_running", max_running, least=1)
+        if prefill_chunk is not None:
+            checks.count("prefill_chunk", prefill_chunk, least=2)
+        self.model, self.processor = model, processor
+        self.recipe = _recipe(recipe)
+        self.kv_bytes = int(kv_memory * free_bytes(model.device)) if 0 < kv_memory <= 1 else int(kv_memory)
+        self.max_running, self.prefill_chunk = max_running, prefill_chunk
+        self._checkpoint = Checkpoint(str(model.name_or_path), model.config, processor)
+        self._batch = RunningBatch(model, self.kv_bytes)
+        self._vision = VisionCache(model, VISION_BYTES)
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="sparsight")
+        self._lock = threading.Lock()
+        self._closed = False
+        self._waiting: deque[_Request] = deque()
+        self._prompt: tuple[_Request, PromptRunner, float] | None = None
+        # Compressed prompts for which the pool has no gap yet, running sequences in the order of the batch, and those
+        # that decode on their own, as some of their layers cannot be in a pool.
+        self._ready: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._alone: list[Sequence] = []
+
+    # Requests
+
+    def add(
+        self,
+        prompt: str | None = None,
+        images: Several[Image | str | Path] = (),
+        *,
+        messages: Several[Mapping[str, Any]] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        recipe: Recipe | str | None = None,
+        params: SamplingParams | None = None,
+    ) -> Handle:
+        """Give the engine a request: a question about images, a conversation, or prepared inputs.
+
+        Args:
+            prompt: the question.
+            images: PIL images or paths, in the order of the prompt.
+            messages: a conversation ``[{"role": ..., "content": [...]}, ...]`` with images in its content.
+            inputs: what the processor returned for one prompt.
+            recipe: how this prompt is compressed.
+            params: how the answer is sampled and what ends it; the model's own defaults if None.
+
+        Returns:
+            A handle, whose iterator yields the answer. What is wrong with images or the prompt is raised there.
+
+        Raises:
+            ValueError: there is not exactly one of ``prompt``, ``messages`` and ``inputs``, another argument is wrong,
+                or the engine is closed.
+        """
+        if sum(each is not None for each in (prompt, messages, inputs)) != 1:
+            raise ValueError("A request has one of prompt, messages and inputs.")
+        if self._closed:
+            raise ValueError("The engine is closed.")
+        if params is None:
+            params = SamplingParams.from_generation_config(_generation_config(self.model))
+        if params.n > self.max_running:
+            raise ValueError(f"n must be at most the engine's max_running, {self.max_running}, got {params.n}.")
+        chosen = self.recipe if recipe is None else _recipe(recipe)
+        handle = Handle(params.n, self._drive)
+        future = self._workers.submit(self._prepare, prompt, list(images), messages, inputs, params.max_new_tokens)
+        with self._lock:
+            self._waiting.append(_Request(handle, chosen, params, future))
+        return handle
+
+    def abort(self, handle: Handle) -> None:
+        """End a request: its answers are cut off where they are, and its memory is free after the next step."""
+        handle.aborted = True
+
+    def close(self) -> None:
+        """End all requests."""
+        with self._lock:
+            self._closed = True
+            for request in self._waiting:
+                request.handle.aborted = True
+            for sequence in (*self._ready, *self._running, *self._alone):
+                sequence.handle.aborted = True
+            if self._prompt:
+                self._prompt[0].handle.aborted = True
+            self._drop_aborted()
+        self._workers.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(
+        self,
+        prompt: str | None,
+        images: list[Image | str | Path],
+        messages: Several[Mapping[str, Any]] | None,
+        inputs: Mapping[str, Any] | None,
+        max_new_tokens: int,
+    ) -> Mapping[str, Any]:
+        """The model's inputs for a request, in a worker's thread."""
+        if messages is not None:
+            inputs = apply_chat_template(self.processor, [list(messages)])
+        elif prompt is not None:
+            opened = [each if isinstance(each, Image) else open_image(each) for each in images]
+            inputs = prepare(self._checkpoint, opened, prompt)
+        assert inputs is not None
+        check_length(self.model.config, inputs, max_new_tokens)
+        return inputs
+
+    # Steps
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request that has not ended."""
+        return bool(self._waiting or self._prompt or self._ready or self._running or self._alone)
+
+    def step(self) -> bool:
+        """Process at most one chunk of one prompt, and generate one token of every running answer.
+
+        Returns:
+            Whether there is more to do.
+        """
+        with self._lock:
+            self._step()
+            return self.busy
+
+    def run(self) -> None:
+        """Step until all requests have ended."""
+        while self.step():
+            pass
+
+    def _drive(self, handle: Handle) -> None:
+        """Step once, unless another thread did and there is something new for the handle."""
+        with self._lock:
+            if not handle.has_news:
+                self._step()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self._drop_aborted()
+        self._place()
+        self._prefill()
+        self._decode()
+
+    def _drop_aborted(self) -> None:
+        for request in [each for each in self._waiting if each.handle.aborted]:
+            self._waiting.remove(request)
+            request.inputs.cancel()
+            request.handle.fail("The request was aborted before its prompt was processed.")
+        if self._prompt and self._prompt[0].handle.aborted:
+            self._prompt[0].handle.fail("The request was aborted before its prompt was processed.")
+            self._prompt = None
+        for sequence in (*self._ready, *self._running, *self._alone):
+            if sequence.handle.aborted:
+                sequence.end("aborted")
+        self._drop_finished()
+
+    def _drop_finished(self) -> None:
+        """Return the memory of sequences that have ended."""
+        for index in reversed(range(len(self._running))):
+            if self._running[index].finished:
+                self._batch.leave(index)
+                del self._running[index]
+        self._ready = [each for each in self._ready if not each.finished]
+        self._alone = [each for each in self._alone if not each.finished]
+
+    # Prefill
+
+    def _admit(self) -> tuple[_Request, PromptRunner, float] | None:
+        """The next request whose prompt can be processed now."""
+        while self._waiting:
+            request = self._waiting[0]
+            if not request.inputs.done() and (self._running or self._alone):
+                return None
+            try:
+                inputs = _to_device(request.inputs.result(), self.model)
+                needed = self._most_bytes(inputs["input_ids"], request)
+                if needed > self.kv_bytes:
+                    raise ValueError(
+                        f"The request may need {needed:,} bytes of KV memory, and the engine has {self.kv_bytes:,}: "
+                        "give it a larger kv_memory, or the request a smaller budget or max_new_tokens."
+                    )
+                sequences = [*self._ready, *self._running, *self._alone]
+                taken = sum(each.kv_bytes for each in sequences)
+                if len(sequences) + request.params.n > self.max_running or taken + needed > self.kv_bytes:
+                    return None
+                self._waiting.popleft()
+                runner = PromptRunner(self.model, request.recipe, inputs, self.prefill_chunk, self._vision)
+                return request, runner, 0.0
+            # Whatever is wrong with a request ends that request alone.
+            except Exception as error:
+                if self._waiting and self._waiting[0] is request:
+                    self._waiting.popleft()
+                request.handle.fail(_sentence(error))
+        return None
+
+    def _most_bytes(self, ids: Tensor, request: _Request) -> int:
+        """Bytes that a request's answers hold at their longest."""
+        config = self.model.config.get_text_config(decoder=True)
+        kept = min(round(request.recipe.budget * ids.shape[1]) + 1, ids.shape[1])
+        slots = (kept + request.params.max_new_tokens) * request.params.n * config.num_hidden_layers
+        return slots * token_bytes(config, self.model.dtype)
+
+    def _prefill(self) -> None:
+        """Process the next chunk of the oldest prompt; after the last one its answers begin."""
+        if self._prompt is None and not self._ready:
+            self._prompt = self._admit()
+        if self._prompt is None:
+            return
+        request, runner, seconds = self._prompt
+        started = time.perf_counter()
+        try:
+            logits = runner.step()
+            seconds += time.perf_counter() - started
+            self._prompt = request, runner, seconds
+            if logits is not None:
+                self._prompt = None
+                self._begin(request, runner, logits, seconds)
+        except Exception as error:
+            self._prompt = None
+            request.handle.fail(_sentence(error))
+
+    def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor, seconds: float) -> None:
+        """Sample the first token of each answer to a prompt."""
+        handle, params, report = request.handle, request.params, runner.cache.report()
+        ends = params.end_token_ids(_generation_config(self.model))
+        ids, tokenizer = runner.input_ids, self.processor.tokenizer
+        sequences = [
+            Sequence(handle, index, params, ends, ids, runner.next_position, runner.cache, report, tokenizer, seconds)
+            for index in range(params.n)
+        ]
+        needed = self._most_bytes(ids, request) // params.n
+        tokens = sample([each.sampler for each in sequences], logits.expand(params.n, -1))
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if isinstance(token, ValueError):
+                raise token
+            sequence.kv_bytes = needed
+            sequence.append(token)
+        unfinished = [each for each in sequences if not each.finished]
+        if all(isinstance(layer, CompressedLayer) for layer in runner.cache.layers):
+            self._ready += unfinished
+            self._place()
+        else:
+            self._alone += [each if each.index == 0 else each.with_cache_of_its_own() for each in unfinished]
+
+    def _place(self) -> None:
+        """Move compressed prompts to the pool, as far as there are gaps for them."""
+        while self._ready:
+            sequence = self._ready[0]
+            if not self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1):
+                if self._running:
+                    return
+                sequence.handle.fail("The compressed prompt is larger than the engine's KV memory.")
+                sequence.finished = "error"
+            else:
+                sequence.kv_bytes = self._batch.newest_bytes
+                self._running.append(sequence)
+            del self._ready[0], sequence.cache
+
+    # Decoding
+
+    def _decode(self) -> None:
+        """Generate one token of every running answer."""
+        if self._running:
+            self._batch.advance()
+            self._sample(self._running, self._batch_logits())
+        for sequence in self._alone:
+            try:
+                self._sample([sequence], self._logits([sequence], sequence.cache))
+            except Exception as error:
+                self._fail(sequence, error)
+        self._drop_finished()
+
+    def _batch_logits(self) -> Tensor | None:
+        """Logits ``[B, V]`` of the running batch. If memory runs out, its newest sequences end until it does not."""
+        while self._running:
+            try:
+                return self._logits(self._running, self._batch)
+            except (MemoryError, RuntimeError) as error:
+                newest = self._running.pop()
+                self._batch.leave(len(self._running))
+                self._fail(newest, error)
+        return None
+
+    def _logits(self, sequences: list[Sequence], cache: Any) -> Tensor:
+        device = self.model.device
+        tokens = torch.tensor([[each.newest] for each in sequences], device=device)
+        positions = torch.tensor([each.next_position for each in sequences], device=device)
+        # The cache knows which slots are occupied; a mask of four dimensions is not built anew by the model.
+        mask = torch.ones(len(sequences), 1, 1, 1, dtype=torch.bool, device=device) if cache is self._batch else None
+        output: Any = self.model(
+            input_ids=tokens,
+            position_ids=decode_positions(self.model, positions),
+            attention_mask=mask,
+            past_key_values=cache,
+        )
+        return output.logits[:, -1]
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor | None) -> None:
+        if logits is None:
+            return
+        for sequence, token in zip(sequences, sample([each.sampler for each in sequences], logits), strict=True):
+            sequence.next_position += 1
+            if isinstance(token, ValueError):
+                self._fail(sequence, token)
+            else:
+                sequence.append(token)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.handle.fail(_sentence(error))
+        sequence.finished = "error"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device, memory that torch has cached included."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys, values, position and score in one layer of a language part."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads * (2 * size * dtype.itemsize + 8)
+
+
+def _recipe(recipe: Recipe | str | None) -> Recipe:
+    if recipe is None:
+        return Sparsight()
+    if isinstance(recipe, str):
+        return recipe_by_name(recipe)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got a {type(recipe).__name__}.")
+    return recipe
+
+
+def _generation_config(model: PreTrainedModel) -> Any:
+    return model.generation_config
+
+
+def _to_device(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Inputs on the model's device, floating-point ones of its dtype."""
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        moved[name] = value
+    return moved
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "There is not enough memory for the request."
+    return first_sentence(error)

@@ -1,0 +1,128 @@
+"""What a user has in hand of a request: its text while it arrives, and what became of it."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sparsight.cache.report import Report
+from sparsight.engine.sampling import Sampled
+
+
+class RequestError(Exception):
+    """A request that failed; the engine and all other requests go on."""
+
+
+class Piece(NamedTuple):
+    """What a new token added to an answer.
+
+    Attributes:
+        answer: which of the request's ``n`` answers.
+        text: new text, complete characters only; may be empty.
+        token: the token, or None where text that was held back follows the last one.
+    """
+
+    answer: int
+    text: str
+    token: Sampled | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One complete answer.
+
+    Attributes:
+        text: the answer, without special tokens and without the stop string.
+        tokens: its tokens, the one that ended it included.
+        finish_reason: ``stop`` (the model or a stop string ended it), ``length`` or ``aborted``.
+        report: what the cache kept of the prompt.
+        prefill_seconds: time that the engine worked on the prompt, its own and all answers'.
+        decode_seconds: time from the first token to the last.
+    """
+
+    text: str
+    tokens: tuple[Sampled, ...]
+    finish_reason: str
+    report: Report
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of the tokens."""
+        return [token.token_id for token in self.tokens]
+
+
+class Handle:
+    """A request that was given to an engine.
+
+    Iterating over it, also asynchronously, yields :class:`Piece` by piece and lets the engine work where nobody else
+    does; :meth:`wait` returns the complete answers.
+
+    Args:
+        number: how many answers there will be.
+        drive: lets the engine work until there is something new for a handle.
+    """
+
+    def __init__(self, number: int, drive: Callable[["Handle"], None]) -> None:
+        self._drive = drive
+        self._pieces: deque[Piece] = deque()
+        self._completions: list[Completion | None] = [None] * number
+        self.error: RequestError | None = None
+        self.aborted = False
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.error is not None or all(each is not None for each in self._completions)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a piece waits to be read, or nothing more will come."""
+        return bool(self._pieces) or self.done
+
+    def __iter__(self) -> Iterator[Piece]:
+        while True:
+            while self._pieces:
+                yield self._pieces.popleft()
+            if self.done:
+                return self._raise()
+            self._drive(self)
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        while True:
+            while self._pieces:
+                yield self._pieces.popleft()
+            if self.done:
+                self._raise()
+                return
+            await asyncio.to_thread(self._drive, self)
+
+    def wait(self) -> list[Completion]:
+        """The complete answers, in order.
+
+        Raises:
+            RequestError: the request failed, in one sentence.
+        """
+        for _ in self:
+            pass
+        return [each for each in self._completions if each is not None]
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    # For the engine
+
+    def push(self, piece: Piece) -> None:
+        """Hand a piece to the reader."""
+        self._pieces.append(piece)
+
+    def complete(self, index: int, completion: Completion) -> None:
+        """End one of the answers."""
+        self._completions[index] = completion
+
+    def fail(self, sentence: str) -> None:
+        """End the request."""
+        self.error, self.aborted = self.error or RequestError(sentence), True

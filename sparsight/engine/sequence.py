@@ -1,0 +1,98 @@
+"""One running sequence: what belongs to an answer, whatever else runs."""
+
+import copy
+import time
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsight.cache import CompressedCache
+from sparsight.cache.report import Report
+from sparsight.engine.request import Completion, Handle, Piece
+from sparsight.engine.sampling import Sampled, Sampler, SamplingParams
+from sparsight.engine.text_stream import TextStream
+
+
+class Sequence:
+    """The tokens, the text and the sampling state of one answer.
+
+    Args:
+        handle: the request's handle, which gets the pieces and the completion.
+        index: which of the request's answers.
+        params: how it is sampled, and what ends it.
+        end_token_ids: tokens that end it.
+        prompt_ids: the prompt, ``[1, T]``.
+        next_position: position of the answer's first token.
+        cache: the compressed prompt.
+        report: what was kept of it.
+        tokenizer: turns tokens into text.
+        prefill_seconds: time that the prompt took.
+
+    Attributes:
+        finished: why it has ended, if it has.
+        kv_bytes: memory that it may come to hold.
+    """
+
+    kv_bytes = 0
+
+    def __init__(
+        self,
+        handle: Handle,
+        index: int,
+        params: SamplingParams,
+        end_token_ids: frozenset[int],
+        prompt_ids: Tensor,
+        next_position: int,
+        cache: CompressedCache,
+        report: Report,
+        tokenizer: PreTrainedTokenizerBase,
+        prefill_seconds: float,
+    ) -> None:
+        self.handle, self.index, self.params = handle, index, params
+        self.next_position, self.cache, self.report = next_position, cache, report
+        self.sampler = Sampler(params, prompt_ids, index)
+        self.tokens: list[Sampled] = []
+        self.finished: str | None = None
+        self._end_token_ids = end_token_ids
+        self._stream = TextStream(tokenizer, params.stop)
+        self._text = ""
+        self._prefill_seconds, self._started = prefill_seconds, time.perf_counter()
+
+    def with_cache_of_its_own(self) -> "Sequence":
+        """This sequence with a copy of the cache, which others of the request change too."""
+        self.cache = copy.deepcopy(self.cache)
+        return self
+
+    @property
+    def newest(self) -> int:
+        """The newest token, which the model has not processed."""
+        return self.tokens[-1].token_id
+
+    def append(self, token: Sampled) -> None:
+        """Take a new token, and end where it ends the answer."""
+        self.tokens.append(token)
+        text = ""
+        if token.token_id in self._end_token_ids:
+            self.finished = "stop"
+        else:
+            text = self._stream.push(token.token_id)
+            if self._stream.stopped is not None:
+                self.finished = "stop"
+            elif len(self.tokens) == self.params.max_new_tokens:
+                self.finished = "length"
+        self._push(text, token)
+        if self.finished:
+            self.end(self.finished)
+
+    def end(self, reason: str) -> None:
+        """End the answer."""
+        self.finished = reason
+        rest = self._stream.finish()
+        if rest:
+            self._push(rest, None)
+        seconds = self._prefill_seconds, time.perf_counter() - self._started
+        self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, self.report, *seconds))
+
+    def _push(self, text: str, token: Sampled | None) -> None:
+        self._text += text
+        self.handle.push(Piece(self.index, text, token))
