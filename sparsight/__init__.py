@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from sparsight.batch_inference.api import batch
     from sparsight.cache import CompressedCache
     from sparsight.cache.report import Report
+    from sparsight.compression import BACON, MixKV
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.engine import Engine
     from sparsight.engine.model_runner import generate
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from sparsight.engine.sampling import SamplingParams
     from sparsight.methods import (
         RECIPES,
+        TGVKV,
         ElasticCache,
         ExpectedAttention,
         InfiniPotV,
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from sparsight.models.loading import load
 
 __all__ = [
+    "BACON",
     "RECIPES",
+    "TGVKV",
     "Completion",
     "CompressedCache",
     "ElasticCache",
@@ -34,6 +38,7 @@ __all__ = [
     "Handle",
     "InfiniPotV",
     "KVzip",
+    "MixKV",
     "Recipe",
     "Report",
     "RequestError",
@@ -47,7 +52,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BACON": "sparsight.compression",
     "RECIPES": "sparsight.methods",
+    "TGVKV": "sparsight.methods",
     "Completion": "sparsight.engine.request",
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
@@ -56,6 +63,7 @@ _MODULES = {
     "Handle": "sparsight.engine.request",
     "InfiniPotV": "sparsight.methods",
     "KVzip": "sparsight.methods",
+    "MixKV": "sparsight.compression",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",
     "RequestError": "sparsight.engine.request",

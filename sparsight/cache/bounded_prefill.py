@@ -1,6 +1,7 @@
 """Statistics of a prefill whose memory is bounded: each layer holds at most a multiple of the budget."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,12 +59,22 @@ class BoundedPrefill(Prefill):
     its newest queries, and the chunks that follow attend only to what is left: an approximation.
 
     Attributes:
+        earlier: for each sequence, what the scores of the layers before this one have left.
         remaining: once something has been cut, what :meth:`entries` returns for each sequence; :attr:`keys` and
             :attr:`values` are empty from then on.
     """
 
-    def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor, bound: float) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompt: Prompt,
+        keys: Tensor,
+        values: Tensor,
+        bound: float,
+        earlier: Sequence[list[Tensor]] | None = None,
+    ) -> None:
         super().__init__(recipe, prompt, keys, values)
+        self.earlier = earlier
         self.remaining: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.allowances = [allowance(bound, recipe.budget, span.length) for span in prompt.spans]
 
@@ -104,7 +115,7 @@ class BoundedPrefill(Prefill):
         """Cut every sequence to its allowance, once its newest queries ``[B, H, q, D]`` have been observed."""
         complete = self.seen >= self.prompt.length
         if complete:
-            super().finish()
+            super().finish(self.earlier)
         every = [self.entries(sequence) for sequence in range(len(self.allowances))]
         excess = [states[0].shape[1] > most for states, most in zip(every, self.allowances, strict=True)]
         if not any(excess):
@@ -135,7 +146,7 @@ class BoundedPrefill(Prefill):
             self._accumulate(attention, sequence, newest, query, scaling)
         return self.importance(sequence, attention.total)
 
-    def finish(self) -> None:
+    def finish(self, earlier: Sequence[list[Tensor]] | None = None) -> None:
         """Nothing to do: the last :meth:`cut` has made the scores."""
 
     def entries(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:

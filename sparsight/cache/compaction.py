@@ -69,11 +69,12 @@ def begin_eviction(prefill: Prefill, ratios: Sequence[KeepRatio], store: KVStore
 
 
 def _scores_of(prefill: Prefill, store: KVStore) -> Tensor:
-    """The prompt's score of the entry in each slot, float32 ``[N, C]``."""
+    """What the decode rule starts from, the prompt's score of the entry in each slot, float32 ``[N, C]``."""
     positions = store.positions.unflatten(0, (-1, store.heads))
     found = []
     for score, span, own in zip(prefill.scores, prefill.prompt.spans, positions, strict=True):
         places = (own - span.start).long()
         of_prompt = (places >= 0) & (places < span.length)
-        found.append(score.gather(1, places.clamp(0, span.length - 1)) * of_prompt)
+        scores = score.gather(1, places.clamp(0, span.length - 1)) * of_prompt
+        found.append(prefill.recipe.decode.first_scores(scores, places, span))
     return torch.cat(found)

@@ -27,6 +27,7 @@ class CompressedLayer(CacheLayerMixin):
         first: the first layer of the cache, None if this is it.
         seen: tokens seen, padding included; positions follow it. With static storage :meth:`sync_lengths` updates it.
         prefill: the prompt so far, until it is compacted.
+        earlier: in the first layer of a bounded prefill, what the scores of the layers so far have left for later ones.
         store: the entries held from then on.
         eviction: which of them may go.
         step: where the sequences are, shared with the other layers of the device.
@@ -78,6 +79,7 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt = prompt
         self.seen = 0
         self.prefill: Prefill | None = None
+        self.earlier: list[list[Tensor]] = [[] for _ in prompt.spans]
         self.store: KVStore | None = None
         self.eviction: EvictionState | None = None
         self.step: StepMetadata | None = None
@@ -113,7 +115,10 @@ class CompressedLayer(CacheLayerMixin):
             return prefill.attend_cut(query, key, value, scaling), None
         if prefill is None:
             first = self.recipe, self.prompt, key, value
-            self.prefill = prefill = Prefill(*first) if self.bound is None else BoundedPrefill(*first, self.bound)
+            earlier = (self.first or self).earlier
+            self.prefill = prefill = (
+                Prefill(*first) if self.bound is None else BoundedPrefill(*first, self.bound, earlier)
+            )
         else:
             prefill.extend(key, value)
             key, value = prefill.keys, prefill.values
@@ -131,7 +136,7 @@ class CompressedLayer(CacheLayerMixin):
     def compact(self, ratios: Sequence[KeepRatio]) -> None:
         """Keep ``ratios[b]`` of each sequence's prompt, and free the rest."""
         assert self.prefill is not None
-        prefill, self.prefill = self.prefill, None
+        prefill, self.prefill, self.earlier = self.prefill, None, []
         self.store, self.kept, self.cut_short = compact(prefill, ratios)
         self.exact = prefill.exact
         self.eviction = begin_eviction(prefill, ratios, self.store)
@@ -192,7 +197,7 @@ class CompressedLayer(CacheLayerMixin):
         store, state = self._decoding()
         if self.recipe.decode.tracks_attention:
             output, received = store.attend_and_score(query, mask, scaling)
-            state.scores.add_(received.detach())
+            self.recipe.decode.record(state.scores, received.detach())
         else:
             output = store.attend(query, mask, scaling)
         return output

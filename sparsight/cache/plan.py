@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sparsight.cache.prefill import Prefill
 from sparsight.compression.allocate import KeepRatio, gather_to_cpu
@@ -24,8 +25,7 @@ class Plan:
 
 def make_plan(prefills: Sequence[Prefill]) -> Plan:
     """The plan for layers that have seen the complete prompt; waits for the GPU a constant number of times."""
-    for prefill in prefills:
-        prefill.finish()
+    finish(prefills)
     counts = gather_to_cpu(torch.stack([prefill.zeroed, prefill.visible]) for prefill in prefills)
     sparsity = [_sparsity(prefill, *layer) for prefill, layer in zip(prefills, counts.tolist(), strict=True)]
     recipe = prefills[0].recipe
@@ -35,6 +35,13 @@ def make_plan(prefills: Sequence[Prefill]) -> Plan:
         statistics = [prefill.statistics(sequence, values[sequence]) for prefill, values in layers]
         by_sequence.append(recipe.allocate.shares(statistics, recipe.budget))
     return Plan(sparsity, [list(layer) for layer in zip(*by_sequence, strict=True)])
+
+
+def finish(prefills: Sequence[Prefill]) -> None:
+    """Turn what each layer has accumulated into scores, from the first layer to the last."""
+    earlier: list[list[Tensor]] = [[] for _ in prefills[0].prompt.spans]
+    for prefill in prefills:
+        prefill.finish(earlier)
 
 
 def _sparsity(prefill: Prefill, zeroed: Sequence[int], visible: Sequence[int]) -> list[float]:

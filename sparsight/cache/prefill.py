@@ -1,10 +1,12 @@
 """Stage 1, statistics: one layer's keys and values of the prompt, and what its queries say about them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparsight.attention.rope import Rotation
-from sparsight.compression import PostVision
+from sparsight.compression import PostVision, TextVision
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.attention_statistics import attend_and_sum, visible_pairs
 from sparsight.compression.recipe import Recipe
@@ -19,6 +21,7 @@ class Prefill:
         seen: tokens seen, padding included.
         keys, values: ``[B, H_kv, seen, D]``.
         attention: for each sequence, what its score has accumulated so far, until :meth:`finish`.
+        post_vision: the same of its post-vision queries, for allocations that use it.
         scores: ``[H_kv, T_b]`` for each sequence, once :meth:`finish` has been called.
         zeroed: how many weights of each sequence's post-vision queries the threshold filter zeroes in all heads, int64.
         visible: how many weights those queries have, int64.
@@ -35,7 +38,9 @@ class Prefill:
         self.seen = keys.shape[2]
         self.keys, self.values = keys.detach(), values.detach()
         heads, device = keys.shape[1], keys.device
-        self.attention = [recipe.score.accumulator(heads, span.length, device) for span in prompt.spans]
+        self.attention = [recipe.score.accumulator(heads, span, device) for span in prompt.spans]
+        self.measures_vision = isinstance(recipe.allocate, TextVision)
+        self.post_vision = [AttentionSums(heads, span.length, device) for span in prompt.spans if self.measures_vision]
         self.scores: list[Tensor] = []
         self.zeroed = torch.zeros(len(prompt.spans), dtype=torch.int64, device=device)
         self.visible = torch.zeros_like(self.zeroed)
@@ -62,13 +67,15 @@ class Prefill:
             if threshold is not None and zeroed is None:
                 sums = AttentionSums(self.keys.shape[1], span.length, self.keys.device)
                 self._accumulate(sums, sequence, post_vision, query, scaling, threshold, mask)
+            if self.measures_vision:
+                self._accumulate(self.post_vision[sequence], sequence, post_vision, query, scaling, visible=mask)
 
     @property
     def needs_every_query(self) -> bool:
         """Whether the score sums the attention of all of the prompt's queries, and of nothing after the prompt."""
         score = self.recipe.score
         every = all(score.queries(span) == range(span.start, span.stop) for span in self.prompt.spans)
-        return every and not score.needs_full_prompt and self.seen <= self.prompt.length
+        return every and not (score.needs_full_prompt or self.measures_vision) and self.seen <= self.prompt.length
 
     @torch.no_grad()
     def attend(self, query: Tensor, scaling: float) -> Tensor:
@@ -142,20 +149,27 @@ class Prefill:
         return slice(max(queries.start - first, 0), max(min(queries.stop - first, query.shape[2]), 0))
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Turn what was accumulated into scores, once the prompt is complete."""
-        self.scores = [self._score(sequence) for sequence in range(len(self.prompt.spans))]
+    def finish(self, earlier: Sequence[list[Tensor]] | None = None) -> None:
+        """Turn what was accumulated into scores, once the prompt is complete.
+
+        ``earlier`` is, for each sequence, what the scores of the layers before this one have left; this one adds to it.
+        """
+        left = earlier or [[] for _ in self.prompt.spans]
+        self.scores = [self._score(sequence, own) for sequence, own in enumerate(left)]
         self.attention = []
 
-    def _score(self, sequence: int) -> Tensor:
+    def _score(self, sequence: int, earlier: list[Tensor]) -> Tensor:
         span, rotation, device = self.prompt.spans[sequence], self.rotation, self.keys.device
+        kept = max(1, round(self.recipe.budget * span.length))
         states = PromptStates(
             key=self.keys[sequence, :, span.start : span.stop],
             value=self.values[sequence, :, span.start : span.stop],
             vision=self.vision(sequence).to(device, non_blocking=True),
             grids=self._grids(sequence, device),
             frames=[each.to(device, non_blocking=True) - span.start for each in self._frames(sequence)],
-            kept=max(1, round(self.recipe.budget * span.length)),
+            kept=kept,
+            always=self.recipe.reduce.always(kept, span.length),
+            earlier=earlier,
             ahead=None if rotation is None else lambda states, count: rotation.ahead(states, sequence, count),
         )
         return self.recipe.score.finish(self.attention[sequence], states)
@@ -178,7 +192,11 @@ class Prefill:
         score, budget = self.scores[sequence], self.recipe.budget
         length = score.shape[1]
         always = self.recipe.reduce.always(max(1, round(budget * length)), length)
-        return LayerStatistics(score, sparsity, self.vision(sequence), always)
+        vision = self.vision(sequence)
+        if not self.measures_vision:
+            return LayerStatistics(score, sparsity, vision, always)
+        received = self.post_vision[sequence].total.mean(0)
+        return LayerStatistics(score, sparsity, vision, always, received @ vision.to(received.device, received.dtype))
 
     def vision(self, sequence: int) -> Tensor:
         """Bool ``[T_b]``, on the CPU: which of a sequence's tokens stand for vision."""

@@ -23,13 +23,14 @@ class Rows:
 
     Args:
         pool: where they are.
+        heads: KV heads of each sequence.
         numbers: int64 ``[4, N]``: the first slot of each row, its slots, entries held, and slots up to the last
             occupied one.
         longest: slots of the longest row.
     """
 
-    def __init__(self, pool: KVPool, numbers: Tensor, longest: int) -> None:
-        self.pool, self.longest = pool, longest
+    def __init__(self, pool: KVPool, heads: int, numbers: Tensor, longest: int) -> None:
+        self.pool, self.heads, self.longest = pool, heads, longest
         self.starts, self.capacities, self.held, self.used = numbers
 
     def by_row(self, flat: Tensor, vacant: float) -> Tensor:
@@ -237,7 +238,7 @@ class RunningBatch(Cache):
         starts, _, held, used, places = self._rows
         slots, grows = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.bool)
         for rule, columns, longest in self._groups:
-            rows = Rows(pool, self._rows[:4, :, columns].flatten(1), longest)
+            rows = Rows(pool, self._heads, self._rows[:4, :, columns].flatten(1), longest)
             scores = rows.by_row(pool.scores, 0) if rule.tracks_attention else None
             state = EvictionState.combine([self._state], partial(_columns, columns), scores)
             seen = (positions[columns] + 1).double().repeat(self._count)
@@ -275,14 +276,17 @@ class RunningBatch(Cache):
         pool, longest = self._pool(), max(longest for *_, longest in self._groups)
         starts, _, _, used, _ = self._rows[:, layer]
         states = query, pool.keys, pool.values, pool.positions, starts, used, longest, scaling
-        tracking = [columns for rule, columns, _ in self._groups if rule.tracks_attention]
+        tracking = [(rule, columns) for rule, columns, _ in self._groups if rule.tracks_attention]
         if not tracking:
             return kernels.attend(*states)
         output, received = kernels.attend_and_score(*states)
         slot = torch.arange(received.shape[1], device=received.device)
-        for columns in tracking:
+        for rule, columns in tracking:
             inside = slot < used[columns, None]
-            pool.scores[(starts[columns, None] + slot)[inside]] += received[columns][inside]
+            own = (starts[columns, None] + slot)[inside]
+            scores = pool.scores[own]
+            rule.record(scores, received[columns][inside])
+            pool.scores[own] = scores
         return output
 
     def _attend_one(self, layer: int, index: int, query: Tensor, scaling: float | None) -> Tensor:
@@ -295,10 +299,11 @@ class RunningBatch(Cache):
         pool = self._pool()
         keys, values = strip.of(pool.keys)[None], strip.of(pool.values)[None]
         occupied = (strip.of(pool.positions) != VACANT)[None] if strip.vacancies else None
-        if not self.members[index].rule.tracks_attention:
+        rule = self.members[index].rule
+        if not rule.tracks_attention:
             return decode.attend(query, keys, values, occupied, None, scaling)
         output, received = decode.attend_and_score(query, keys, values, occupied, None, scaling)
-        strip.of(pool.scores).add_(received[0])
+        rule.record(strip.of(pool.scores), received[0])
         return output
 
     def _strips(self, layer: int, index: int) -> list[Strip]:

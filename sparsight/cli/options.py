@@ -19,9 +19,9 @@ METHOD, MODEL, OUTPUT = "Method", "Model", "Output"
 """Panels of ``--help``."""
 
 
-def _part(role: str, name: str) -> typer.models.OptionInfo:
+def _part(role: str, name: str, note: str = "") -> typer.models.OptionInfo:
     kinds = ", ".join(KINDS[role])
-    return typer.Option(help=f"Replace the method's {name}: {kinds}.", metavar="NAME", rich_help_panel=METHOD)
+    return typer.Option(help=f"Replace the method's {name}: {kinds}.{note}", metavar="NAME", rich_help_panel=METHOD)
 
 
 Images = Annotated[
@@ -51,7 +51,7 @@ Budget = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-Score = Annotated[str | None, _part("score", "score")]
+Score = Annotated[str | None, _part("score", "score", " mixkv:post-vision is mixkv around post-vision.")]
 Allocate = Annotated[str | None, _part("allocate", "allocation")]
 Reduce = Annotated[str | None, _part("reduce", "reduction")]
 Decode = Annotated[str | None, _part("decode", "decode rule")]

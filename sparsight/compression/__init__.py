@@ -6,28 +6,47 @@ A part is a frozen dataclass of numbers whose methods are pure functions of tens
 from sparsight.compression.across_layers import AcrossLayers
 from sparsight.compression.allocate import Pyramid, SharedMass, SparsityAware, StrengthSkewness, Uniform
 from sparsight.compression.allocate_heads import AcrossHeads, VisualHeads
+from sparsight.compression.bacon_score import BACON
 from sparsight.compression.elite_window import EliteWindow
-from sparsight.compression.eviction import DecodeRule, FixedPoint, Grow, HeavyHitter, Sliding
+from sparsight.compression.eviction import FixedPoint, Grow, HeavyHitter, Sliding
 from sparsight.compression.future_queries import FutureQueries
+from sparsight.compression.last_query import LastQuery
+from sparsight.compression.mixkv_score import MixKV
 from sparsight.compression.reconstruction import Reconstruction
 from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
 from sparsight.compression.temporal_change import TemporalChange
+from sparsight.compression.text_grounded import TextGrounded, TextVision
 
 Score = (
     PostVision
     | Accumulated
     | LastWindow
     | EliteWindow
+    | TextGrounded
+    | MixKV
+    | BACON
     | FutureQueries
     | Reconstruction
     | TemporalChange
     | Recency
     | Random
 )
-Allocate = Uniform | SparsityAware | Pyramid | SharedMass | StrengthSkewness | AcrossHeads | AcrossLayers | VisualHeads
+Allocate = (
+    Uniform
+    | SparsityAware
+    | Pyramid
+    | SharedMass
+    | StrengthSkewness
+    | TextVision
+    | AcrossHeads
+    | AcrossLayers
+    | VisualHeads
+)
+DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter | LastQuery
 
 __all__ = [
+    "BACON",
     "Accumulated",
     "AcrossHeads",
     "AcrossLayers",
@@ -39,9 +58,11 @@ __all__ = [
     "FutureQueries",
     "Grow",
     "HeavyHitter",
+    "LastQuery",
     "LastWindow",
     "MergeNearest",
     "MergeSimilar",
+    "MixKV",
     "PostVision",
     "Pyramid",
     "Random",
@@ -54,6 +75,8 @@ __all__ = [
     "SparsityAware",
     "StrengthSkewness",
     "TemporalChange",
+    "TextGrounded",
+    "TextVision",
     "Uniform",
     "VisualHeads",
 ]

@@ -1,7 +1,7 @@
 """Allocations: how the budget is shared among the layers, from what each layer's prefill showed."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,12 +19,15 @@ class LayerStatistics:
         sparsity: of the post-vision queries; 0 where the allocation has no threshold to measure it with.
         vision: bool ``[T]``, the position is a vision token's.
         always: bool ``[T]``, the position stays whatever its score, when the budget is shared equally.
+        to_vision: attention that the post-vision queries pay to vision tokens, summed over both and averaged over the
+            heads, float32 scalar; 0 where the allocation does not use it.
     """
 
     score: Tensor
     sparsity: float
     vision: Tensor
     always: Tensor
+    to_vision: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 KeepRatio = float | list[float]
@@ -192,4 +195,6 @@ def water_fill(weights: Tensor, total: float, floor: float) -> Tensor:
     low, high = sums[above - 1], sums[above]
     step = ((total - low) / (high - low)).clamp(0, 1) if high > low else sums.new_zeros(())
     scale = torch.lerp(bends[above - 1], bends[above], step)
-    return (scale * weights).clamp(floor, 1.0)
+    shares = (scale * weights).clamp(floor, 1.0)
+    # A layer that is full up to rounding must not drop an entry for it while decoding.
+    return torch.where(shares > 1 - 1e-12, 1.0, shares)

@@ -38,9 +38,9 @@ class EliteWindow(BaseScore):
         """Query positions of which some are looked at."""
         return range(span.post_vision, span.stop)
 
-    def accumulator(self, heads: int, length: int, device: torch.device) -> "WindowQueries":
+    def accumulator(self, heads: int, span: Span, device: torch.device) -> "EliteQueries":
         """The queries themselves: which of them are elite the last one decides."""
-        return WindowQueries(self, heads, length, device)
+        return EliteQueries(self, heads, span.length, device)
 
     def sums(self, query: Tensor, key: Tensor, vision: Tensor, visible: Tensor) -> Tensor:
         """Mean attention that the elite pay each position.
@@ -78,9 +78,9 @@ class EliteWindow(BaseScore):
 class WindowQueries(AttentionSums):
     """The queries of an observation window, and which keys each attends to, until the prompt is complete."""
 
-    def __init__(self, score: EliteWindow, heads: int, length: int, device: torch.device) -> None:
+    def __init__(self, heads: int, length: int, device: torch.device) -> None:
         super().__init__(heads, length, device)
-        self.score, self.length = score, length
+        self.length = length
         self.parts: list[tuple[Tensor, Tensor]] = []
 
     def add(
@@ -99,7 +99,20 @@ class WindowQueries(AttentionSums):
         self.parts.append((query.float() * scaling, functional.pad(visible, (0, self.length - keys))))
         return None
 
+    def collected(self) -> tuple[Tensor, Tensor]:
+        """The scaled queries ``[H, R, D]``, and the keys that each attends to, bool ``[R, T]``."""
+        queries, visible = zip(*self.parts, strict=True)
+        return torch.cat(queries, dim=1), torch.cat(visible)
+
+
+class EliteQueries(WindowQueries):
+    """The queries that the elite are chosen from."""
+
+    def __init__(self, score: EliteWindow, heads: int, length: int, device: torch.device) -> None:
+        super().__init__(heads, length, device)
+        self.score = score
+
     def sums(self, key: Tensor, vision: Tensor) -> Tensor:
         """:meth:`EliteWindow.sums` of all queries kept."""
-        queries, visible = zip(*self.parts, strict=True)
-        return self.score.sums(torch.cat(queries, dim=1), key, vision, torch.cat(visible))
+        queries, visible = self.collected()
+        return self.score.sums(queries, key, vision, visible)

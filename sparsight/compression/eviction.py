@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
 NEVER = torch.iinfo(torch.int32).max
@@ -25,6 +26,9 @@ VACANT = -1
 
 class Rows(Protocol):
     """What an eviction rule reads of the rows of one layer."""
+
+    heads: int
+    """KV heads of each sequence."""
 
     @property
     def held(self) -> Tensor:
@@ -164,6 +168,14 @@ class EvictionRule(ABC):
         """Slots that the rows may come to need for ``tokens`` more tokens, after ``seen``."""
         return tokens
 
+    def first_scores(self, scores: Tensor, places: Tensor, span: Span) -> Tensor:
+        """Scores ``[H_kv, C]`` of a sequence's entries at ``places`` in the prompt, before the first new token."""
+        return scores
+
+    def record(self, scores: Tensor, received: Tensor) -> None:
+        """Update entries' scores in place with the attention, of the same shape, that they received from a token."""
+        scores.add_(received)
+
 
 class Ring(EvictionRule):
     """From a fixed place on, each new entry overwrites the oldest one."""
@@ -289,9 +301,6 @@ class HeavyHitter(EvictionRule):
         recent_from = rows.positions.sort(-1).values.gather(-1, begin[:, None])
         may_go = (rows.positions >= 0) & (rows.positions < recent_from)
         return torch.where(may_go, state.scores, torch.inf)
-
-
-DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter
 
 
 def position_at(index: Tensor, rows: Rows, seen: int) -> Tensor:

@@ -42,9 +42,9 @@ class FutureQueries(BaseScore):
         """Query positions whose mean and covariance count: all after the sinks, or the last."""
         return range(min(span.start + self.sinks, span.stop - 1), span.stop)
 
-    def accumulator(self, heads: int, length: int, device: torch.device) -> "QueryMoments":
+    def accumulator(self, heads: int, span: Span, device: torch.device) -> "QueryMoments":
         """Mean and covariance of the queries."""
-        return QueryMoments(heads, length, device)
+        return QueryMoments(heads, span.length, device)
 
     def finish(self, attention: AttentionSums, states: PromptStates) -> Tensor:
         """Score ``[H_kv, T]`` of the complete prompt."""

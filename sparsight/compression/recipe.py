@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sparsight.compression import Allocate, DecodeRule, Reduce, Score
+from sparsight.compression import Allocate, DecodeRule, LastQuery, Reduce, Score
 from sparsight.utils import checks
 from sparsight.utils.suggest import unknown
 
@@ -29,7 +29,7 @@ class Recipe:
         decode: what becomes of each new entry.
 
     Raises:
-        ValueError: the budget is not in (0, 1], or the allocation and the reduction cannot go together.
+        ValueError: the budget is not in (0, 1], or the reduction does not go with the allocation or the decode rule.
     """
 
     name: str
@@ -47,28 +47,33 @@ class Recipe:
                 f"{self.reduce.kind!r} as configured the heads share one choice: give the reduction per_head=True, or "
                 "take another."
             )
+        if isinstance(self.decode, LastQuery) and not self.decode.per_head and self.reduce.per_head:
+            raise ValueError(
+                f"Decode rule {self.decode.kind!r} as configured drops one position in all KV heads of a layer, but "
+                f"under reduction {self.reduce.kind!r} as configured each keeps its own: give the reduction "
+                "per_head=False, or the rule per_head=True."
+            )
 
     def combined(self, **kinds: str | None) -> "Recipe":
         """The recipe with other parts, by role and kind, with their default numbers.
 
         ``VLCache().combined(reduce="merge-nearest")`` is VL-Cache that merges what it would evict. Its name then
-        lists the parts. None keeps a role's part.
+        lists the parts. None keeps a role's part. ``score="mixkv:post-vision"`` is a score that wraps another.
 
         Raises:
-            ValueError: a role has no part of that kind.
+            ValueError: a role has no part of that kind, or a part wraps no other.
         """
         chosen = {role: kind for role, kind in kinds.items() if kind is not None}
         if not chosen:
             return self
-        parts = {role: _part(role, {"kind": kind}) for role, kind in chosen.items()}
+        parts = {role: _part(role, _nested(role, kind)) for role, kind in chosen.items()}
         return dataclasses.replace(self, name=" + ".join([self.name, *chosen.values()]), **parts)
 
     def to_json(self) -> str:
         """The recipe as one JSON object."""
         data: dict[str, Any] = {"name": self.name, "budget": self.budget}
         for role in KINDS:
-            part = getattr(self, role)
-            data[role] = {"kind": part.kind, **dataclasses.asdict(part)}
+            data[role] = _as_data(getattr(self, role))
         return json.dumps(data)
 
     @staticmethod
@@ -86,9 +91,25 @@ class Recipe:
             raise ValueError(f"Not a recipe: {error} is wrong or missing in {text!r}.") from error
 
 
+def _as_data(part: Any) -> dict[str, Any]:
+    """The JSON object of one part, and of the part that it wraps."""
+    numbers = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    wrapped = {name: _as_data(value) for name, value in numbers.items() if dataclasses.is_dataclass(value)}
+    return {"kind": part.kind, **numbers, **wrapped}
+
+
+def _nested(role: str, kinds: str) -> dict[str, Any]:
+    """The JSON object of a part by kind; ``outer:inner`` is one of kind ``outer`` that wraps one of kind ``inner``."""
+    outer, colon, inner = kinds.partition(":")
+    part = KINDS[role].get(outer)
+    if colon and part is not None and role not in (field.name for field in dataclasses.fields(part)):
+        raise ValueError(f"{role.capitalize()} {outer!r} wraps no other: {kinds!r} must be {outer!r}.")
+    return {"kind": outer, **({role: _nested(role, inner)} if colon else {})}
+
+
 def _part(role: str, data: dict[str, Any]) -> Any:
     """One part from its JSON object."""
-    numbers = dict(data)
+    numbers = {name: _part(role, value) if isinstance(value, dict) else value for name, value in data.items()}
     kind = numbers.pop("kind")
     if kind not in KINDS[role]:
         raise unknown(role, kind, KINDS[role])

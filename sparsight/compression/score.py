@@ -36,11 +36,13 @@ class PromptStates:
 
     Args:
         key: ``[H_kv, T, D]``, after RoPE.
-        value: ``[H_kv, T, D_v]``.
+        value: ``[H_kv, T, D]``.
         vision: bool ``[T]``.
         grids: positions of the images' patches.
-        frames: positions of the vision tokens of videos' frames, ``[F, patches]`` each.
         kept: entries that each KV head keeps if the budget is shared equally.
+        always: bool ``[T]`` on the CPU, the position then stays whatever its score.
+        earlier: what the score of each earlier layer has left for the later ones.
+        frames: positions of the vision tokens of videos' frames, ``[F, patches]`` each.
         ahead: where the score is of queries before RoPE, what rotates them to the tokens to come.
     """
 
@@ -48,8 +50,10 @@ class PromptStates:
     value: Tensor
     vision: Tensor
     grids: Grids
+    kept: int
+    always: Tensor
+    earlier: list[Tensor]
     frames: Sequence[Tensor] = ()
-    kept: int = 1
     ahead: Ahead | None = None
 
 
@@ -116,9 +120,9 @@ class BaseScore(ABC):
     def queries(self, span: Span) -> range:
         """Query positions whose attention counts."""
 
-    def accumulator(self, heads: int, length: int, device: torch.device) -> AttentionSums:
-        """What collects the queries' attention for a sequence of ``length`` tokens."""
-        return AttentionSums(heads, length, device)
+    def accumulator(self, heads: int, span: Span, device: torch.device) -> AttentionSums:
+        """What collects the queries' attention for a sequence."""
+        return AttentionSums(heads, span.length, device)
 
     def finish(self, attention: AttentionSums, states: PromptStates) -> Tensor:
         """Score ``[H_kv, T]`` of the complete prompt, from what :meth:`accumulator` collected."""

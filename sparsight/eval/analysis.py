@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparsight.cache.plan import finish
 from sparsight.compression import VisualHeads
 from sparsight.compression.attention_statistics import attention_sums, visible_pairs
 from sparsight.compression.recipe import Recipe
@@ -89,8 +90,7 @@ def scores(prompt: PrefillSnapshot) -> dict[str, list[Tensor]]:
     by_name = {}
     for chosen in _distinct("score", 1.0):
         layers = prompt.observe(chosen)
-        for layer in layers:
-            layer.finish()
+        finish(layers)
         by_name[part_name(chosen.score)] = [layer.scores[0] for layer in layers]
     return by_name
 
@@ -170,6 +170,8 @@ def part_name(part: Any) -> str:
 def _parameter(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return name if value else f"not {name}"
+    if dataclasses.is_dataclass(value):
+        return f"{name} {part_name(value)}"
     return f"{name} {' x '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 

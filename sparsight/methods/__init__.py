@@ -6,6 +6,7 @@ from typing import Any
 from sparsight.compression.recipe import Recipe
 from sparsight.methods.adakv import AdaKV
 from sparsight.methods.aircache import AirCache
+from sparsight.methods.bacon import BACONCache
 from sparsight.methods.elastic import ElasticCache
 from sparsight.methods.expected_attention import ExpectedAttention
 from sparsight.methods.full import Full
@@ -13,6 +14,7 @@ from sparsight.methods.h2o import H2O
 from sparsight.methods.infinipot_v import InfiniPotV
 from sparsight.methods.kvzip import KVzip, with_instructions
 from sparsight.methods.look_m import LookM
+from sparsight.methods.mixkv import MixKVCache
 from sparsight.methods.prefixkv import PrefixKV
 from sparsight.methods.pyramidkv import PyramidKV
 from sparsight.methods.random import RandomCache
@@ -20,6 +22,7 @@ from sparsight.methods.snapkv import SnapKV
 from sparsight.methods.sparsemm import SparseMM, with_shipped_scores
 from sparsight.methods.sparsight import Sparsight
 from sparsight.methods.streaming_llm import StreamingLLM
+from sparsight.methods.tgv_kv import TGVKV
 from sparsight.methods.vl_cache import VLCache
 from sparsight.utils.suggest import unknown
 
@@ -35,6 +38,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "look-m": LookM,
     "aircache": AirCache,
     "sparsemm": SparseMM,
+    "mixkv": MixKVCache,
+    "bacon": BACONCache,
+    "tgv-kv": TGVKV,
     "expected-attention": ExpectedAttention,
     "kvzip": KVzip,
     "infinipot-v": InfiniPotV,
@@ -66,14 +72,17 @@ __all__ = [
     "ALIASES",
     "H2O",
     "RECIPES",
+    "TGVKV",
     "AdaKV",
     "AirCache",
+    "BACONCache",
     "ElasticCache",
     "ExpectedAttention",
     "Full",
     "InfiniPotV",
     "KVzip",
     "LookM",
+    "MixKVCache",
     "PrefixKV",
     "PyramidKV",
     "RandomCache",

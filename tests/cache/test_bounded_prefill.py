@@ -307,6 +307,9 @@ def test_methods_that_merge_are_refused(name):
     ("family", "name", "why"),
     [
         ("llava", "aircache", "'elite-window' needs all of it"),
+        ("llava", "mixkv", "'mixkv' needs all of it"),
+        ("llava", "bacon", "'bacon' needs all of it"),
+        ("llava", "tgv-kv", "'text-grounded' needs all of it"),
         ("paligemma", "vl-cache", "lets tokens attend to later ones"),
     ],
 )

@@ -203,6 +203,7 @@ def test_the_budget_is_the_methods_own_unless_given(run_json: Callable[..., Any]
         result = run_json(*arguments, "--method", method, *options)
         assert (result["method"], result["budget"]) == (method, budget)
     assert run_json(*arguments, "--score", "recency")["method"] == "vl-cache + recency"
+    assert run_json(*arguments, "--score", "mixkv:post-vision")["method"] == "vl-cache + mixkv:post-vision"
 
 
 def test_the_finish_reason_says_whether_the_model_ended_the_answer(run_json: Callable[..., Any]) -> None:

@@ -7,13 +7,18 @@ import pytest
 
 from sparsight import RECIPES, CompressedCache, ElasticCache, Recipe, VLCache, recipe
 from sparsight.compression import (
+    BACON,
     Accumulated,
     AcrossHeads,
+    EliteWindow,
     Evict,
     FixedPoint,
     Grow,
+    LastWindow,
     MergeNearest,
+    MixKV,
     PostVision,
+    Recency,
     SparsityAware,
     Uniform,
 )
@@ -60,6 +65,36 @@ def test_parts_combine_by_kind():
     assert VLCache().combined(score=None) == VLCache()
     with pytest.raises(ValueError, match="Unknown reduce 'merge-nerest': did you mean 'merge-nearest'"):
         VLCache().combined(reduce="merge-nerest")
+
+
+def test_scores_wrap_scores():
+    assert VLCache().combined(score="mixkv:post-vision").score == MixKV(PostVision())
+    assert VLCache().combined(score="mixkv:bacon:accumulated").score == MixKV(BACON(Accumulated()))
+    assert VLCache().combined(score="bacon").score == BACON(LastWindow(pool=5, pooling="average"))
+    assert VLCache().combined(score="mixkv:elite-window").name == "vl-cache + mixkv:elite-window"
+    nested = dataclasses.replace(VLCache(), score=MixKV(BACON(PostVision(pool=(1, 5)))))
+    assert Recipe.from_json(nested.to_json()) == nested
+    assert nested.score.pool == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ("post-vision:recency", "Score 'post-vision' wraps no other: 'post-vision:recency' must be 'post-vision'."),
+        ("mixkv:post-vison", "Unknown score 'post-vison': did you mean 'post-vision'"),
+        ("mixkv:", "Unknown score ''"),
+        ("bacon:recency", "which 'recency' is not: take last-window, post-vision or accumulated."),
+    ],
+)
+def test_scores_that_cannot_be_wrapped_are_refused(kinds, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VLCache().combined(score=kinds)
+
+
+def test_only_scores_can_be_wrapped():
+    assert MixKV(Recency()) != MixKV(EliteWindow())
+    with pytest.raises(ValueError, match=re.escape("Score 'mixkv' wraps another score such as PostVision(), got 3.")):
+        MixKV(3)
 
 
 def test_heads_that_choose_together_cannot_hold_different_numbers():

@@ -14,7 +14,7 @@ def statistics(chosen, case, query, key):
     query, key = torch.from_numpy(query).float(), torch.from_numpy(key).float()
     length = case["length"]
     queries = chosen.score.queries(Span(0, length, length))
-    attention = chosen.score.accumulator(case["kv_heads"], length, torch.device("cpu"))
+    attention = chosen.score.accumulator(case["kv_heads"], Span(0, 0, length), torch.device("cpu"))
     attention.add(query[:, queries.start :], key, case["size"] ** -0.5, None, None, None)
     vision = torch.zeros(length, dtype=torch.bool)
     score = chosen.score.importance(attention.sums(key, vision), vision, [])

@@ -111,7 +111,9 @@ def test_images_and_videos_in_one_prompt(family):
     )
 
 
-@pytest.mark.parametrize("name", ["vl-cache", "elastic", "expected-attention", "kvzip", "infinipot-v"])
+@pytest.mark.parametrize(
+    "name", ["vl-cache", "elastic", "mixkv", "bacon", "tgv-kv", "expected-attention", "kvzip", "infinipot-v"]
+)
 @pytest.mark.parametrize("family", TINY)
 def test_each_prompt_of_a_padded_batch_keeps_and_answers_what_it_does_alone(family, name):
     model, prompts = models.model(family), [ONE_IMAGE, THREE_IMAGES, NO_IMAGE]

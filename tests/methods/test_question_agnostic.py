@@ -191,8 +191,8 @@ def vision_kept(keys, values, frame, budget, change=0.5, last=0.25, before=3, af
     kept = budget + before + after
     chosen = recipe("infinipot-v", budget=kept / length, change=change, last=last)
     frames = [torch.arange(before, before + count).view(-1, frame)]
-    states = PromptStates(key, value, vision, [], frames, kept)
-    accumulator = chosen.score.accumulator(heads, length, torch.device("cpu"))
+    states = PromptStates(key, value, vision, [], kept, chosen.reduce.always(kept, length), [], frames)
+    accumulator = chosen.score.accumulator(heads, Span(0, length, length), torch.device("cpu"))
     positions = chosen.reduce.select(chosen.score.finish(accumulator, states), kept)
     outside = (positions < before) | (positions >= before + count)
     assert (outside.sum(-1) == before + after).all()
