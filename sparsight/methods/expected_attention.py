@@ -17,8 +17,8 @@ def ExpectedAttention(budget: float = 0.1, *, future: int = 512, sinks: int = 4)
     From the paper: the score. From the authors' code (kvpress): the average of the rotation matrices over 512
     positions, the statistics without the 4 sinks, softmax weights averaged over the query heads of a KV head. Not taken
     from it: a constant added to the weights, which some of its settings have. The heads of a layer keep the same
-    number of entries; ``combined(allocate="across-heads")`` lets them compete. The last entry always stays. Queries before RoPE
-    are those of the model, rotated back, so that models with normalised queries and multimodal RoPE are supported.
+    number of entries; ``combined(allocate="across-heads")`` lets them compete. The last entry always stays. Queries
+    before RoPE are the model's, rotated back, so that models with normalised queries and multimodal RoPE are supported.
 
     Args:
         budget: fraction of the prompt's KV entries that each layer keeps, in (0, 1].

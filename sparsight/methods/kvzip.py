@@ -27,7 +27,7 @@ def KVzip(
     entries are appended. The second pass of the language part costs at least as much as the first.
 
     From the paper and the authors' code: instructions and chunks, the maximum over queries and grouped heads, weights
-    over sinks, chunk and repetition only, one selection for all heads. Different here: images, which are repeated as the
+    over sinks, chunk and repetition only, one selection for all heads. Different here: images are repeated as the
     embeddings that the language part was given; the complete prompt is the context, its question and the words of a
     chat template included, and no template is put around the instruction; the sinks, four entries as in kvpress instead
     of a system prompt, and the last entry always stay and count towards the budget.

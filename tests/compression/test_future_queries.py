@@ -68,7 +68,7 @@ def test_sinks_take_no_part_and_come_first():
         key[:, :4] += outlier
         moments = score.accumulator(2, 9, CPU)
         moments.add(query, key, 8**-0.5, None, None, None)
-        states = PromptStates(key, value, torch.zeros(9), [], lambda states, count: states)
+        states = PromptStates(key, value, torch.zeros(9), [], ahead=lambda states, count: states)
         sums.append(score.finish(moments, states))
     assert torch.equal(*sums)
     assert torch.equal(sums[0][:, :4], sums[0][:, 4:].amax(-1, keepdim=True).expand(2, 4))
