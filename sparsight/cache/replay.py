@@ -2,11 +2,11 @@
 
 The prompt is repeated as the embeddings that the language part was given in the prefill, so images are too, without
 another run of the vision tower. Positions continue after the prompt; with multimodal RoPE an image keeps its grid.
-Within the repetition attention is causal, in models whose images are seen in both directions too.
+Attention within the repetition is causal, also in models whose image tokens attend to each other in both directions.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ class LanguageInputs:
         return LanguageInputs(language, embeddings, positions, tuple(added), images if added else None)
 
     def then(self, later: "LanguageInputs") -> "LanguageInputs":
-        """The tokens of two parts of a prompt; of images in some parts only, nothing is added in the others."""
+        """The tokens of two parts of a prompt."""
         depth = max(len(self.added), len(later.added))
         parts = [part.padded(depth) for part in (self, later)]
         images = [part.images for part in parts if part.images is not None]
@@ -69,7 +69,7 @@ class LanguageInputs:
         )
 
     def padded(self, depth: int) -> "LanguageInputs":
-        """The same with something added after each of ``depth`` layers."""
+        """The same with ``depth`` additions: those of a part without images are 0."""
         if len(self.added) == depth:
             return self
         nothing = torch.zeros(self.embeddings.shape[:2], dtype=torch.bool, device=self.embeddings.device)
@@ -98,13 +98,22 @@ class LanguageInputs:
 
 
 class _RepeatingCache(Cache):
-    """One sequence of a prefilled cache, whose layers attend to the prompt and to what a single pass repeats of it.
+    """One sequence of a prefilled cache, for a single forward pass whose tokens attend to the prompt and each other.
 
-    Attributes:
-        queries: of each compressed layer in this pass, the queries ``[H, r, D]``, their keys, and the scaling.
+    Args:
+        layers: of the prefilled cache.
+        prefills: the prompt in those layers that are compressed, by index.
+        sequence: which one.
+        watch: called with the index, queries ``[H, r, D]``, keys ``[H_kv, seen + r, D]`` and scaling of each of them.
     """
 
-    def __init__(self, layers: Sequence[Any], prefills: Mapping[int, Prefill], sequence: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        prefills: Mapping[int, Prefill],
+        sequence: int,
+        watch: Callable[[int, Tensor, Tensor, float], None],
+    ) -> None:
         states = [layer if index in prefills else copy.deepcopy(layer) for index, layer in enumerate(layers)]
         for index, prefill in prefills.items():
             states[index] = held = DynamicLayer()
@@ -114,8 +123,7 @@ class _RepeatingCache(Cache):
             if index not in prefills:
                 layer.reorder_cache(torch.LongTensor([sequence]))
         super().__init__(layers=states)
-        self.prefills = prefills
-        self.watch: Any = None
+        self.prefills, self.watch = prefills, watch
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -158,8 +166,8 @@ def replay(
             lead = slice(max(first - LEAD, span.start), tokens.stop)
             ids = score.instructions[first > span.start]
             arguments = inputs.repeat(sequence, lead, ids, last + 1)
-            cache = _RepeatingCache(layers, prefills, sequence)
-            cache.watch = partial(_watch, prefills, sequence, span, tokens, score.sinks)
+            watch = partial(_watch, prefills, sequence, span, tokens, score.sinks)
+            cache = _RepeatingCache(layers, prefills, sequence, watch)
             seen = next(iter(prefills.values())).seen
             # Assisted generation has brought tokens after the prompt, which are no part of it.
             mask = torch.zeros(1, seen + arguments["inputs_embeds"].shape[1], dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""The score of Expected Attention, which needs no question: queries to come are like those of the prompt."""
+"""The score of Expected Attention: future queries are modelled by those of the prompt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sparsight.utils import checks
 
 @dataclass(frozen=True)
 class FutureQueries(BaseScore):
-    """Attention that queries to come are expected to pay, times the norm of the value (arXiv 2510.00636, section 3).
+    """Expected attention of future queries, times the norm of the value (Expected Attention, arXiv 2510.00636).
 
     Queries before RoPE are taken to be Gaussian, with the mean and covariance of the prompt's. Rotated to the next
     ``future`` positions and averaged they have mean ``mu`` and covariance ``S``, and the expected attention to a key is

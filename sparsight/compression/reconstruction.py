@@ -1,4 +1,4 @@
-"""The score of KVzip: what the model reads when it repeats the prompt. No question takes part."""
+"""The score of KVzip: what the model attends to when it repeats the prompt. It does not depend on the question."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -55,7 +55,7 @@ class Reconstruction(BaseScore):
         return range(span.stop, span.stop)
 
     def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
-        """Score ``[H_kv, T]``: what :func:`largest_attention` has found."""
+        """Score ``[H_kv, T]``, the results of :func:`largest_attention`."""
         return sums
 
 

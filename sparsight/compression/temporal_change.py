@@ -1,4 +1,4 @@
-"""The score of InfiniPot-V: what changed in a video, then the largest values. No question takes part."""
+"""The score of InfiniPot-V: what changed in a video, then the largest values. It does not depend on the question."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from sparsight.utils import checks
 
 @dataclass(frozen=True)
 class TemporalChange(BaseScore):
-    """Patches of a video that look otherwise in its last frames, then the largest values (arXiv 2506.15745, section 4).
+    """Patches of a video that differ from its last frames, then the largest values (InfiniPot-V, arXiv 2506.15745).
 
-    A patch of an earlier frame is the more important, the less its key is like those of the last frames at the same
-    place. Of the vision tokens that may stay, a share are the last frames, the later first, and then the most
-    important patches of the others; the rest are those with the largest values. Text comes before vision.
+    A patch of an earlier frame is important if its key differs from those of the last frames at the same place. A share
+    of the vision tokens kept goes to the last frames, the later first, and then to the most important patches of the
+    other frames; the rest goes to the largest values. Text comes before vision.
 
     Args:
         change: share of the vision tokens kept that are chosen by change (the paper's ``alpha``).

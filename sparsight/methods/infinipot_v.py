@@ -5,7 +5,7 @@ from sparsight.compression.recipe import Recipe
 
 
 def InfiniPotV(budget: float = 0.1, *, change: float = 0.5, last: float = 0.25) -> Recipe:
-    """InfiniPot-V: a video's last frames, what is no longer there in them, and the largest values, for any question.
+    """InfiniPot-V: a video's last frames, the patches that differ from them, and the largest values.
 
     Kim et al.: InfiniPot-V: Memory-Constrained KV Cache Compression for Streaming Video Understanding, NeurIPS 2025,
     arXiv 2506.15745.
@@ -15,7 +15,7 @@ def InfiniPotV(budget: float = 0.1, *, change: float = 0.5, last: float = 0.25) 
     lowest scores. Decoding: new entries are appended.
 
     From the authors' code: cosines of keys at the same patch, averaged over the last frames; the last frames come
-    first; value norms fill the budget. Not from it: the complete prompt is compressed once, not a stream block by
+    first; value norms fill the budget. Different here: the complete prompt is compressed once, not a stream block by
     block; where the budget is smaller than the last frames, the later of them stay; the norms are not pooled, which
     differs by layer there; all text comes before vision; images of one size in a row count as frames. Prompts without
     several frames keep the largest values.

@@ -18,7 +18,7 @@ INSTRUCTIONS = (
 def KVzip(
     budget: float = 0.1, *, instructions: Sequence[Sequence[int]] | None = None, chunk: int = 2000, sinks: int = 4
 ) -> Recipe:
-    """KVzip: the entries that the model reads when it repeats the prompt, images included, whatever the question is.
+    """KVzip: the entries that the model attends to when it repeats the prompt, images included.
 
     Kim et al.: KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction, NeurIPS 2025, arXiv 2505.23416.
 
@@ -27,7 +27,7 @@ def KVzip(
     entries are appended. The second pass of the language part costs at least as much as the first.
 
     From the paper and the authors' code: instructions and chunks, the maximum over queries and grouped heads, weights
-    over sinks, chunk and repetition only, one selection for all heads. Not from them: images, which are repeated as the
+    over sinks, chunk and repetition only, one selection for all heads. Different here: images are repeated as the
     embeddings that the language part was given; the complete prompt is the context, its question and the words of a
     chat template included, and no template is put around the instruction; the sinks, four entries as in kvpress instead
     of a system prompt, and the last entry always stay and count towards the budget.

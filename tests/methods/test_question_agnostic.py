@@ -1,4 +1,4 @@
-"""Expected Attention, KVzip and InfiniPot-V against brute force and what their authors' own functions returned."""
+"""Expected Attention, KVzip and InfiniPot-V against brute force and the outputs of their authors' functions."""
 
 from types import SimpleNamespace
 
