@@ -1,7 +1,9 @@
 """The sequences that decode together: their entries lie in one pool, and each joins and leaves on its own."""
 
+import bisect
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,9 @@ from sparsight.cache.kv_pool import KVPool
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.step_metadata import Lengths
 from sparsight.compression.eviction import VACANT, EvictionRule, EvictionState
+
+CAPACITY_STEP = 16
+"""Slots of a row are a multiple of it."""
 
 
 class Rows:
@@ -51,37 +56,72 @@ class Member:
 
     Attributes:
         start: where its extent begins.
+        slots: how long it is.
         rule: which slot each new entry takes.
         starts: the first slot of each row, by layer and KV head.
         capacities: slots of each row, by layer and KV head.
     """
 
     start: int
+    slots: int
     rule: EvictionRule
     starts: list[list[int]]
     capacities: list[list[int]]
 
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether the KV heads of each layer have equally many slots."""
+        return all(len(set(layer)) == 1 for layer in self.capacities)
+
+    def is_followed_by(self, other: "Member") -> bool:
+        """Whether the extent of ``other`` is the next one, and is used alike."""
+        same = self.is_even and self.capacities == other.capacities
+        return same and self.rule == other.rule and self.start + self.slots == other.start
+
+
+class Group(NamedTuple):
+    """The rows about which one rule decides.
+
+    Attributes:
+        rule: the rule.
+        columns: which of the batch's rows, the same in each layer.
+        longest: slots of the longest row.
+        state: of these rows, those of all layers one after the other.
+    """
+
+    rule: EvictionRule
+    columns: Tensor | slice
+    longest: int
+    state: EvictionState
+
 
 class Strip(NamedTuple):
-    """Neighbouring rows of the pool, equally long.
+    """Rows of a layer that one attention can take: equally long ones, of sequences whose extents follow each other.
 
     Attributes:
         start: the first slot.
-        rows: how many.
-        capacity: slots of each.
-        used: slots of each up to the last occupied one.
+        sequences: how many sequences.
+        stride: slots from one sequence to the next.
+        rows: rows of each sequence.
+        capacity: slots of each row.
+        used: slots of the longest row up to the last occupied one.
         vacancies: whether some of these are vacant.
     """
 
     start: int
+    sequences: int
+    stride: int
     rows: int
     capacity: int
     used: int
     vacancies: bool
 
     def of(self, flat: Tensor) -> Tensor:
-        """The used slots of ``flat``, ``[slots, ...]``: a view ``[rows, used, ...]``."""
-        return flat.narrow(0, self.start, self.rows * self.capacity).unflatten(0, (self.rows, -1))[:, : self.used]
+        """The used slots of ``flat`` ``[slots, ...]``: a view ``[sequences, rows, used, ...]``."""
+        size = flat[0].numel()
+        shape = self.sequences, self.rows, self.used, *flat.shape[1:]
+        strides = [size * each for each in (self.stride, self.capacity, 1)] + [1] * (flat.ndim - 1)
+        return flat.as_strided(shape, strides, self.start * size)
 
 
 class _Layer(CacheLayerMixin):
@@ -154,12 +194,15 @@ class RunningBatch(Cache):
     # Sequences that join and leave
 
     @torch.no_grad()
-    def join(self, cache: CompressedCache, tokens: int) -> bool:
-        """Copy the only sequence of a cache here, with room for ``tokens`` more; whether there is a place for it.
+    def join(self, cache: CompressedCache, tokens: int) -> int | None:
+        """Copy the only sequence of a cache here, with room for ``tokens`` more.
 
         Args:
             cache: has seen its prompt and nothing more.
             tokens: the longest answer, less the token that is known already.
+
+        Returns:
+            Its place in the order of the batch, which is that of the extents; None if the pool has no gap for it.
         """
         layers, rule = cache.compressed, cache.recipe.decode
         for layer in layers:
@@ -173,20 +216,23 @@ class RunningBatch(Cache):
         growth = [rule.growth(*each, seen, tokens) for each in zip(stores, states, strict=True)]
         held = torch.stack([store.held for store in stores])
         capacities = held + torch.tensor(growth, device=held.device)[:, None]
-        start = self.pool.allocate(int(capacities.sum()))
+        # Rounded up, so that sequences of similar length have extents of the same kind.
+        capacities = (capacities + CAPACITY_STEP - 1) // CAPACITY_STEP * CAPACITY_STEP
+        slots = int(capacities.sum())
+        start = self.pool.allocate(slots)
         if start is None:
-            return False
+            return None
         starts = start + capacities.flatten().cumsum(0).view_as(capacities) - capacities
         for each in zip(stores, states, starts, strict=True):
             self._fill(*each)
-        rows = torch.stack([starts, capacities, held, held, starts])
-        self._rows = torch.cat([self._rows, rows], dim=2)
-        own = EvictionState.combine(states, torch.stack)
-        self._state = EvictionState.combine([self._state, own], partial(torch.cat, dim=1))
-        self._position = torch.cat([self._position, self._position.new_tensor([seen - 1])])
-        self.members.append(Member(start, rule, starts.tolist(), capacities.tolist()))
+        place = bisect.bisect([member.start for member in self.members], start)
+        self.members.insert(place, Member(start, slots, rule, starts.tolist(), capacities.tolist()))
+        inserted = partial(_inserted, place * self._heads)
+        self._rows = inserted([self._rows, torch.stack([starts, capacities, held, held, starts])])
+        self._state = EvictionState.combine([self._state, EvictionState.combine(states, torch.stack)], inserted)
+        self._position = _inserted(place, [self._position, self._position.new_tensor([seen - 1])])
         self._regroup()
-        return True
+        return place
 
     def _fill(self, store: KVStore, state: EvictionState, starts: Tensor) -> None:
         """Copy the entries of a layer to the rows of the pool that begin at ``starts`` ``[H_kv]``."""
@@ -201,10 +247,9 @@ class RunningBatch(Cache):
         if state.scores.shape[1]:
             pool.scores[places] = store.flattened(state.scores)[occupied]
 
-    @property
-    def newest_bytes(self) -> int:
-        """Bytes of the pool that the newest sequence has."""
-        return self._pool().extents[self.members[-1].start] * self._pool().slot_bytes
+    def bytes_of(self, index: int) -> int:
+        """Bytes of the pool that a sequence has."""
+        return self.members[index].slots * self._pool().slot_bytes
 
     def leave(self, index: int) -> None:
         """Drop a sequence and return its slots."""
@@ -216,15 +261,24 @@ class RunningBatch(Cache):
         self._regroup()
 
     def _regroup(self) -> None:
-        """Sort the rows by the rule that decides about them."""
+        """Sort the rows by the rule that decides about them, and find the sequences that one attention can take."""
         by_rule: dict[EvictionRule, list[int]] = {}
         for index, member in enumerate(self.members):
             by_rule.setdefault(member.rule, []).append(index)
         self._groups = []
         for rule, indices in by_rule.items():
-            columns = torch.tensor(indices)[:, None] * self._heads + torch.arange(self._heads)
+            every = torch.tensor(indices)[:, None] * self._heads + torch.arange(self._heads)
+            # A slice takes no copies.
+            columns = slice(None) if len(by_rule) == 1 else every.flatten().to(self._device)
             longest = max(max(map(max, self.members[index].capacities)) for index in indices)
-            self._groups.append((rule, columns.flatten().to(self._device), longest))
+            state = EvictionState.combine([self._state], partial(_columns, columns))
+            self._groups.append(Group(rule, columns, longest, state))
+        ends = [
+            index
+            for index, (member, other) in enumerate(zip(self.members, self.members[1:], strict=False), 1)
+            if not member.is_followed_by(other)
+        ]
+        self._runs = [range(*pair) for pair in pairwise([0, *ends, len(self.members)])]
         self._extents: tuple[list[list[int]], ...] | None = None
 
     # A decode step
@@ -236,15 +290,15 @@ class RunningBatch(Cache):
         self._position = self._position + 1
         positions = self._position.int().repeat_interleave(self._heads)
         starts, _, held, used, places = self._rows
-        slots, grows = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.bool)
-        for rule, columns, longest in self._groups:
-            rows = Rows(pool, self._heads, self._rows[:4, :, columns].flatten(1), longest)
-            scores = rows.by_row(pool.scores, 0) if rule.tracks_attention else None
-            state = EvictionState.combine([self._state], partial(_columns, columns), scores)
-            seen = (positions[columns] + 1).double().repeat(self._count)
-            more = rule.grows(rows.held, state, seen)
-            slots[:, columns] = rule.slots(rows, state, more).view(self._count, -1)
-            grows[:, columns] = more.view(self._count, -1)
+        slots, grows = torch.empty_like(starts), torch.empty_like(starts, dtype=torch.bool)
+        for group in self._groups:
+            rows = Rows(pool, self._heads, self._rows[:4, :, group.columns].flatten(1), group.longest)
+            if group.rule.tracks_attention:
+                group.state.scores = rows.by_row(pool.scores, 0)
+            seen = (positions[group.columns] + 1).double().repeat(self._count)
+            more = group.rule.grows(rows.held, group.state, seen)
+            slots[:, group.columns] = group.rule.slots(rows, group.state, more).view(self._count, -1)
+            grows[:, group.columns] = more.view(self._count, -1)
         Lengths(held, used).grow(grows, slots)
         torch.add(starts, slots, out=places)
         pool.positions[places.flatten()] = positions.repeat(self._count)
@@ -268,20 +322,20 @@ class RunningBatch(Cache):
         if kernels.usable(query, pool.keys, pool.values):
             output = self._attend_by_kernel(layer, query, scaling)
         else:
-            each = enumerate(query.split(1))
-            output = torch.cat([self._attend_one(layer, index, queries, scaling) for index, queries in each])
+            each = zip(self._runs, query.split([len(run) for run in self._runs]), strict=True)
+            output = torch.cat([self._attend_run(layer, run, queries, scaling) for run, queries in each])
         return output.transpose(1, 2).contiguous(), None
 
     def _attend_by_kernel(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
-        pool, longest = self._pool(), max(longest for *_, longest in self._groups)
+        pool, longest = self._pool(), max(group.longest for group in self._groups)
         starts, _, _, used, _ = self._rows[:, layer]
         states = query, pool.keys, pool.values, pool.positions, starts, used, longest, scaling
-        tracking = [(rule, columns) for rule, columns, _ in self._groups if rule.tracks_attention]
+        tracking = [group for group in self._groups if group.rule.tracks_attention]
         if not tracking:
             return kernels.attend(*states)
         output, received = kernels.attend_and_score(*states)
         slot = torch.arange(received.shape[1], device=received.device)
-        for rule, columns in tracking:
+        for rule, columns, *_ in tracking:
             inside = slot < used[columns, None]
             own = (starts[columns, None] + slot)[inside]
             scores = pool.scores[own]
@@ -289,41 +343,48 @@ class RunningBatch(Cache):
             pool.scores[own] = scores
         return output
 
-    def _attend_one(self, layer: int, index: int, query: Tensor, scaling: float | None) -> Tensor:
-        """Attention of one sequence's token ``[1, H, 1, D]``, on a CPU."""
-        strips = self._strips(layer, index)
+    def _attend_run(self, layer: int, run: range, query: Tensor, scaling: float | None) -> Tensor:
+        """Attention of the tokens of a run of sequences ``[n, H, 1, D]``, on a CPU."""
+        strips = self._strips(layer, run)
         queries = query.chunk(len(strips), dim=1)
-        return torch.cat([self._attend_strip(*each, index, scaling) for each in zip(strips, queries, strict=True)], 1)
+        rule = self.members[run.start].rule
+        return torch.cat([self._attend_strip(*each, rule, scaling) for each in zip(strips, queries, strict=True)], 1)
 
-    def _attend_strip(self, strip: Strip, query: Tensor, index: int, scaling: float | None) -> Tensor:
+    def _attend_strip(self, strip: Strip, query: Tensor, rule: EvictionRule, scaling: float | None) -> Tensor:
         pool = self._pool()
-        keys, values = strip.of(pool.keys)[None], strip.of(pool.values)[None]
-        occupied = (strip.of(pool.positions) != VACANT)[None] if strip.vacancies else None
-        rule = self.members[index].rule
+        keys, values = strip.of(pool.keys), strip.of(pool.values)
+        occupied = (strip.of(pool.positions) != VACANT) if strip.vacancies else None
         if not rule.tracks_attention:
             return decode.attend(query, keys, values, occupied, None, scaling)
         output, received = decode.attend_and_score(query, keys, values, occupied, None, scaling)
-        rule.record(strip.of(pool.scores), received[0])
+        rule.record(strip.of(pool.scores), received)
         return output
 
-    def _strips(self, layer: int, index: int) -> list[Strip]:
-        """A sequence's rows in a layer: one strip where all are equally long, else one each."""
+    def _strips(self, layer: int, run: range) -> list[Strip]:
+        """The rows of a run in a layer: one strip where a sequence's rows have equally many slots, else one each."""
+        member, heads = self.members[run.start], self._heads
+        starts, capacities = member.starts[layer], member.capacities[layer]
         if self._extents is None:
-            held, used = self._rows[2:4].unflatten(2, (-1, self._heads))
-            self._extents = used.amin(-1).tolist(), used.amax(-1).tolist(), held.amin(-1).tolist()
-        shortest, longest, fewest = (each[layer][index] for each in self._extents)
-        starts, capacities = (each[layer] for each in (self.members[index].starts, self.members[index].capacities))
-        if shortest == longest and min(capacities) == max(capacities):
-            return [Strip(starts[0], self._heads, capacities[0], longest, fewest < longest)]
-        rows = slice(index * self._heads, (index + 1) * self._heads)
-        by_row = zip(starts, capacities, *self._rows[2:4, layer, rows].tolist(), strict=True)
-        return [Strip(start, 1, capacity, used, held < used) for start, capacity, held, used in by_row]
+            held, used = self._rows[2:4].unflatten(2, (-1, heads))
+            self._extents = used.amax(-1).tolist(), held.amin(-1).tolist()
+        if member.is_even:
+            used, held = (each[layer][run.start : run.stop] for each in self._extents)
+            return [Strip(starts[0], len(run), member.slots, heads, capacities[0], max(used), min(held) < max(used))]
+        rows = self._rows[2:4, layer, run.start * heads : run.stop * heads].tolist()
+        by_row = zip(starts, capacities, *rows, strict=True)
+        return [Strip(start, 1, 0, 1, capacity, used, held < used) for start, capacity, held, used in by_row]
 
     def _pool(self) -> KVPool:
         assert self.pool is not None
         return self.pool
 
 
-def _columns(columns: Tensor, states: list[Tensor]) -> Tensor:
+def _columns(columns: Tensor | slice, states: list[Tensor]) -> Tensor:
     """Some columns of one tensor ``[L, N]``, flattened."""
     return states[0][:, columns].flatten()
+
+
+def _inserted(place: int, pair: list[Tensor]) -> Tensor:
+    """The first tensor with the second at ``place`` of its last dimension."""
+    first, second = pair
+    return torch.cat([first[..., :place], second, first[..., place:]], dim=-1)

@@ -332,14 +332,15 @@ class Engine:
         """Move compressed prompts to the pool, as far as there are gaps for them."""
         while self._ready:
             sequence = self._ready[0]
-            if not self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1):
-                if self._running:
-                    return
+            place = self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1)
+            if place is not None:
+                sequence.kv_bytes = self._batch.bytes_of(place)
+                self._running.insert(place, sequence)
+            elif self._running:
+                return
+            else:
                 sequence.handle.fail("The compressed prompt is larger than the engine's KV memory.")
                 sequence.finished = "error"
-            else:
-                sequence.kv_bytes = self._batch.newest_bytes
-                self._running.append(sequence)
             del self._ready[0], sequence.cache
 
     # Decoding
@@ -362,9 +363,9 @@ class Engine:
             try:
                 return self._logits(self._running, self._batch)
             except (MemoryError, RuntimeError) as error:
-                newest = self._running.pop()
-                self._batch.leave(len(self._running))
-                self._fail(newest, error)
+                newest = max(range(len(self._running)), key=lambda index: self._running[index].started)
+                self._batch.leave(newest)
+                self._fail(self._running.pop(newest), error)
         return None
 
     def _logits(self, sequences: list[Sequence], cache: Any) -> Tensor:

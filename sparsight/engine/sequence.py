@@ -31,6 +31,7 @@ class Sequence:
     Attributes:
         finished: why it has ended, if it has.
         kv_bytes: memory that it may come to hold.
+        started: when it began, by a monotonic clock.
     """
 
     kv_bytes = 0
@@ -56,7 +57,7 @@ class Sequence:
         self._end_token_ids = end_token_ids
         self._stream = TextStream(tokenizer, params.stop)
         self._text = ""
-        self._prefill_seconds, self._started = prefill_seconds, time.perf_counter()
+        self._prefill_seconds, self.started = prefill_seconds, time.perf_counter()
 
     def with_cache_of_its_own(self) -> "Sequence":
         """This sequence with a copy of the cache, which others of the request change too."""
@@ -90,7 +91,7 @@ class Sequence:
         rest = self._stream.finish()
         if rest:
             self._push(rest, None)
-        seconds = self._prefill_seconds, time.perf_counter() - self._started
+        seconds = self._prefill_seconds, time.perf_counter() - self.started
         self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, self.report, *seconds))
 
     def _push(self, text: str, token: Sampled | None) -> None:
