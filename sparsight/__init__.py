@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from sparsight.engine.model_runner import generate
     from sparsight.engine.request import Completion, Handle, RequestError
     from sparsight.engine.sampling import SamplingParams
-    from sparsight.methods import RECIPES, TGVKV, ElasticCache, Sparsight, VLCache, recipe
+    from sparsight.methods import (
+        RECIPES,
+        TGVKV,
+        ElasticCache,
+        ExpectedAttention,
+        InfiniPotV,
+        KVzip,
+        Sparsight,
+        VLCache,
+        recipe,
+    )
     from sparsight.models.loading import load
 
 __all__ = [
@@ -24,7 +34,10 @@ __all__ = [
     "CompressedCache",
     "ElasticCache",
     "Engine",
+    "ExpectedAttention",
     "Handle",
+    "InfiniPotV",
+    "KVzip",
     "MixKV",
     "Recipe",
     "Report",
@@ -46,7 +59,10 @@ _MODULES = {
     "CompressedCache": "sparsight.cache",
     "ElasticCache": "sparsight.methods",
     "Engine": "sparsight.engine.engine",
+    "ExpectedAttention": "sparsight.methods",
     "Handle": "sparsight.engine.request",
+    "InfiniPotV": "sparsight.methods",
+    "KVzip": "sparsight.methods",
     "MixKV": "sparsight.compression",
     "Recipe": "sparsight.compression.recipe",
     "Report": "sparsight.cache.report",

@@ -23,6 +23,11 @@ BLOCK_ROWS = 256
 def check_bound(bound: float, recipe: Recipe) -> None:
     """Raise ValueError unless a prefill of ``recipe`` can be bounded by ``bound``."""
     checks.at_least("prefill_bound", bound, 1)
+    if recipe.score.needs_replay:
+        raise ValueError(
+            f"Score {recipe.score.kind!r} processes the prompt a second time, for which all of it must be held: leave "
+            "prefill_bound out, or take another method."
+        )
     if recipe.reduce.merges:
         raise ValueError(
             f"Reduction {recipe.reduce.kind!r} merges the entries that go into those that stay, so none may go before "

@@ -12,15 +12,18 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sparsight.attention.interface import is_causal, mark, override_attention, visible
+from sparsight.attention.rope import Rope, Rotation, newest_valid, rotary_positions
 from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.kv_store import KVStore
+from sparsight.cache.language_hook import LanguageHook
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.plan import make_plan
 from sparsight.cache.prefill import Prefill
+from sparsight.cache.replay import LanguageInputs, replay
 from sparsight.cache.report import Report
-from sparsight.compression import VisualHeads
+from sparsight.compression import Reconstruction, VisualHeads
 from sparsight.compression.recipe import Recipe
-from sparsight.methods import with_shipped_scores
+from sparsight.methods import with_instructions, with_shipped_scores
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
 
@@ -60,7 +63,8 @@ class CompressedCache(Cache):
     Raises:
         ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a batch
             of prompts (see :func:`sparsight.models.prompt.locate`), ``max_new_tokens`` is not a positive
-            number, the bound is no number of at least 1, or the recipe merges and there is a bound.
+            number, the bound is no number of at least 1, or the recipe merges or
+            repeats the prompt and there is a bound.
     """
 
     def __init__(
@@ -78,8 +82,10 @@ class CompressedCache(Cache):
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
         language = language_part(model)
-        self.recipe = recipe = with_shipped_scores(recipe, str(model.name_or_path))
-        prompt = locate(model.config, inputs, grids=isinstance(getattr(recipe.score, "pool", 1), tuple))
+        name = str(model.name_or_path)
+        self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
+        grids = isinstance(getattr(recipe.score, "pool", 1), tuple)
+        prompt = locate(model.config, inputs, grids=grids, frames=recipe.score.needs_frames)
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None
         for index in compressible(language.config):
@@ -93,8 +99,33 @@ class CompressedCache(Cache):
             recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
         self._model_name = type(model).__name__
         self._attention_override = override_attention(language.config)
+        self._language_hook = LanguageHook(language) if self.needs_tokens else None
         self._located = prompt
         self._start(prompt)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the recipe needs more of the prompt's tokens than the attention layers are given."""
+        return self.recipe.score.before_rope or self.repeats_prompt
+
+    @property
+    def repeats_prompt(self) -> bool:
+        """Whether the language part processes the prompt a second time."""
+        return self.recipe.score.needs_replay
+
+    def begin_forward(self, language: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+        """Called before each forward pass of the language part: note its arguments while the prompt is prefilled."""
+        if self.compressed[0].store is None:
+            self._language = language
+            self._arguments = {name: each for name, each in arguments.items() if each is not self}
+
+    def end_forward(self) -> None:
+        """Called after each forward pass of the language part: repeat the prompt, if it is complete and must be."""
+        score, inputs = self.recipe.score, self._inputs
+        if isinstance(score, Reconstruction) and inputs is not None and self.compressed[-1].seen >= self.prompt.length:
+            prefills = {index: prefill for index, layer in enumerate(self.layers) if (prefill := _prefill_of(layer))}
+            replay(inputs, self.layers, prefills, self.prompt, score)
+            self._compact()
 
     def _start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
@@ -102,6 +133,8 @@ class CompressedCache(Cache):
         self._unattended = False
         self._causal = True
         self._sparsity: list[list[float]] | None = None
+        self._rope: Rope | None = None
+        self._inputs: LanguageInputs | None = None
         for layer in self.compressed:
             layer.start(prompt)
 
@@ -207,10 +240,27 @@ class CompressedCache(Cache):
             seen, first = layer.seen + query.shape[2], layer.get_mask_sizes(query.shape[2])[1]
             self._check_padding(mask, first, seen)
             self._causal = is_causal(mask, self.prompt.valid_mask[:, first:])
-        result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, **kwargs)
-        if layer is self.compressed[-1] and layer.seen >= self.prompt.length:
+            if self.needs_tokens:
+                self._note_tokens(layer.seen, query.shape[2], query.device)
+        rotation = self._rotation(module)
+        result = layer.attend_prompt(module, query, key, value, mask, causal=self._causal, rotation=rotation, **kwargs)
+        complete = layer is self.compressed[-1] and layer.seen >= self.prompt.length
+        if complete and not self.recipe.score.needs_replay:
             self._compact()
         return result
+
+    def _note_tokens(self, first: int, count: int, device: torch.device) -> None:
+        """Note positions and embeddings of the prompt's tokens ``[first, first + count)``."""
+        arguments, self._arguments = self._arguments, {}
+        positions = rotary_positions(arguments.get("position_ids"), first, count, device)
+        self._rope = Rope(self._language, positions, newest_valid(self.prompt.valid_mask, first, count), self._rope)
+        if self.repeats_prompt:
+            inputs = LanguageInputs.of(self._language, arguments, positions)
+            self._inputs = inputs if self._inputs is None else self._inputs.then(inputs)
+
+    def _rotation(self, module: Any) -> Rotation | None:
+        """How an attention layer rotates the newest queries, for scores of those before RoPE."""
+        return self._rope.of(module) if self._rope is not None and self.recipe.score.before_rope else None
 
     def _check_padding(self, mask: Any, first: int, seen: int) -> None:
         """Raise ValueError unless transformers' mask for tokens ``[first, seen)`` has the padding of the inputs."""
@@ -238,6 +288,7 @@ class CompressedCache(Cache):
     def _compact(self) -> None:
         """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
+        self._rope = self._inputs = None
         for layer, ratios in zip(self.compressed, plan.ratios, strict=True):
             layer.compact(ratios)
         if self.recipe.allocate.threshold is not None:
@@ -398,6 +449,10 @@ def _join_bounded(layers: Sequence[Any]) -> Any:
             found = {index: None if states[0] is None else torch.cat(states) for index, states in by_index.items()}
             setattr(joined, name, found)
     return joined
+
+
+def _prefill_of(layer: Any) -> Prefill | None:
+    return layer.prefill if isinstance(layer, CompressedLayer) else None
 
 
 def layer_bytes(layer: Any) -> int:

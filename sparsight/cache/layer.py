@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention.interface import is_plain, own_attention, visible
+from sparsight.attention.rope import Rotation
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
 from sparsight.cache.kv_store import KVStore
@@ -97,12 +98,13 @@ class CompressedLayer(CacheLayerMixin):
         attention_mask: Any,
         *,
         causal: bool,
+        rotation: Rotation | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model's own attention over the prompt so far, and observe the queries that matter.
 
         ``causal`` says that they attend to all keys up to their own except padding. Where all of them matter, one pass
-        of our own computes their attention too, on a CPU.
+        of our own computes their attention too, on a CPU. ``rotation`` is for scores of queries before RoPE.
         """
         if self.bound is not None and query.shape[2] < self.prompt.length:
             check_cuts(self.recipe, causal=causal)
@@ -120,6 +122,7 @@ class CompressedLayer(CacheLayerMixin):
         else:
             prefill.extend(key, value)
             key, value = prefill.keys, prefill.values
+        prefill.rotation = rotation
         output: tuple[Tensor, Tensor | None]
         if causal and prefill.needs_every_query and is_plain(module, query, key, value, **kwargs):
             output = prefill.attend(query, scaling), None

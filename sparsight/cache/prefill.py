@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsight.attention.rope import Rotation
 from sparsight.compression import PostVision, TextVision
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.attention_statistics import attend_and_sum, visible_pairs
@@ -30,9 +31,11 @@ class Prefill:
         zeroed: how many weights of each sequence's post-vision queries the threshold filter zeroes in all heads, int64.
         visible: how many weights those queries have, int64.
         exact: whether every query attended to all of the prompt before it.
+        rotation: RoPE of the newest queries, where the score is one of queries before RoPE.
     """
 
     exact = True
+    rotation: Rotation | None = None
 
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
         self.recipe = recipe
@@ -131,7 +134,10 @@ class Prefill:
         if count <= 0:
             return None
         keys, mask, places = self._attended(sequence, queries, newest, visible)
-        zeroed = attention.add(query[sequence, :, newest], keys, scaling, threshold, mask, places)
+        states = query[sequence, :, newest]
+        if self.rotation is not None and attention is self.attention[sequence]:
+            states = self.rotation.undo(states, sequence, newest)
+        zeroed = attention.add(states, keys, scaling, threshold, mask, places)
         if zeroed is not None:
             self._count(sequence, zeroed, visible_pairs(count, keys.shape[1], mask) * query.shape[1])
         return zeroed
@@ -168,16 +174,19 @@ class Prefill:
         self.attention = []
 
     def _score(self, sequence: int, earlier: list[Tensor]) -> Tensor:
-        span, device, recipe = self.prompt.spans[sequence], self.keys.device, self.recipe_of(sequence)
+        span, rotation, device = self.prompt.spans[sequence], self.rotation, self.keys.device
+        recipe = self.recipe_of(sequence)
         kept = max(1, round(recipe.budget * span.length))
         states = PromptStates(
             key=self.keys[sequence, :, span.start : span.stop],
             value=self.values[sequence, :, span.start : span.stop],
             vision=self.vision(sequence).to(device, non_blocking=True),
             grids=self._grids(sequence, device),
+            frames=[each.to(device, non_blocking=True) - span.start for each in self._frames(sequence)],
             kept=kept,
             always=recipe.reduce.always(kept, span.length),
             earlier=earlier,
+            ahead=None if rotation is None else lambda states, count: rotation.ahead(states, sequence, count),
         )
         return recipe.score.finish(self.attention[sequence], states)
 
@@ -185,6 +194,9 @@ class Prefill:
         """Score ``[H_kv, T_b]`` from a sequence's attention sums of that shape."""
         vision = self.vision(sequence).to(sums.device, non_blocking=True)
         return self.recipe_of(sequence).score.importance(sums, vision, self._grids(sequence, sums.device))
+
+    def _frames(self, sequence: int) -> tuple[Tensor, ...]:
+        return self.prompt.frames[sequence] if self.prompt.frames else ()
 
     def _grids(self, sequence: int, device: torch.device) -> list[Tensor]:
         """Places of the images' patches in a sequence."""

@@ -14,16 +14,16 @@ from sparsight.methods import RECIPES
 
 
 def main(as_json: options.Json = False) -> None:
-    """List the compression methods with their parts, default budgets and papers."""
+    """List the compression methods with their parts and papers."""
     listing = [describe(name) for name in RECIPES]
     if as_json:
         print(json.dumps(listing))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("method", *KINDS, "budget"):
+    for column in ("method", *KINDS):
         table.add_column(column, header_style="bold cyan")
     for method in listing:
-        table.add_row(method["name"], *(method[role]["kind"] for role in KINDS), f"{method['budget'] * 100:.3g}%")
+        table.add_row(method["name"], *(method[role]["kind"] for role in KINDS))
     show(table)
     for method in listing:
         show(f"\n{method['name']}: {method['citation']}")

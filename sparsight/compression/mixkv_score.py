@@ -24,7 +24,7 @@ class MixKV(BaseScore):
         score: the importance that is mixed.
 
     Raises:
-        ValueError: it is not a score.
+        ValueError: it is not a score, or one that repeats the prompt.
     """
 
     kind: ClassVar[str] = "mixkv"
@@ -34,6 +34,18 @@ class MixKV(BaseScore):
     def __post_init__(self) -> None:
         if not isinstance(self.score, BaseScore):
             raise ValueError(f"Score {self.kind!r} wraps another score such as PostVision(), got {self.score!r}.")
+        if self.score.needs_replay:
+            raise ValueError(f"Score {self.kind!r} cannot wrap {self.score.kind!r}, which repeats the prompt.")
+
+    @property
+    def before_rope(self) -> bool:  # type: ignore[override]  # a constant of other scores
+        """As the wrapped score."""
+        return self.score.before_rope
+
+    @property
+    def needs_frames(self) -> bool:  # type: ignore[override]  # a constant of other scores
+        """As the wrapped score."""
+        return self.score.needs_frames
 
     @property
     def pool(self) -> Any:

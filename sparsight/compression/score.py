@@ -6,7 +6,7 @@ important one near it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -26,6 +26,9 @@ POOLINGS = ("max", "average")
 Grids = Sequence[Tensor]
 """Positions of the vision tokens of images, ``[rows, columns]`` each."""
 
+Ahead = Callable[[Tensor, int], Tensor]
+"""States ``[H, n, D]`` before RoPE, rotated to a number of positions after the prompt and averaged."""
+
 
 @dataclass(frozen=True)
 class PromptStates:
@@ -39,6 +42,8 @@ class PromptStates:
         kept: entries that each KV head keeps if the budget is shared equally.
         always: bool ``[T]`` on the CPU, the position then stays whatever its score.
         earlier: what the score of each earlier layer has left for the later ones.
+        frames: positions of the vision tokens of videos' frames, ``[F, patches]`` each.
+        ahead: where the score is of queries before RoPE, what rotates them to the tokens to come.
     """
 
     key: Tensor
@@ -48,6 +53,8 @@ class PromptStates:
     kept: int
     always: Tensor
     earlier: list[Tensor]
+    frames: Sequence[Tensor] = ()
+    ahead: Ahead | None = None
 
 
 class AttentionSums:
@@ -98,10 +105,16 @@ class BaseScore(ABC):
     Attributes:
         kind: the score's name in a recipe.
         needs_full_prompt: whether nothing can be said before the last token of the prompt.
+        before_rope: whether the score's queries are those before RoPE.
+        needs_replay: whether the model must process the prompt a second time.
+        needs_frames: whether videos' frames must be found in the prompt.
     """
 
     kind: ClassVar[str]
     needs_full_prompt: ClassVar[bool] = False
+    before_rope: ClassVar[bool] = False
+    needs_replay: ClassVar[bool] = False
+    needs_frames: ClassVar[bool] = False
 
     @abstractmethod
     def queries(self, span: Span) -> range:

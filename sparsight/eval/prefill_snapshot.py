@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsight.attention.interface import is_causal, visible
+from sparsight.attention.rope import Rope
 from sparsight.cache import CompressedCache
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.prefill import Prefill, fitted
-from sparsight.compression import Allocate, Score
+from sparsight.cache.replay import LanguageInputs, replay
+from sparsight.compression import Allocate, Reconstruction, Score
 from sparsight.compression.recipe import Recipe
-from sparsight.methods import Full
+from sparsight.methods import Full, with_instructions
 from sparsight.models.prompt import locate
 
 
@@ -29,6 +31,8 @@ class States:
         value: ``[B, H_kv, T, D]``.
         scaling: factor of the logits.
         visible: bool ``[B or 1, 1, T, T]``, the keys that each query attends to; None for causal attention.
+        rope: RoPE of the queries.
+        module: the attention layer.
     """
 
     query: Tensor
@@ -36,6 +40,8 @@ class States:
     value: Tensor
     scaling: float
     visible: Tensor | None
+    rope: Rope
+    module: Any
 
 
 class PrefillSnapshot:
@@ -61,7 +67,7 @@ class PrefillSnapshot:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs = model, inputs
         self._recorder = _Recorder(model, Full(), inputs)
-        self.prompt = locate(model.config, inputs, grids=True)
+        self.prompt = locate(model.config, inputs, grids=True, frames=True)
         self.logits = next_logits(model, self._recorder, inputs)
         self.states = self._recorder.states
         self._observed: dict[tuple[tuple[Score, ...], Allocate], list[Prefill]] = {}
@@ -72,6 +78,7 @@ class PrefillSnapshot:
 
         Recipes with the same score and the same allocation share them.
         """
+        recipe = with_instructions(recipe, str(self.model.name_or_path))
         # A budget may limit a score's window.
         scores = tuple(fitted(recipe, self.prompt, sequence).score for sequence in range(len(self.prompt.spans)))
         parts = scores, recipe.allocate
@@ -79,8 +86,14 @@ class PrefillSnapshot:
             observed = []
             for states in self.states:
                 prefill = Prefill(recipe, self.prompt, states.key, states.value)
+                prefill.rotation = states.rope.of(states.module) if recipe.score.before_rope else None
                 prefill.observe(states.query, states.scaling, states.visible)
                 observed.append(prefill)
+            if isinstance(recipe.score, Reconstruction):
+                layers = self._recorder.layers
+                compressed = [index for index, layer in enumerate(layers) if isinstance(layer, CompressedLayer)]
+                by_index = dict(zip(compressed, observed, strict=True))
+                replay(self._recorder.inputs, layers, by_index, self.prompt, recipe.score)
             self._observed[parts] = observed
         return [_of(recipe, prefill) for prefill in self._observed[parts]]
 
@@ -98,6 +111,8 @@ class PrefillSnapshot:
 class _Recorder(CompressedCache):
     """A cache that records the inputs of its layers and compresses nothing."""
 
+    needs_tokens = repeats_prompt = True
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.states: list[States] = []
@@ -107,9 +122,18 @@ class _Recorder(CompressedCache):
     ) -> tuple[Tensor, Tensor | None]:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         visible_keys = None if is_causal(mask, self.prompt.valid_mask) else visible(mask)
+        output = super()._attend(layer, module, query, key, value, mask, **kwargs)
+        assert self._rope is not None
         # The key refers to this cache; detached tensors do not keep it alive.
-        self.states.append(States(query.detach(), key.detach(), value.detach(), scaling, visible_keys))
-        return super()._attend(layer, module, query, key, value, mask, **kwargs)
+        states = query.detach(), key.detach(), value.detach()
+        self.states.append(States(*states, scaling, visible_keys, self._rope, module))
+        return output
+
+    @property
+    def inputs(self) -> LanguageInputs:
+        """What the language part was given."""
+        assert self._inputs is not None
+        return self._inputs
 
     def _compact(self) -> None:
         for layer in self.compressed:

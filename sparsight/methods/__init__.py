@@ -8,8 +8,11 @@ from sparsight.methods.adakv import AdaKV
 from sparsight.methods.aircache import AirCache
 from sparsight.methods.bacon import BACONCache
 from sparsight.methods.elastic import ElasticCache
+from sparsight.methods.expected_attention import ExpectedAttention
 from sparsight.methods.full import Full
 from sparsight.methods.h2o import H2O
+from sparsight.methods.infinipot_v import InfiniPotV
+from sparsight.methods.kvzip import KVzip, with_instructions
 from sparsight.methods.look_m import LookM
 from sparsight.methods.mixkv import MixKVCache
 from sparsight.methods.prefixkv import PrefixKV
@@ -38,6 +41,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "mixkv": MixKVCache,
     "bacon": BACONCache,
     "tgv-kv": TGVKV,
+    "expected-attention": ExpectedAttention,
+    "kvzip": KVzip,
+    "infinipot-v": InfiniPotV,
     "sparsight": Sparsight,
     "random": RandomCache,
     "full": Full,
@@ -71,7 +77,10 @@ __all__ = [
     "AirCache",
     "BACONCache",
     "ElasticCache",
+    "ExpectedAttention",
     "Full",
+    "InfiniPotV",
+    "KVzip",
     "LookM",
     "MixKVCache",
     "PrefixKV",
@@ -83,5 +92,6 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "recipe",
+    "with_instructions",
     "with_shipped_scores",
 ]

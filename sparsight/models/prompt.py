@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.models.families import CROSS_ATTENTION, FAMILIES, family_of
+from sparsight.models.frames import find_frames
 from sparsight.models.layouts import find_grids
 
 LAST_WINDOW = 32
@@ -42,12 +43,15 @@ class Prompt:
         spans: one :class:`Span` per sequence.
         grids: for each sequence the patch grids of its images: the positions of the vision tokens of each tile, int64
             ``[rows, columns]`` on the CPU. Empty where the layout is not known.
+        frames: for each sequence its videos, and images of one size in a row: positions of the vision tokens of each
+            frame, int64 ``[F, patches]`` on the CPU.
     """
 
     vision_mask: Tensor
     valid_mask: Tensor
     spans: tuple[Span, ...]
     grids: tuple[tuple[Tensor, ...], ...]
+    frames: tuple[tuple[Tensor, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -64,14 +68,16 @@ class Prompt:
         chosen = list(sequences)
         spans = tuple(self.spans[index] for index in chosen)
         grids = tuple(self.grids[index] for index in chosen)
-        return Prompt(self.vision_mask[chosen], self.valid_mask[chosen], spans, grids)
+        frames = tuple(self.frames[index] for index in chosen if self.frames)
+        return Prompt(self.vision_mask[chosen], self.valid_mask[chosen], spans, grids, frames)
 
     def padded(self, padding: int) -> "Prompt":
         """The same prompts with ``padding`` more padding tokens on the left."""
         spans = [Span(span.start + padding, span.post_vision + padding, span.stop + padding) for span in self.spans]
         grids = [tuple(grid + padding for grid in tiles) for tiles in self.grids]
         vision_mask, valid_mask = (functional.pad(mask, (padding, 0)) for mask in (self.vision_mask, self.valid_mask))
-        return Prompt(vision_mask, valid_mask, tuple(spans), tuple(grids))
+        frames = tuple(tuple(video + padding for video in videos) for videos in self.frames)
+        return Prompt(vision_mask, valid_mask, tuple(spans), tuple(grids), frames)
 
     @staticmethod
     def join(prompts: Sequence["Prompt"]) -> "Prompt":
@@ -81,10 +87,11 @@ class Prompt:
             torch.cat([prompt.valid_mask for prompt in prompts]),
             tuple(span for prompt in prompts for span in prompt.spans),
             tuple(grids for prompt in prompts for grids in prompt.grids),
+            tuple(frames for prompt in prompts for frames in prompt.frames),
         )
 
 
-def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Prompt:
+def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False, frames: bool = False) -> Prompt:
     """Find the vision tokens, the padding and the post-vision queries of a batch of prompts.
 
     Args:
@@ -92,6 +99,7 @@ def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Pr
         inputs: the processor's outputs: ``input_ids`` ``[B, T]``, and optionally ``attention_mask`` and
             ``mm_token_type_ids`` of the same shape.
         grids: find the images' patch grids too, for which the inputs must hold the pixels.
+        frames: find the frames too.
 
     Raises:
         ValueError: the inputs lack ``input_ids``, have masks of another shape, pixels but no image token, a sequence
@@ -113,7 +121,8 @@ def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Pr
     attention_mask = inputs.get("attention_mask")
     valid_mask = torch.ones_like(vision_mask) if attention_mask is None else attention_mask.bool().cpu()
     spans = tuple(_span(*masks) for masks in zip(vision_mask, valid_mask, strict=True))
-    return Prompt(vision_mask, valid_mask, spans, _grids(config, inputs) if grids else ((),) * len(spans))
+    own_grids = _grids(config, inputs) if grids else ((),) * len(spans)
+    return Prompt(vision_mask, valid_mask, spans, own_grids, find_frames(config, inputs, vision_mask) if frames else ())
 
 
 def _grids(config: Any, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], ...]:

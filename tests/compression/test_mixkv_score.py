@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from sparsight import CompressedCache, VLCache
+from sparsight.compression import FutureQueries, MixKV, Reconstruction, TemporalChange, Uniform
 from sparsight.compression.mixkv_score import mixed
+from tests.support import models
 
 
 def by_hand(score, keys, values, always):
@@ -69,3 +73,19 @@ def test_states_in_half_precision_are_mixed_in_float32(dtype):
     always = torch.arange(50) > 40
     score = torch.rand(2, 50)
     assert torch.equal(mixed(score, key, value, always), mixed(score, key.float(), value.float(), always))
+
+
+@pytest.mark.parametrize("score", [FutureQueries(), TemporalChange()])
+def test_scores_without_attention_sums_are_mixed_too(score):
+    model, inputs = models.model("qwen2_5_vl"), models.inputs("qwen2_5_vl", models.ONE_VIDEO)
+    kept = []
+    for each in (score, MixKV(score)):
+        cache = CompressedCache(model, replace(VLCache(0.3), score=each, allocate=Uniform()), inputs)
+        models.generate(model, inputs, 1, past_key_values=cache)
+        kept.append(cache.kept_positions(1))
+    assert not torch.equal(*kept)
+
+
+def test_a_score_that_repeats_the_prompt_is_refused():
+    with pytest.raises(ValueError, match="'mixkv' cannot wrap 'reconstruction', which repeats the prompt"):
+        MixKV(Reconstruction())

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight import RECIPES, CompressedCache, Recipe
-from sparsight.compression import VisualHeads
+from sparsight.compression import Reconstruction, VisualHeads
 from sparsight.compression.recipe import KINDS
 from tests.support import families, models
-from tests.support.recipes import head_scores, recipe_for
+from tests.support.recipes import INSTRUCTIONS, head_scores, recipe_for
 
 PROMPTS = st.builds(
     models.Prompt,
@@ -70,6 +70,8 @@ def test_any_score_goes_with_any_allocation_reduction_and_decode_rule(kinds):
     parts = {role: KINDS[role][kind]() for role, kind in zip(KINDS, kinds, strict=True)}
     if isinstance(parts["allocate"], VisualHeads):
         parts["allocate"] = VisualHeads(scores=head_scores(model))
+    if isinstance(parts["score"], Reconstruction):
+        parts["score"] = Reconstruction(instructions=INSTRUCTIONS)
     if parts["allocate"].head_wise and not parts["reduce"].per_head:
         with pytest.raises(ValueError, match="the heads share one choice: give the reduction per_head=True"):
             Recipe("mixed", 0.2, **parts)

@@ -6,6 +6,9 @@ from sparsight import recipe
 from sparsight.cache.compressed_cache import compressible
 from sparsight.compression import VisualHeads
 
+INSTRUCTIONS = ((21, 22, 23, 24), (25, 26, 27))
+"""Token ids of what comes before a repeated prompt: tiny models have no tokenizer."""
+
 
 def head_scores(model):
     """Scores for every KV head of a model, as a calibration would measure them."""
@@ -15,8 +18,13 @@ def head_scores(model):
 
 
 def recipe_for(model, name, **numbers):
-    """``recipe(name)``, with head scores where the method asks for them; the full cache at any budget keeps all."""
+    """``recipe(name)``, with head scores or instructions where the method asks for them.
+
+    The full cache at any budget keeps all.
+    """
     if name == "full":
         numbers.pop("budget", None)
+    if name == "kvzip":
+        numbers.setdefault("instructions", INSTRUCTIONS)
     made = recipe(name, **numbers)
     return recipe(name, heads=head_scores(model), **numbers) if isinstance(made.allocate, VisualHeads) else made

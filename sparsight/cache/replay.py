@@ -1,0 +1,195 @@
+"""A second pass of the language part over the prompt, for scores that watch the model repeat it.
+
+The prompt is repeated as the embeddings that the language part was given in the prefill, so images are too, without
+another run of the vision tower. Positions continue after the prompt; with multimodal RoPE an image keeps its grid.
+Attention within the repetition is causal, also in models whose image tokens attend to each other in both directions.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from sparsight.attention.interface import mark, own_attention
+from sparsight.cache.prefill import Prefill
+from sparsight.compression import Reconstruction
+from sparsight.compression.reconstruction import LEAD, largest_attention
+from sparsight.models.prompt import Prompt, Span
+
+
+@dataclass(frozen=True)
+class LanguageInputs:
+    """What the language part was given for a prompt's tokens.
+
+    Args:
+        language: the language part.
+        embeddings: ``[B, T, E]``.
+        positions: ``[axes, B, T]``, with three axes where RoPE is multimodal, otherwise one.
+        added: what some models add to the hidden states after each of their first layers, ``[B, T, E]``, 0 for text.
+        images: bool ``[B, T]``, where they add it.
+    """
+
+    language: PreTrainedModel
+    embeddings: Tensor
+    positions: Tensor
+    added: tuple[Tensor, ...]
+    images: Tensor | None
+
+    @staticmethod
+    def of(language: PreTrainedModel, arguments: Mapping[str, Any], positions: Tensor) -> "LanguageInputs":
+        """From the arguments of one forward pass and the positions ``[B or 1, q]`` or ``[3, B, q]`` of its tokens."""
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = language.get_input_embeddings()(arguments["input_ids"])
+        images, added = arguments.get("visual_pos_masks"), []
+        for states in arguments.get("deepstack_visual_embeds") or ():
+            added.append(torch.zeros_like(embeddings))
+            added[-1][images] = states.to(embeddings)
+        positions = positions if positions.ndim == 3 else positions[None]
+        positions = positions.expand(-1, len(embeddings), -1)
+        return LanguageInputs(language, embeddings, positions, tuple(added), images if added else None)
+
+    def then(self, later: "LanguageInputs") -> "LanguageInputs":
+        """The tokens of two parts of a prompt."""
+        depth = max(len(self.added), len(later.added))
+        parts = [part.padded(depth) for part in (self, later)]
+        images = [part.images for part in parts if part.images is not None]
+        return LanguageInputs(
+            self.language,
+            torch.cat([part.embeddings for part in parts], dim=1),
+            torch.cat([part.positions for part in parts], dim=2),
+            tuple(torch.cat(states, dim=1) for states in zip(*(part.added for part in parts), strict=True)),
+            torch.cat(images, dim=1) if images else None,
+        )
+
+    def padded(self, depth: int) -> "LanguageInputs":
+        """The same with ``depth`` additions: those of a part without images are 0."""
+        if len(self.added) == depth:
+            return self
+        nothing = torch.zeros(self.embeddings.shape[:2], dtype=torch.bool, device=self.embeddings.device)
+        added = (torch.zeros_like(self.embeddings),) * depth
+        return LanguageInputs(self.language, self.embeddings, self.positions, added, nothing)
+
+    def repeat(self, sequence: int, tokens: slice, ids: Sequence[int], first: Tensor) -> dict[str, Any]:
+        """Arguments for an instruction from position ``first`` on and then some tokens of a sequence."""
+        own = self.embeddings[sequence, tokens]
+        instruction = torch.tensor(ids, dtype=torch.long, device=own.device)
+        embeddings = torch.cat([self.language.get_input_embeddings()(instruction).to(own), own])
+        count = len(instruction)
+        positions = self.positions[:, sequence, tokens]
+        before = torch.arange(count, device=positions.device).expand(len(positions), -1) + first
+        # What is repeated moves as one, so that the tokens of an image keep their distances in every axis.
+        positions = torch.cat([before, positions - positions.amin() + first + count], dim=1)
+        arguments: dict[str, Any] = {
+            "inputs_embeds": embeddings[None],
+            "position_ids": positions if len(positions) == 1 else positions[:, None],
+        }
+        if self.images is not None:
+            images = self.images[sequence, tokens]
+            arguments["visual_pos_masks"] = torch.cat([images.new_zeros(count), images])[None]
+            arguments["deepstack_visual_embeds"] = [states[sequence, tokens][images] for states in self.added]
+        return arguments
+
+
+class _RepeatingCache(Cache):
+    """One sequence of a prefilled cache, for a single forward pass whose tokens attend to the prompt and each other.
+
+    Args:
+        layers: of the prefilled cache.
+        prefills: the prompt in those layers that are compressed, by index.
+        sequence: which one.
+        watch: called with the index, queries ``[H, r, D]``, keys ``[H_kv, seen + r, D]`` and scaling of each of them.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        prefills: Mapping[int, Prefill],
+        sequence: int,
+        watch: Callable[[int, Tensor, Tensor, float], None],
+    ) -> None:
+        states = [layer if index in prefills else copy.deepcopy(layer) for index, layer in enumerate(layers)]
+        for index, prefill in prefills.items():
+            states[index] = held = DynamicLayer()
+            held.keys, held.values = (each[sequence : sequence + 1] for each in (prefill.keys, prefill.values))
+            held.dtype, held.device, held.is_initialized = held.keys.dtype, held.keys.device, True
+        for index, layer in enumerate(states):
+            if index not in prefills:
+                layer.reorder_cache(torch.LongTensor([sequence]))
+        super().__init__(layers=states)
+        self.prefills, self.watch = prefills, watch
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[1, H_kv, seen + r, D]``; those of the compressed layers are not added to the cache."""
+        if layer_idx not in self.prefills:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        held: Any = self.layers[layer_idx]
+        key, value = torch.cat([held.keys, key_states], dim=2), torch.cat([held.values, value_states], dim=2)
+        return mark(key, partial(self._attend, layer_idx)), value
+
+    def _attend(self, index: int, module: Any, query: Tensor, key: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        self.watch(index, query[0], key[0], kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        return own_attention(module, query, key, *rest, **kwargs)
+
+
+@torch.no_grad()
+def replay(
+    inputs: LanguageInputs,
+    layers: Sequence[Any],
+    prefills: Mapping[int, Prefill],
+    prompt: Prompt,
+    score: Reconstruction,
+) -> None:
+    """Repeat every prompt, and put the largest attention that its positions receive into the prefills.
+
+    Args:
+        inputs: the prompts' tokens.
+        layers: of the cache, after the prefill.
+        prefills: the prompt in those layers that are compressed, by index.
+        prompt: lengths and masks.
+        score: what is repeated, and how.
+    """
+    device = inputs.embeddings.device
+    assert score.instructions is not None
+    for sequence, span in enumerate(prompt.spans):
+        last = inputs.positions[:, sequence, span.start : span.stop].amax()
+        for first in range(span.start, span.stop, score.chunk):
+            tokens = slice(first, min(first + score.chunk, span.stop))
+            lead = slice(max(first - LEAD, span.start), tokens.stop)
+            ids = score.instructions[first > span.start]
+            arguments = inputs.repeat(sequence, lead, ids, last + 1)
+            watch = partial(_watch, prefills, sequence, span, tokens, score.sinks)
+            cache = _RepeatingCache(layers, prefills, sequence, watch)
+            seen = next(iter(prefills.values())).seen
+            # Assisted generation has brought tokens after the prompt, which are no part of it.
+            mask = torch.zeros(1, seen + arguments["inputs_embeds"].shape[1], dtype=torch.long, device=device)
+            mask[0, : prompt.length] = prompt.valid_mask[sequence]
+            mask[:, seen:] = 1
+            inputs.language(**arguments, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+
+def _watch(
+    prefills: Mapping[int, Prefill],
+    sequence: int,
+    span: Span,
+    tokens: slice,
+    sinks: int,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+) -> None:
+    """Note the attention that the queries ``[H, r, D]`` of one layer pay to the tokens that are repeated."""
+    in_front = slice(span.start, min(span.start + sinks, tokens.start))
+    context = torch.cat([key[:, in_front], key[:, tokens]], dim=1)
+    received = largest_attention(query, context, key[:, -query.shape[1] :], scaling)
+    total = prefills[index].attention[sequence].total
+    total[:, tokens.start - span.start : tokens.stop - span.start] = received[:, in_front.stop - in_front.start :]
