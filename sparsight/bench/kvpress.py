@@ -5,7 +5,6 @@ environment, which is set up at the first use.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sparsight.bench import kvpress_worker, machine
 from sparsight.bench.measure import Sample
+from sparsight.utils.processes import cache_folder, failure
 
 VERSION = "0.5.5"
 
@@ -33,8 +33,7 @@ def environment() -> Path:
         CannotRun: the environment cannot be set up.
     """
     torch_version = torch.__version__.partition("+")[0]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "sparsight" / f"kvpress-{VERSION}-torch-{torch_version}-{sys.implementation.cache_tag}"
+    folder = cache_folder() / f"kvpress-{VERSION}-torch-{torch_version}-{sys.implementation.cache_tag}"
     python, ready = folder / "bin" / "python", folder / ".ready"
     if ready.exists():
         return python
@@ -48,11 +47,9 @@ def environment() -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-        errors = [line for line in lines if line.lower().startswith("error")] or lines or ["no reason given"]
-        raise CannotRun(f"kvpress cannot be installed: {errors[-1].partition(': ')[2] or errors[-1]}".rstrip("."))
+    error = failure(command)
+    if error is not None:
+        raise CannotRun(f"kvpress cannot be installed: {error}")
 
 
 class Kvpress:

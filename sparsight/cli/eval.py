@@ -1,6 +1,7 @@
 """``sparsight eval``: accuracy of methods at several budgets, measured on tasks."""
 
 import json
+import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,9 @@ from sparsight.eval.evaluator import (
     weights_digest,
 )
 from sparsight.eval.result_store import ResultStore
-from sparsight.eval.tasks import TASKS, task
+from sparsight.eval.tasks import TASKS, TEXT_TASKS, task
 from sparsight.methods import RECIPES, recipe
-from sparsight.models.loading import load_checkpoint, load_model
+from sparsight.models.loading import Checkpoint, load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
 
@@ -43,7 +44,12 @@ LONG_SECONDS = 120
 
 def main(
     tasks: Annotated[
-        str, typer.Option(help=f"Tasks: {', '.join(TASKS)}, or all; look-up:64 sets a task's size.", metavar="NAMES")
+        str,
+        typer.Option(
+            help=f"Tasks: {', '.join(TASKS)}, or all; look-up:64 sets a task's size. Of models without images: "
+            f"{', '.join(TEXT_TASKS)}.",
+            metavar="NAMES",
+        ),
     ] = "all",
     methods: Annotated[
         str, typer.Option(help="Methods, comma-separated, or all; `sparsight methods` lists them.", metavar="NAMES")
@@ -55,6 +61,13 @@ def main(
     limit: Annotated[int, typer.Option(help="Number of examples of each task.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the generated examples.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Examples per batch; lower it for large models.", min=1)] = 16,
+    passage_as_vision: Annotated[
+        bool,
+        typer.Option(
+            "--passage-as-vision",
+            help="Models without images: count the tokens of a task's passage as vision tokens.",
+        ),
+    ] = False,
     harness: Annotated[
         str, typer.Option(help="sparsight for its own tasks, lmms-eval for public benchmarks.", metavar="NAME")
     ] = HARNESSES[0],
@@ -78,8 +91,13 @@ def main(
             if harness == "lmms-eval":
                 report = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
-                config = EvaluationConfig([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
-                report = _generated(model, config, output, device, dtype, on_progress)
+                checkpoint = load_checkpoint(model, text=True)
+                known = TEXT_TASKS if checkpoint.text_only else TASKS
+                if passage_as_vision and not checkpoint.text_only:
+                    raise ValueError("--passage-as-vision is for models without images.")
+                chosen = [task(name, known) for name in names(tasks, known)]
+                config = EvaluationConfig(chosen, recipes, limit, seed, batch, passage_as_vision)
+                report = _generated(model, checkpoint, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
         raise stopped(output) from stop
     written = render.write(report, output)
@@ -92,13 +110,22 @@ def main(
 
 
 def _generated(
-    model: str, config: EvaluationConfig, output: Path, device: str, dtype: str, on_progress: OnProgress
+    model: str,
+    checkpoint: Checkpoint,
+    config: EvaluationConfig,
+    output: Path,
+    device: str,
+    dtype: str,
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Results on Sparsight's own tasks."""
     on_progress("Loading the model", 0, config.total)
-    checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
-    with ResultStore(output, {**_about(model, loaded), "seed": config.seed}) as store:
+    about = {**_about(model, loaded), "seed": config.seed}
+    if checkpoint.text_only:
+        # The text differs between versions of Python.
+        about |= {"passage": "vision" if config.passage_as_vision else "text", "python": platform.python_version()}
+    with ResultStore(output, about) as store:
         on_progress("Estimating the time", results_done(config, store), config.total)
         measure_pace(config, loaded, checkpoint.processor, store)
         seconds, missing = remaining_seconds(config, store), config.total - results_done(config, store)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from sparsight.compression.recipe import Recipe
-from sparsight.eval.collate import conversations, group_by_answer_length
+from sparsight.eval.collate import conversations, group_by_answer_length, text_conversations, tokenizer_of
 from sparsight.eval.converse import Conversations, Turn, converse
 from sparsight.eval.metrics import anls, divergence, exact_match, rouge_l, same_tokens, surprisal
+from sparsight.eval.passages import TextExample
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.result_store import ExampleResult, ResultStore
 from sparsight.eval.tasks import Task, answer_patch_share, record_count
@@ -43,6 +44,7 @@ class EvaluationConfig:
         limit: examples per task.
         seed: seed of the examples.
         batch_size: examples per batch.
+        passage_as_vision: mark the passages of text tasks as vision tokens, so that a method treats them like an image.
     """
 
     tasks: Sequence[Task]
@@ -50,6 +52,7 @@ class EvaluationConfig:
     limit: int
     seed: int
     batch_size: int
+    passage_as_vision: bool = False
 
     @property
     def all_recipes(self) -> list[Recipe]:
@@ -73,7 +76,7 @@ class EvaluationConfig:
 def measure_pace(config: EvaluationConfig, model: Any, processor: Any, store: ResultStore) -> None:
     """Measure two small batches of each task with the full cache and one recipe, for :func:`remaining_seconds`."""
     for task in config.tasks:
-        for batch in config.batches(task, processor.tokenizer)[:2]:
+        for batch in config.batches(task, tokenizer_of(processor))[:2]:
             list(_measure_missing(config, task, batch, config.all_recipes[:2], model, processor, store))
 
 
@@ -103,7 +106,7 @@ def run_evaluation(
         on_progress: called after each batch.
     """
     done = results_done(config, store)
-    batches = [config.batches(task, processor.tokenizer) for task in config.tasks]
+    batches = [config.batches(task, tokenizer_of(processor)) for task in config.tasks]
     # Tasks are interleaved: some take longer than others, and the rate so far is to predict the time left.
     for round_ in zip_longest(*batches, fillvalue={}):
         for task, batch in zip(config.tasks, round_, strict=True):
@@ -138,7 +141,7 @@ def _measure_missing(
         while numbers:
             part = {number: examples[number] for number in numbers[: _batch_size(config, task, store)]}
             numbers = numbers[len(part) :]
-            for recipe in _measure(task, part, lacking, model, processor, store):
+            for recipe in _measure(config, task, part, lacking, model, processor, store):
                 yield recipe, len(part)
 
 
@@ -166,26 +169,37 @@ def _batch_size(config: EvaluationConfig, task: Task, store: ResultStore) -> int
 
 
 def _measure(
-    task: Task, batch: dict[int, Example], recipes: Sequence[Recipe], model: Any, processor: Any, store: ResultStore
+    config: EvaluationConfig,
+    task: Task,
+    batch: dict[int, Example],
+    recipes: Sequence[Recipe],
+    model: Any,
+    processor: Any,
+    store: ResultStore,
 ) -> Iterator[Recipe]:
     """Measure a batch with each recipe in turn; its results are on disk when the recipe is yielded.
 
     The time of the prefill counts as the full cache's.
     """
     start = time.perf_counter()
-    examples = list(batch.values())
-    conversation = conversations(processor, examples, model.device, model.dtype)
+    examples, tokenizer = list(batch.values()), tokenizer_of(processor)
+    texts = [example for example in examples if isinstance(example, TextExample)]
+    if texts:
+        conversation = text_conversations(tokenizer, texts, model.device, passage_as_vision=config.passage_as_vision)
+    else:
+        conversation = conversations(processor, examples, model.device, model.dtype)
     snapshot = PrefillSnapshot(model, conversation.inputs)
     full = converse(snapshot, FULL, conversation)
     full_seconds = time.perf_counter() - start
-    ends = end_tokens(model, processor.tokenizer)
+    ends = set() if conversation.forced else end_tokens(model, tokenizer)
     for recipe in recipes:
         start = time.perf_counter()
         turns = full if recipe is FULL else converse(snapshot, recipe, conversation)
-        results = score_answers(examples, conversation, turns, full, processor.tokenizer, ends)
+        results = score_answers(examples, conversation, turns, full, tokenizer, ends)
         if recipe is FULL:
             for example, result in zip(examples, results, strict=True):
-                result["needed"], result["records"] = answer_patch_share(example), record_count(example)
+                if not texts:
+                    result["needed"], result["records"] = answer_patch_share(example), record_count(example)
         seconds = time.perf_counter() - start + (full_seconds if recipe is FULL else 0.0)
         store.append(task.label, recipe.to_json(), dict(zip(batch, results, strict=True)), seconds)
         yield recipe
@@ -210,7 +224,7 @@ def score_answers(
         turns: what the model answered with a recipe's cache.
         full: what it answered with the full cache.
         tokenizer: the model's tokenizer.
-        ends: tokens that end an answer.
+        ends: tokens that end an answer; none if answers are forced.
     """
     sums = {"surprisal": torch.zeros(len(examples)), "divergence": torch.zeros(len(examples))}
     for answer, turn, reference in zip(conversation.answers, turns, full, strict=True):
