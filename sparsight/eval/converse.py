@@ -42,8 +42,8 @@ class Turn:
 
     Args:
         tokens: the model's answer by greedy decoding, ``[B, m]``, arbitrary after the end of a sequence. If answers are
-            forced, the most likely token at each place of the right answer: all are right if and only if greedy decoding
-            gives it.
+            forced, the most likely token at each place of the right answer: all are right exactly if greedy decoding
+            gives that answer.
         logits: for each token of the right answer, given the ones before it, float32 ``[B, n, V]``.
     """
 

@@ -64,7 +64,7 @@ def planted_sentence(rng: np.random.Generator, size: int) -> TextExample:
     places = [0, *(place for place, word in enumerate(words, 1) if word.endswith("."))]
     place = places[rng.integers(len(places))]
     beginning = f"The magic number of {CITIES[rng.integers(len(CITIES))]} is"
-    answer = f" {rng.integers(10_000, 100_000)}."
+    answer = f" {rng.integers(100, 1000)}."
     passage = [*words[:place], f" {beginning}{answer}", *words[place:]]
     return TextExample((), ((f"\n\n{beginning}", answer),), "".join(passage).lstrip())
 
