@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from sparsight.bench.kvpress import CannotRun, Kvpress
+from sparsight.bench.kvpress_worker import PRESSES
 from sparsight.cli import options
 from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, names
@@ -29,10 +32,11 @@ from sparsight.eval.evaluator import (
     run_evaluation,
     weights_digest,
 )
+from sparsight.eval.kvpress_methods import KvpressMethod
 from sparsight.eval.result_store import ResultStore
 from sparsight.eval.tasks import TASKS, TEXT_TASKS, task
 from sparsight.methods import RECIPES, recipe
-from sparsight.models.loading import Checkpoint, load_checkpoint, load_model
+from sparsight.models.loading import Checkpoint, find_device, load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
 
@@ -74,6 +78,10 @@ def main(
     include: Annotated[
         Path | None, typer.Option(help="Folder with additional tasks in lmms-eval's format.", metavar="DIR")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Models without images: kvpress adds its methods on the same prompts.", metavar="NAME"),
+    ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -84,6 +92,8 @@ def main(
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
+    if against not in (None, "kvpress"):
+        raise unknown("--against", against, ["kvpress"])
     recipes = _recipes(model, methods, budgets, heads)
     check_folder(output, "results.json", replace=True)
     try:
@@ -93,11 +103,13 @@ def main(
             else:
                 checkpoint = load_checkpoint(model, text=True)
                 known = TEXT_TASKS if checkpoint.text_only else TASKS
-                if passage_as_vision and not checkpoint.text_only:
-                    raise ValueError("--passage-as-vision is for models without images.")
+                if (passage_as_vision or against) and not checkpoint.text_only:
+                    raise ValueError("--passage-as-vision and --against are for models without images.")
                 chosen = [task(name, known) for name in names(tasks, known)]
-                config = EvaluationConfig(chosen, recipes, limit, seed, batch, passage_as_vision)
-                report = _generated(model, checkpoint, config, output, device, dtype, on_progress)
+                with ExitStack() as stack:
+                    others = _kvpress(checkpoint, budgets, device, dtype, stack) if against else []
+                    config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision)
+                    report = _generated(model, checkpoint, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
         raise stopped(output) from stop
     written = render.write(report, output)
@@ -107,6 +119,16 @@ def main(
     for headline, table in render.tables(report):
         show(Text(headline, "bold"), table, "")
     print(f"Wrote {', '.join(path.name for path in written)} in {escape(output)}")
+
+
+def _kvpress(checkpoint: Checkpoint, budgets: str, device: str, dtype: str, stack: ExitStack) -> list[KvpressMethod]:
+    """Kvpress's methods at every budget below 1, with a process that ends with the stack."""
+    try:
+        process = stack.enter_context(Kvpress.of(checkpoint.name, dtype, find_device(device)))
+    except CannotRun as error:
+        raise ValueError(f"{error}.") from error
+    below = [budget for budget in budget_list(budgets) if budget < 1]
+    return [KvpressMethod(press, budget, process) for press in PRESSES for budget in below]
 
 
 def _generated(

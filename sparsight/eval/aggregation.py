@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsight.compression.recipe import Recipe
-from sparsight.eval.evaluator import FULL, EvaluationConfig
+from sparsight.eval.evaluator import FULL, EvaluationConfig, Method
 from sparsight.eval.metrics import METRICS, Metric, metrics_of
 from sparsight.eval.result_store import ExampleResult, ResultStore
 from sparsight.eval.significance import bootstrap_interval, paired_p_value
@@ -71,7 +70,7 @@ def _task(config: EvaluationConfig, store: ResultStore, task: Task) -> dict[str,
     }
 
 
-def _examples(config: EvaluationConfig, store: ResultStore, task: Task, recipe: Recipe) -> list[ExampleResult]:
+def _examples(config: EvaluationConfig, store: ResultStore, task: Task, recipe: Method) -> list[ExampleResult]:
     cell = store.cell(task.label, recipe.to_json())
     return [cell[number] for number in range(config.limit)]
 

@@ -45,10 +45,12 @@ class Turn:
             forced, the most likely token at each place of the right answer: all are right exactly if greedy decoding
             gives that answer.
         logits: for each token of the right answer, given the ones before it, float32 ``[B, n, V]``.
+        held: the share of the full cache's bytes that the batch's cache held at the beginning of the turn.
     """
 
     tokens: Tensor
     logits: Tensor
+    held: float
 
 
 @torch.inference_mode()
@@ -67,6 +69,7 @@ def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversat
             question, valid = conversations.questions[number - 1]
             ids, mask = torch.cat([ids, question], dim=1), torch.cat([mask, valid], dim=1)
             logits = next_logits(model, cache, {"input_ids": ids, "attention_mask": mask})
+        report = cache.report()
         length = answer.shape[1]
         first = logits.argmax(-1, keepdim=True)
         if not conversations.forced:
@@ -74,7 +77,7 @@ def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversat
         along = decode(model, cache, ids, mask, answer[:, :1], length, [_Along(answer, ids.shape[1])])
         forced = torch.stack([logits, *along.logits], dim=1).float()
         tokens = forced.argmax(-1) if conversations.forced else free.sequences[:, ids.shape[1] :]
-        turns.append(Turn(tokens, forced))
+        turns.append(Turn(tokens, forced, report.bytes_held / report.full_bytes))
         # The end of sequence is not processed yet: the next turn starts with it, if the chat template has it.
         ids = torch.cat([ids, answer[:, :-1]], dim=1)
         mask = torch.cat([mask, torch.ones_like(answer[:, :-1])], dim=1)

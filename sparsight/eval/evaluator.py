@@ -13,6 +13,7 @@ import torch
 from sparsight.compression.recipe import Recipe
 from sparsight.eval.collate import conversations, group_by_answer_length, text_conversations, tokenizer_of
 from sparsight.eval.converse import Conversations, Turn, converse
+from sparsight.eval.kvpress_methods import KvpressMethod
 from sparsight.eval.metrics import anls, divergence, exact_match, rouge_l, same_tokens, surprisal
 from sparsight.eval.passages import TextExample
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
@@ -30,6 +31,8 @@ STEP_SECONDS = 30
 PACE_EXAMPLES = 4
 """Examples of a task's second batch, from which the time of larger ones is estimated."""
 
+Method = Recipe | KvpressMethod
+
 OnProgress = Callable[[str, int, int], Any]
 """Receives what is being measured, the number of results so far, and their total."""
 
@@ -40,7 +43,7 @@ class EvaluationConfig:
 
     Args:
         tasks: tasks to evaluate on.
-        recipes: methods at their budgets; the full cache is always measured as well.
+        recipes: methods at their budgets, on text tasks also kvpress's; the full cache is always measured as well.
         limit: examples per task.
         seed: seed of the examples.
         batch_size: examples per batch.
@@ -48,14 +51,14 @@ class EvaluationConfig:
     """
 
     tasks: Sequence[Task]
-    recipes: Sequence[Recipe]
+    recipes: Sequence[Method]
     limit: int
     seed: int
     batch_size: int
     passage_as_vision: bool = False
 
     @property
-    def all_recipes(self) -> list[Recipe]:
+    def all_recipes(self) -> list[Method]:
         """The full cache and the recipes."""
         return [FULL, *self.recipes]
 
@@ -121,7 +124,7 @@ def results_done(config: EvaluationConfig, store: ResultStore) -> int:
     return sum(_done(config, task, recipe, store) for task in config.tasks for recipe in config.all_recipes)
 
 
-def _done(config: EvaluationConfig, task: Task, recipe: Recipe, store: ResultStore) -> int:
+def _done(config: EvaluationConfig, task: Task, recipe: Method, store: ResultStore) -> int:
     """How many of a cell's results the store has; it may have more examples than the run."""
     return len(store.cell(task.label, recipe.to_json()).keys() & set(range(config.limit)))
 
@@ -130,11 +133,11 @@ def _measure_missing(
     config: EvaluationConfig,
     task: Task,
     batch: dict[int, Example],
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Method],
     model: Any,
     processor: Any,
     store: ResultStore,
-) -> Iterator[tuple[Recipe, int]]:
+) -> Iterator[tuple[Method, int]]:
     """Measure the results of a batch that the store lacks; yields each recipe with the number of new results."""
     for lacking, examples in _missing(task, batch, recipes, store):
         numbers = list(examples)
@@ -146,8 +149,8 @@ def _measure_missing(
 
 
 def _missing(
-    task: Task, batch: dict[int, Example], recipes: Sequence[Recipe], store: ResultStore
-) -> list[tuple[list[Recipe], dict[int, Example]]]:
+    task: Task, batch: dict[int, Example], recipes: Sequence[Method], store: ResultStore
+) -> list[tuple[list[Method], dict[int, Example]]]:
     """The examples of a batch that lack results, grouped by the recipes that they lack."""
     groups: dict[tuple[int, ...], dict[int, Example]] = {}
     for number, example in batch.items():
@@ -156,7 +159,7 @@ def _missing(
     return [([recipes[place] for place in lacking], group) for lacking, group in groups.items() if lacking]
 
 
-def _paces(config: EvaluationConfig, task: Task, store: ResultStore) -> dict[Recipe, float]:
+def _paces(config: EvaluationConfig, task: Task, store: ResultStore) -> dict[Method, float]:
     """Seconds per example of each recipe that has results."""
     counts = {recipe: len(store.cell(task.label, recipe.to_json())) for recipe in config.all_recipes}
     return {recipe: store.seconds(task.label, recipe.to_json()) / count for recipe, count in counts.items() if count}
@@ -172,11 +175,11 @@ def _measure(
     config: EvaluationConfig,
     task: Task,
     batch: dict[int, Example],
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Method],
     model: Any,
     processor: Any,
     store: ResultStore,
-) -> Iterator[Recipe]:
+) -> Iterator[Method]:
     """Measure a batch with each recipe in turn; its results are on disk when the recipe is yielded.
 
     The time of the prefill counts as the full cache's.
@@ -194,7 +197,12 @@ def _measure(
     ends = set() if conversation.forced else end_tokens(model, tokenizer)
     for recipe in recipes:
         start = time.perf_counter()
-        turns = full if recipe is FULL else converse(snapshot, recipe, conversation)
+        if recipe is FULL:
+            turns = full
+        elif isinstance(recipe, KvpressMethod):
+            turns = recipe.follow(conversation)
+        else:
+            turns = converse(snapshot, recipe, conversation)
         results = score_answers(examples, conversation, turns, full, tokenizer, ends)
         if recipe is FULL:
             for example, result in zip(examples, results, strict=True):
@@ -245,6 +253,7 @@ def score_answers(
                 "rouge_l": fmean(rouge_l(*pair) for pair in pairs),
                 "same_answer": fmean(float(one == other) for one, other in token_pairs),
                 "same_tokens": fmean(same_tokens(one, other) for one, other in token_pairs),
+                "held": turns[0].held,
                 "tokens": sum(answer.shape[1] for answer in conversation.answers),
                 **{name: values[index].item() for name, values in sums.items()},
             }

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsight.eval.metrics import METRICS
 from sparsight.eval.passages import MOST_SHOTS, MOST_WORDS, continuation, few_shot, planted_sentence
 from sparsight.reader.page import PATCH, WIDTH, Page, capacity, random_page
 from sparsight.reader.skills import WHICH_IMAGE, Example, ask_page, look_up, pick, read_out
@@ -21,8 +20,9 @@ SPLIT = "heldout"
 CONVERSATION_RECORDS = 32
 """Records on the page of a conversation."""
 
-LOYALTY = ("perplexity", "divergence", "same_tokens")
-"""Metrics of a cache's distributions along the right answer."""
+PAGE_METRICS = ("exact", "anls", "rouge_l", "perplexity", "same_answer", "same_tokens", "divergence")
+TEXT_METRICS = ("perplexity", "divergence", "same_tokens", "held")
+"""Metrics of a cache along the right answer."""
 
 SMALLEST = 8
 """Records on the smallest of the growing pages; the next ones have 2, 3, ... times as many."""
@@ -50,7 +50,7 @@ class Task:
     largest: int
     metric: str
     make: Callable[[np.random.Generator, int, int], Example]
-    metrics: tuple[str, ...] = tuple(METRICS)
+    metrics: tuple[str, ...] = PAGE_METRICS
 
     @property
     def label(self) -> str:
@@ -137,7 +137,7 @@ TEXT_TASKS = {
             largest=MOST_WORDS,
             metric="perplexity",
             make=lambda rng, size, number: continuation(rng, size),
-            metrics=LOYALTY,
+            metrics=TEXT_METRICS,
         ),
         Task(
             name="retrieval",
@@ -147,7 +147,7 @@ TEXT_TASKS = {
             largest=MOST_WORDS,
             metric="exact",
             make=lambda rng, size, number: planted_sentence(rng, size),
-            metrics=("exact", *LOYALTY),
+            metrics=("exact", *TEXT_METRICS),
         ),
         Task(
             name="few-shot",
@@ -157,7 +157,7 @@ TEXT_TASKS = {
             largest=MOST_SHOTS,
             metric="exact",
             make=lambda rng, size, number: few_shot(rng, size),
-            metrics=("exact", *LOYALTY),
+            metrics=("exact", *TEXT_METRICS),
         ),
     )
 }

@@ -64,7 +64,9 @@ def test_only_a_models_own_tasks_and_options_are_taken(run: Run, talker: str, tm
     for arguments, message in (
         ((model, "--tasks", "look-up"), "Unknown task 'look-up': Known are continuation, retrieval, few-shot."),
         ((talker, "--tasks", "few-shot"), "Unknown task 'few-shot': Known are look-up, conversation, transcribe, "),
-        ((talker, "--passage-as-vision"), "--passage-as-vision is for models without images."),
+        ((talker, "--passage-as-vision"), "--passage-as-vision and --against are for models without images."),
+        ((talker, "--against", "kvpress"), "--passage-as-vision and --against are for models without images."),
+        ((model, "--against", "vllm"), "Unknown --against 'vllm': Known are kvpress."),
     ):
         code, out, err = run("eval", "--model", *arguments, "--output", tmp_path / "run")
         assert (code, out) == (2, "")

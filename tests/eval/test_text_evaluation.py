@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsight import CompressedCache, recipe
 from sparsight.eval import render
@@ -17,16 +16,9 @@ from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.result_store import ResultStore
 from sparsight.eval.tasks import TEXT_TASKS, task
 from tests.eval.conftest import Talker
-from tests.support import tiny
 
 RECIPES = [recipe("vl-cache", budget=0.2), recipe("h2o", budget=0.2), recipe("elastic", budget=0.2)]
 TASKS = [task(name, TEXT_TASKS) for name in ("continuation:30", "retrieval:30", "few-shot:6")]
-
-
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> Talker:
-    folder = str(tiny.llama(tmp_path_factory.mktemp("llama")))
-    return Talker(folder, AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
 
 
 Measure = Callable[..., tuple[EvaluationConfig, ResultStore]]
@@ -113,10 +105,10 @@ def test_a_task_has_the_metrics_that_mean_something(
 ) -> None:
     report = aggregate(*measured)
     names = {task["task"]: list(task["metrics"]) for task in report["tasks"]}
-    loyalty = ["perplexity", "divergence", "same_tokens"]
-    assert names["continuation:30"] == loyalty
+    common = ["perplexity", "divergence", "same_tokens", "held"]
+    assert names["continuation:30"] == common
     # Relative to the full cache's, unless that is 0.
-    assert [name for name in names["few-shot:6"] if name != "retained"] == ["exact", *loyalty]
+    assert [name for name in names["few-shot:6"] if name != "retained"] == ["exact", *common]
     assert not any("needed" in task for task in report["tasks"])
     written = {path.name for path in render.write(report, tmp_path)}
     assert written == {"results.json", "report.md", "report.html", "accuracy.png", "perplexity.png", "divergence.png"}
