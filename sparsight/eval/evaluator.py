@@ -20,6 +20,7 @@ from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.result_store import ExampleResult, ResultStore
 from sparsight.eval.tasks import Task, answer_patch_share, record_count
 from sparsight.methods import Full
+from sparsight.models.inputs import check_length
 from sparsight.reader.skills import Example
 
 FULL = Full()
@@ -189,6 +190,7 @@ def _measure(
     texts = [example for example in examples if isinstance(example, TextExample)]
     if texts:
         conversation = text_conversations(tokenizer, texts, model.device, passage_as_vision=config.passage_as_vision)
+        check_length(model.config, conversation.inputs, conversation.answers[0].shape[1])
     else:
         conversation = conversations(processor, examples, model.device, model.dtype)
     snapshot = PrefillSnapshot(model, conversation.inputs)

@@ -52,10 +52,10 @@ def test_json_holds_the_results(run_json: Callable[..., Any], talker: str, tmp_p
 def test_a_model_without_images_has_tasks_of_its_own(run_json: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny.llama(tmp_path / "llama")
     report = run_json(
-        "eval", "--model", model, "--tasks", "all", "--methods", "vl-cache", "--budgets", "0.2", "--limit", 2,
-        "--passage-as-vision", "--output", tmp_path / "run",
+        "eval", "--model", model, "--tasks", "continuation:50,retrieval:50,few-shot", "--methods", "vl-cache",
+        "--budgets", "0.2", "--limit", 2, "--passage-as-vision", "--output", tmp_path / "run",
     )  # fmt: skip
-    assert [task["task"] for task in report["tasks"]] == ["continuation:800", "retrieval:800", "few-shot:64"]
+    assert [task["task"] for task in report["tasks"]] == ["continuation:50", "retrieval:50", "few-shot:64"]
     assert (report["passage"], report["model"]) == ("vision", str(model))
 
 
@@ -66,9 +66,10 @@ def test_only_a_models_own_tasks_and_options_are_taken(run: Run, talker: str, tm
         ((talker, "--tasks", "few-shot"), "Unknown task 'few-shot': Known are look-up, conversation, transcribe, "),
         ((talker, "--passage-as-vision"), "--passage-as-vision and --against are for models without images."),
         ((talker, "--against", "kvpress"), "--passage-as-vision and --against are for models without images."),
+        ((model, "--tasks", "retrieval:2000", "--output", tmp_path / "long"), "but the model takes 4,096 in all."),
         ((model, "--against", "vllm"), "Unknown --against 'vllm': Known are kvpress."),
     ):
-        code, out, err = run("eval", "--model", *arguments, "--output", tmp_path / "run")
+        code, out, err = run("eval", "--output", tmp_path / "run", "--model", *arguments)
         assert (code, out) == (2, "")
         assert message in err
     assert not (tmp_path / "run").exists()
