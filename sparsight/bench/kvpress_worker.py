@@ -141,9 +141,9 @@ def make_press(name: str, ratio: float) -> Any:
         return kvpress.AdaKVPress(kvpress.SnapKVPress(ratio, WINDOW, POOL))
     if name == "observed-attention":
         return kvpress.ObservedAttentionPress(ratio)
-    return {"streaming-llm": kvpress.StreamingLLMPress, "expected-attention": kvpress.ExpectedAttentionPress}[name](
-        ratio
-    )
+    if name == "streaming-llm":
+        return kvpress.StreamingLLMPress(ratio)
+    return kvpress.ExpectedAttentionPress(ratio)
 
 
 def logits_of(model: Any, tokens: list[int], cache: Any, position: int) -> torch.Tensor:
