@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-ray test-gpu lint tables performance bench bench-compiled bench-gpu bench-batch accuracy train eval-model clean
+.PHONY: demo test test-ray test-smollm test-gpu lint tables performance bench bench-compiled bench-gpu bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "How much is JU?" --method vl-cache --compare
@@ -18,6 +18,12 @@ test: $(VENV)/.ready
 test-ray: $(VENV)/.ready
 	$(INSTALL) --editable ".[ray]"
 	$(BIN)/python -m pytest tests/batch_inference/test_ray_data.py
+
+# On a pretrained language model, which is installed in the user's cache folder.
+test-smollm: $(VENV)/.ready
+	$(INSTALL) --editable ".[smollm]"
+	$(BIN)/sparsight models --install smollm2
+	$(BIN)/python -m pytest tests/models/test_install.py tests/eval/test_smollm2.py
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/attention/kernels

@@ -5,19 +5,21 @@ environment, which is set up at the first use.
 """
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsight.bench import kvpress_worker, machine
 from sparsight.bench.measure import Sample
+from sparsight.utils.processes import cache_folder, failure
 
 VERSION = "0.5.5"
 
@@ -33,8 +35,7 @@ def environment() -> Path:
         CannotRun: the environment cannot be set up.
     """
     torch_version = torch.__version__.partition("+")[0]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "sparsight" / f"kvpress-{VERSION}-torch-{torch_version}-{sys.implementation.cache_tag}"
+    folder = cache_folder() / f"kvpress-{VERSION}-torch-{torch_version}-{sys.implementation.cache_tag}"
     python, ready = folder / "bin" / "python", folder / ".ready"
     if ready.exists():
         return python
@@ -48,15 +49,13 @@ def environment() -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-        errors = [line for line in lines if line.lower().startswith("error")] or lines or ["no reason given"]
-        raise CannotRun(f"kvpress cannot be installed: {errors[-1].partition(': ')[2] or errors[-1]}".rstrip("."))
+    error = failure(command)
+    if error is not None:
+        raise CannotRun(f"kvpress cannot be installed: {error}")
 
 
 class Kvpress:
-    """A process that measures kvpress's SnapKV on a model with random weights.
+    """A process that runs kvpress on a model.
 
     Attributes:
         versions: versions of kvpress, transformers and torch in the process.
@@ -99,6 +98,43 @@ class Kvpress:
         }
         # Isolated mode: PYTHONPATH may have another transformers.
         return cls([str(environment()), "-I", kvpress_worker.__file__], settings)
+
+    @classmethod
+    def of(cls, checkpoint: str, dtype: str, device: str) -> "Kvpress":
+        """A process with the language model of a checkpoint, and the same number of threads.
+
+        Args:
+            checkpoint: a folder or a hub id.
+            dtype: torch dtype of the weights, or ``auto``.
+            device: a torch device.
+
+        Raises:
+            CannotRun: kvpress cannot be installed, or the model cannot be loaded.
+        """
+        settings = {"checkpoint": checkpoint, "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
+        return cls([str(environment()), "-I", kvpress_worker.__file__], settings)
+
+    def follow(self, press: str, budget: float, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Tensor, float]:
+        """Process a prompt with one of its methods, and the right answer token by token.
+
+        Args:
+            press: one of :data:`sparsight.bench.kvpress_worker.PRESSES`.
+            budget: fraction of the prompt's entries that are kept.
+            prompt: token ids.
+            answer: token ids.
+
+        Returns:
+            The logits for each token of the answer, float32 ``[n, V]``, and the share of the full cache's bytes that
+            are held after the prompt.
+
+        Raises:
+            CannotRun: kvpress cannot run this case.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder) / "logits.pt")
+            case = {"press": press, "budget": budget, "prompt": list(prompt), "answer": list(answer), "file": file}
+            held = self._request(case)["held"]
+            return torch.load(file, weights_only=True), held
 
     def measure(self, budget: float, tokens: int, batch: int, new_tokens: int, needed: int) -> Sample:
         """Measure the answers to prompts ``[batch, tokens]``.

@@ -1,9 +1,10 @@
-"""Measures kvpress's SnapKV in a separate process: requests and replies are lines of JSON.
+"""Runs kvpress in a separate process: requests and replies are lines of JSON.
 
 It runs with the older transformers that kvpress pins, so it imports nothing of Sparsight. The first request describes
-the model: ``config``, ``dtype``, ``device`` and ``threads``. Each further one is a case: ``budget``, ``tokens``,
-``batch``, ``new_tokens``, and ``reserve``, bytes of GPU memory to allocate in advance. The reply is the measurement, or
-``{"error": reason}``.
+the model: ``config`` or ``checkpoint``, ``dtype``, ``device`` and ``threads``. Each further one is a case. To measure
+the speed of SnapKV: ``budget``, ``tokens``, ``batch``, ``new_tokens``, and ``reserve``, bytes of GPU memory to allocate
+in advance. To follow an answer: ``press``, ``budget``, ``prompt`` and ``answer`` as token ids, and ``file`` for the
+logits. The reply is the measurement, or ``{"error": reason}``.
 """
 
 import gc
@@ -21,6 +22,9 @@ import torch
 WINDOW, POOL = 32, 7
 """As in the paper and in Sparsight's SnapKV."""
 
+PRESSES = ("snapkv", "pyramidkv", "adakv", "observed-attention", "streaming-llm", "expected-attention")
+"""The methods that answers can be followed with; those with a window have the one above."""
+
 
 def main() -> None:
     """Reply to requests until the end of the input."""
@@ -35,18 +39,24 @@ def main() -> None:
                 model = load(**request)
                 reply = {name: version(name) for name in ("kvpress", "transformers", "torch")}
             else:
-                reply = measure(model, **request)
+                reply = (follow if "press" in request else measure)(model, **request)
         except Exception as error:
             reply = {"error": reason(error)}
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def load(config: dict[str, Any], dtype: str, device: str, threads: int) -> Any:
-    """A model with random weights."""
+def load(
+    dtype: str, device: str, threads: int, config: dict[str, Any] | None = None, checkpoint: str | None = None
+) -> Any:
+    """The model of a checkpoint folder, or one with random weights, given its config."""
     import kvpress  # noqa: F401, it patches transformers' attention on import
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.set_num_threads(threads)
+    if checkpoint is not None:
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        return model.to(device).eval()
+    assert config is not None
     kind = config.pop("model_type")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"transformers {version('transformers')}, which it needs, knows no model type {kind!r}")
@@ -88,6 +98,59 @@ def measure(model: Any, budget: float, tokens: int, batch: int, new_tokens: int,
         del cache
         if cuda:
             torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def follow(model: Any, press: str, budget: float, prompt: list[int], answer: list[int], file: str) -> dict[str, Any]:
+    """Process a prompt with a press and its right answer token by token.
+
+    Saves the logits for each token of the answer, float32 ``[n, V]``, and returns the share of the full cache's bytes
+    that is held after the prompt.
+    """
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config)
+    # What AdaKV hid from an earlier answer; eager attention would not clear it.
+    for module in model.modules():
+        module.masked_key_indices = None
+    # Only eager attention returns its weights; after the prompt layers may differ in length, which it cannot mask.
+    model.set_attn_implementation("eager" if press == "observed-attention" else "sdpa")
+    # Presses round the number of entries down or to the nearest; a quarter of an entry more gives Sparsight's number.
+    kept = round(budget * len(prompt)) + 0.25
+    with make_press(press, max(0.0, 1 - kept / len(prompt)))(model):
+        logits = [logits_of(model, prompt, cache, 0)]
+    model.set_attn_implementation("sdpa")
+    config, states = model.config, cache.layers[0].keys
+    full = 2 * config.num_hidden_layers * config.num_key_value_heads * len(prompt) * states.shape[-1] * states.itemsize
+    held = cache_bytes(cache)[0] / full
+    for place, token in enumerate(answer[:-1], len(prompt)):
+        logits.append(logits_of(model, [token], cache, place))
+    torch.save(torch.cat(logits).float().cpu(), file)
+    return {"held": held}
+
+
+def make_press(name: str, ratio: float) -> Any:
+    """One of :data:`PRESSES` that removes a fraction of the prompt's entries."""
+    import kvpress
+
+    if name == "snapkv":
+        return kvpress.SnapKVPress(ratio, WINDOW, POOL)
+    if name == "pyramidkv":
+        return kvpress.PyramidKVPress(ratio, WINDOW, POOL)
+    if name == "adakv":
+        return kvpress.AdaKVPress(kvpress.SnapKVPress(ratio, WINDOW, POOL))
+    if name == "observed-attention":
+        return kvpress.ObservedAttentionPress(ratio)
+    if name == "streaming-llm":
+        return kvpress.StreamingLLMPress(ratio)
+    return kvpress.ExpectedAttentionPress(ratio)
+
+
+def logits_of(model: Any, tokens: list[int], cache: Any, position: int) -> torch.Tensor:
+    """Logits ``[1, V]`` of the token after these, the first of which is at ``position``."""
+    ids = torch.tensor([tokens], device=model.device)
+    positions = torch.arange(position, position + len(tokens), device=model.device)[None]
+    return model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits[:, -1]
 
 
 def cache_bytes(cache: Any) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """``sparsight eval``: accuracy of methods at several budgets, measured on tasks."""
 
 import json
+import platform
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from sparsight.bench.kvpress import CannotRun, Kvpress
+from sparsight.bench.kvpress_worker import PRESSES
 from sparsight.cli import options
 from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, names
@@ -28,10 +32,11 @@ from sparsight.eval.evaluator import (
     run_evaluation,
     weights_digest,
 )
+from sparsight.eval.kvpress_methods import KvpressMethod
 from sparsight.eval.result_store import ResultStore
-from sparsight.eval.tasks import TASKS, task
+from sparsight.eval.tasks import TASKS, TEXT_TASKS, task
 from sparsight.methods import RECIPES, recipe
-from sparsight.models.loading import load_checkpoint, load_model
+from sparsight.models.loading import Checkpoint, find_device, load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
 
@@ -43,7 +48,12 @@ LONG_SECONDS = 120
 
 def main(
     tasks: Annotated[
-        str, typer.Option(help=f"Tasks: {', '.join(TASKS)}, or all; look-up:64 sets a task's size.", metavar="NAMES")
+        str,
+        typer.Option(
+            help=f"Tasks: {', '.join(TASKS)}, or all; look-up:64 sets a task's size. Of models without images: "
+            f"{', '.join(TEXT_TASKS)}.",
+            metavar="NAMES",
+        ),
     ] = "all",
     methods: Annotated[
         str, typer.Option(help="Methods, comma-separated, or all; `sparsight methods` lists them.", metavar="NAMES")
@@ -55,11 +65,22 @@ def main(
     limit: Annotated[int, typer.Option(help="Number of examples of each task.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the generated examples.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Examples per batch; lower it for large models.", min=1)] = 16,
+    passage_as_vision: Annotated[
+        bool,
+        typer.Option(
+            "--passage-as-vision",
+            help="Models without images: count the tokens of a task's passage as vision tokens.",
+        ),
+    ] = False,
     harness: Annotated[
         str, typer.Option(help="sparsight for its own tasks, lmms-eval for public benchmarks.", metavar="NAME")
     ] = HARNESSES[0],
     include: Annotated[
         Path | None, typer.Option(help="Folder with additional tasks in lmms-eval's format.", metavar="DIR")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Models without images: kvpress adds its methods on the same prompts.", metavar="NAME"),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
@@ -71,6 +92,8 @@ def main(
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
+    if against not in (None, "kvpress"):
+        raise unknown("--against", against, ["kvpress"])
     recipes = _recipes(model, methods, budgets, heads)
     check_folder(output, "results.json", replace=True)
     try:
@@ -78,8 +101,15 @@ def main(
             if harness == "lmms-eval":
                 report = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
-                config = EvaluationConfig([task(name) for name in names(tasks, TASKS)], recipes, limit, seed, batch)
-                report = _generated(model, config, output, device, dtype, on_progress)
+                checkpoint = load_checkpoint(model, text=True)
+                known = TEXT_TASKS if checkpoint.text_only else TASKS
+                if (passage_as_vision or against) and not checkpoint.text_only:
+                    raise ValueError("--passage-as-vision and --against are for models without images.")
+                chosen = [task(name, known) for name in names(tasks, known)]
+                with ExitStack() as stack:
+                    others = _kvpress(checkpoint, budgets, device, dtype, stack) if against else []
+                    config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision)
+                    report = _generated(model, checkpoint, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
         raise stopped(output) from stop
     written = render.write(report, output)
@@ -91,14 +121,33 @@ def main(
     print(f"Wrote {', '.join(path.name for path in written)} in {escape(output)}")
 
 
+def _kvpress(checkpoint: Checkpoint, budgets: str, device: str, dtype: str, stack: ExitStack) -> list[KvpressMethod]:
+    """Kvpress's methods at every budget below 1, with a process that ends with the stack."""
+    try:
+        process = stack.enter_context(Kvpress.of(checkpoint.name, dtype, find_device(device)))
+    except CannotRun as error:
+        raise ValueError(f"{error}.") from error
+    below = [budget for budget in budget_list(budgets) if budget < 1]
+    return [KvpressMethod(press, budget, process) for press in PRESSES for budget in below]
+
+
 def _generated(
-    model: str, config: EvaluationConfig, output: Path, device: str, dtype: str, on_progress: OnProgress
+    model: str,
+    checkpoint: Checkpoint,
+    config: EvaluationConfig,
+    output: Path,
+    device: str,
+    dtype: str,
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Results on Sparsight's own tasks."""
     on_progress("Loading the model", 0, config.total)
-    checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
-    with ResultStore(output, {**_about(model, loaded), "seed": config.seed}) as store:
+    about = {**_about(model, loaded), "seed": config.seed}
+    if checkpoint.text_only:
+        # The text differs between versions of Python.
+        about |= {"passage": "vision" if config.passage_as_vision else "text", "python": platform.python_version()}
+    with ResultStore(output, about) as store:
         on_progress("Estimating the time", results_done(config, store), config.total)
         measure_pace(config, loaded, checkpoint.processor, store)
         seconds, missing = remaining_seconds(config, store), config.total - results_done(config, store)

@@ -1,19 +1,33 @@
-"""``sparsight models``: the supported model families."""
+"""``sparsight models``: the supported model families, and models that can be installed by name."""
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from sparsight.cli import options
 from sparsight.cli.terminal import show
 from sparsight.models.families import CROSS_ATTENTION, FAMILIES, Family
+from sparsight.utils.text import escape
 
 SUFFIX = "ForConditionalGeneration"
 
 
-def main(as_json: options.Json = False) -> None:
+def main(
+    install: Annotated[
+        str | None,
+        typer.Option(help="Instead install a language model for `sparsight eval`: smollm2.", metavar="NAME"),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
     """List the supported model families."""
+    if install is not None:
+        from sparsight.models.install import install as install_model
+
+        folder = str(install_model(install))
+        print(json.dumps({"model": install, "folder": folder}) if as_json else f"{install} is in {escape(folder)}")
+        return
     families = [describe(family) for family in FAMILIES.values()]
     if as_json:
         print(json.dumps(families))

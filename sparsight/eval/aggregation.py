@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsight.compression.recipe import Recipe
-from sparsight.eval.evaluator import FULL, EvaluationConfig
+from sparsight.eval.evaluator import FULL, EvaluationConfig, Method
 from sparsight.eval.metrics import METRICS, Metric, metrics_of
 from sparsight.eval.result_store import ExampleResult, ResultStore
 from sparsight.eval.significance import bootstrap_interval, paired_p_value
@@ -27,7 +26,7 @@ def aggregate(config: EvaluationConfig, store: ResultStore) -> dict[str, Any]:
     Each task has its metrics and the name of the main one, the number of examples, ``needed`` (the fraction of the
     images' patches that the answers need), the metrics of the full cache, and a cell for each method and budget. A
     metric is ``value``, ``low`` and ``high``; in a cell also ``p_value``, None where there is no baseline to test
-    against.
+    against. Tasks without images have no ``needed``.
     """
     return {**store.about, "examples": config.limit, "tasks": [_task(config, store, task) for task in config.tasks]}
 
@@ -42,8 +41,8 @@ def _task(config: EvaluationConfig, store: ResultStore, task: Task) -> dict[str,
         examples = _examples(config, store, task, recipe)
         baseline = baselines.get(recipe.budget) if recipe.name != BASELINE else None
         metrics = _metrics(task, examples, full)
-        for name, metric in METRICS.items():
-            metrics[name]["p_value"] = _p_value(metric, examples, baseline)
+        for name in task.metrics:
+            metrics[name]["p_value"] = _p_value(METRICS[name], examples, baseline)
         if RETAINED in metrics:
             metrics[RETAINED]["p_value"] = metrics[task.metric]["p_value"]
         cells.append(
@@ -63,7 +62,7 @@ def _task(config: EvaluationConfig, store: ResultStore, task: Task) -> dict[str,
         "metric": task.metric,
         "metrics": {name: asdict(titled[name]) for name in full_metrics},
         "examples": len(full),
-        "needed": float(np.mean([example["needed"] for example in full])),
+        **({"needed": float(column(full, "needed").mean())} if "needed" in full[0] else {}),
         "full": full_metrics,
         "full_seconds": store.seconds(task.label, FULL.to_json()),
         "full_by_records": by_records(full, full, task.metric),
@@ -71,16 +70,16 @@ def _task(config: EvaluationConfig, store: ResultStore, task: Task) -> dict[str,
     }
 
 
-def _examples(config: EvaluationConfig, store: ResultStore, task: Task, recipe: Recipe) -> list[ExampleResult]:
+def _examples(config: EvaluationConfig, store: ResultStore, task: Task, recipe: Method) -> list[ExampleResult]:
     cell = store.cell(task.label, recipe.to_json())
     return [cell[number] for number in range(config.limit)]
 
 
 def _metrics(task: Task, examples: Sequence[ExampleResult], full: Sequence[ExampleResult]) -> dict[str, dict[str, Any]]:
-    """Every metric, and the main one relative to the full cache's unless that is 0."""
+    """Every metric, and the main one relative to the full cache's if it is a share that is not 0."""
     main = METRICS[task.metric].figure
-    metrics = {name: metric_with_interval(metric, examples) for name, metric in METRICS.items()}
-    if column(full, main).sum():
+    metrics = {name: metric_with_interval(METRICS[name], examples) for name in task.metrics}
+    if METRICS[task.metric].percent and column(full, main).sum():
         metrics[RETAINED] = ratio(column(examples, main), column(full, main))
     return metrics
 
@@ -113,10 +112,10 @@ def ratio(sums: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
 
 
 def by_records(examples: Sequence[ExampleResult], full: Sequence[ExampleResult], name: str) -> dict[str, float]:
-    """The mean of a metric by the number of records on the page; empty if all pages have the same number."""
+    """The mean of a metric by the number of records on the page; empty if it is the same for all examples."""
     groups: dict[int, list[float]] = {}
     for example, reference in zip(examples, full, strict=True):
-        groups.setdefault(reference["records"], []).append(example[METRICS[name].figure])
+        groups.setdefault(reference.get("records", 0), []).append(example[METRICS[name].figure])
     if len(groups) == 1:
         return {}
     return {str(records): float(np.mean(values)) for records, values in sorted(groups.items())}

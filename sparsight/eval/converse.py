@@ -27,11 +27,13 @@ class Conversations:
         answers: the right answers of each turn, int64 ``[B, n]``, end of sequence included.
         questions: for each turn except the first the token ids between the previous answer and its own answer, int64
             ``[B, q]`` padded on the left, and their attention mask, int64 ``[B, q]``.
+        forced: whether the model only follows the right answers, which may end anywhere, and writes none of its own.
     """
 
     inputs: BatchFeature
     answers: Sequence[Tensor]
     questions: Sequence[tuple[Tensor, Tensor]]
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,24 @@ class Turn:
     """The result of one turn of a batch of conversations.
 
     Args:
-        tokens: the model's answer by greedy decoding, ``[B, m]``, arbitrary after the end of a sequence.
+        tokens: the model's answer by greedy decoding, ``[B, m]``, arbitrary after the end of a sequence. If answers are
+            forced, the most likely token at each place of the right answer: all are right exactly if greedy decoding
+            gives that answer.
         logits: for each token of the right answer, given the ones before it, float32 ``[B, n, V]``.
+        held: the share of the full cache's bytes that the batch's cache held at the beginning of the turn.
     """
 
     tokens: Tensor
     logits: Tensor
+    held: float
 
 
 @torch.inference_mode()
 def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversations) -> list[Turn]:
     """Hold the conversations with a recipe's cache; its decode rule applies to every token.
 
-    Each turn is answered twice: by greedy decoding, and with the right answer forced, which the next turn continues.
+    Each turn is answered twice: by greedy decoding, unless answers are forced, and with the right answer forced, which
+    the next turn continues.
     """
     model: Any = snapshot.model
     cache, logits = snapshot.cache(recipe), snapshot.logits
@@ -62,11 +69,15 @@ def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversat
             question, valid = conversations.questions[number - 1]
             ids, mask = torch.cat([ids, question], dim=1), torch.cat([mask, valid], dim=1)
             logits = next_logits(model, cache, {"input_ids": ids, "attention_mask": mask})
+        report = cache.report()
         length = answer.shape[1]
         first = logits.argmax(-1, keepdim=True)
-        free = decode(model, copy.deepcopy(cache), ids, mask, first, length + length // 4 + SPARE)
+        if not conversations.forced:
+            free = decode(model, copy.deepcopy(cache), ids, mask, first, length + length // 4 + SPARE)
         along = decode(model, cache, ids, mask, answer[:, :1], length, [_Along(answer, ids.shape[1])])
-        turns.append(Turn(free.sequences[:, ids.shape[1] :], torch.stack([logits, *along.logits], dim=1).float()))
+        forced = torch.stack([logits, *along.logits], dim=1).float()
+        tokens = forced.argmax(-1) if conversations.forced else free.sequences[:, ids.shape[1] :]
+        turns.append(Turn(tokens, forced, report.bytes_held / report.full_bytes))
         # The end of sequence is not processed yet: the next turn starts with it, if the chat template has it.
         ids = torch.cat([ids, answer[:, :-1]], dim=1)
         mask = torch.cat([mask, torch.ones_like(answer[:, :-1])], dim=1)

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from sparsight.compression.recipe import Recipe
-from sparsight.eval.collate import conversations, group_by_answer_length
+from sparsight.eval.collate import conversations, group_by_answer_length, text_conversations, tokenizer_of
 from sparsight.eval.converse import Conversations, Turn, converse
+from sparsight.eval.kvpress_methods import KvpressMethod
 from sparsight.eval.metrics import anls, divergence, exact_match, rouge_l, same_tokens, surprisal
+from sparsight.eval.passages import TextExample
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.result_store import ExampleResult, ResultStore
 from sparsight.eval.tasks import Task, answer_patch_share, record_count
 from sparsight.methods import Full
+from sparsight.models.inputs import check_length
 from sparsight.reader.skills import Example
 
 FULL = Full()
@@ -29,6 +32,8 @@ STEP_SECONDS = 30
 PACE_EXAMPLES = 4
 """Examples of a task's second batch, from which the time of larger ones is estimated."""
 
+Method = Recipe | KvpressMethod
+
 OnProgress = Callable[[str, int, int], Any]
 """Receives what is being measured, the number of results so far, and their total."""
 
@@ -39,20 +44,22 @@ class EvaluationConfig:
 
     Args:
         tasks: tasks to evaluate on.
-        recipes: methods at their budgets; the full cache is always measured as well.
+        recipes: methods at their budgets, on text tasks also kvpress's; the full cache is always measured as well.
         limit: examples per task.
         seed: seed of the examples.
         batch_size: examples per batch.
+        passage_as_vision: mark the passages of text tasks as vision tokens, so that a method treats them like an image.
     """
 
     tasks: Sequence[Task]
-    recipes: Sequence[Recipe]
+    recipes: Sequence[Method]
     limit: int
     seed: int
     batch_size: int
+    passage_as_vision: bool = False
 
     @property
-    def all_recipes(self) -> list[Recipe]:
+    def all_recipes(self) -> list[Method]:
         """The full cache and the recipes."""
         return [FULL, *self.recipes]
 
@@ -73,7 +80,7 @@ class EvaluationConfig:
 def measure_pace(config: EvaluationConfig, model: Any, processor: Any, store: ResultStore) -> None:
     """Measure two small batches of each task with the full cache and one recipe, for :func:`remaining_seconds`."""
     for task in config.tasks:
-        for batch in config.batches(task, processor.tokenizer)[:2]:
+        for batch in config.batches(task, tokenizer_of(processor))[:2]:
             list(_measure_missing(config, task, batch, config.all_recipes[:2], model, processor, store))
 
 
@@ -103,7 +110,7 @@ def run_evaluation(
         on_progress: called after each batch.
     """
     done = results_done(config, store)
-    batches = [config.batches(task, processor.tokenizer) for task in config.tasks]
+    batches = [config.batches(task, tokenizer_of(processor)) for task in config.tasks]
     # Tasks are interleaved: some take longer than others, and the rate so far is to predict the time left.
     for round_ in zip_longest(*batches, fillvalue={}):
         for task, batch in zip(config.tasks, round_, strict=True):
@@ -118,7 +125,7 @@ def results_done(config: EvaluationConfig, store: ResultStore) -> int:
     return sum(_done(config, task, recipe, store) for task in config.tasks for recipe in config.all_recipes)
 
 
-def _done(config: EvaluationConfig, task: Task, recipe: Recipe, store: ResultStore) -> int:
+def _done(config: EvaluationConfig, task: Task, recipe: Method, store: ResultStore) -> int:
     """How many of a cell's results the store has; it may have more examples than the run."""
     return len(store.cell(task.label, recipe.to_json()).keys() & set(range(config.limit)))
 
@@ -127,24 +134,24 @@ def _measure_missing(
     config: EvaluationConfig,
     task: Task,
     batch: dict[int, Example],
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Method],
     model: Any,
     processor: Any,
     store: ResultStore,
-) -> Iterator[tuple[Recipe, int]]:
+) -> Iterator[tuple[Method, int]]:
     """Measure the results of a batch that the store lacks; yields each recipe with the number of new results."""
     for lacking, examples in _missing(task, batch, recipes, store):
         numbers = list(examples)
         while numbers:
             part = {number: examples[number] for number in numbers[: _batch_size(config, task, store)]}
             numbers = numbers[len(part) :]
-            for recipe in _measure(task, part, lacking, model, processor, store):
+            for recipe in _measure(config, task, part, lacking, model, processor, store):
                 yield recipe, len(part)
 
 
 def _missing(
-    task: Task, batch: dict[int, Example], recipes: Sequence[Recipe], store: ResultStore
-) -> list[tuple[list[Recipe], dict[int, Example]]]:
+    task: Task, batch: dict[int, Example], recipes: Sequence[Method], store: ResultStore
+) -> list[tuple[list[Method], dict[int, Example]]]:
     """The examples of a batch that lack results, grouped by the recipes that they lack."""
     groups: dict[tuple[int, ...], dict[int, Example]] = {}
     for number, example in batch.items():
@@ -153,7 +160,7 @@ def _missing(
     return [([recipes[place] for place in lacking], group) for lacking, group in groups.items() if lacking]
 
 
-def _paces(config: EvaluationConfig, task: Task, store: ResultStore) -> dict[Recipe, float]:
+def _paces(config: EvaluationConfig, task: Task, store: ResultStore) -> dict[Method, float]:
     """Seconds per example of each recipe that has results."""
     counts = {recipe: len(store.cell(task.label, recipe.to_json())) for recipe in config.all_recipes}
     return {recipe: store.seconds(task.label, recipe.to_json()) / count for recipe, count in counts.items() if count}
@@ -166,26 +173,43 @@ def _batch_size(config: EvaluationConfig, task: Task, store: ResultStore) -> int
 
 
 def _measure(
-    task: Task, batch: dict[int, Example], recipes: Sequence[Recipe], model: Any, processor: Any, store: ResultStore
-) -> Iterator[Recipe]:
+    config: EvaluationConfig,
+    task: Task,
+    batch: dict[int, Example],
+    recipes: Sequence[Method],
+    model: Any,
+    processor: Any,
+    store: ResultStore,
+) -> Iterator[Method]:
     """Measure a batch with each recipe in turn; its results are on disk when the recipe is yielded.
 
     The time of the prefill counts as the full cache's.
     """
     start = time.perf_counter()
-    examples = list(batch.values())
-    conversation = conversations(processor, examples, model.device, model.dtype)
+    examples, tokenizer = list(batch.values()), tokenizer_of(processor)
+    texts = [example for example in examples if isinstance(example, TextExample)]
+    if texts:
+        conversation = text_conversations(tokenizer, texts, model.device, passage_as_vision=config.passage_as_vision)
+        check_length(model.config, conversation.inputs, conversation.answers[0].shape[1])
+    else:
+        conversation = conversations(processor, examples, model.device, model.dtype)
     snapshot = PrefillSnapshot(model, conversation.inputs)
     full = converse(snapshot, FULL, conversation)
     full_seconds = time.perf_counter() - start
-    ends = end_tokens(model, processor.tokenizer)
+    ends = set() if conversation.forced else end_tokens(model, tokenizer)
     for recipe in recipes:
         start = time.perf_counter()
-        turns = full if recipe is FULL else converse(snapshot, recipe, conversation)
-        results = score_answers(examples, conversation, turns, full, processor.tokenizer, ends)
+        if recipe is FULL:
+            turns = full
+        elif isinstance(recipe, KvpressMethod):
+            turns = recipe.follow(conversation)
+        else:
+            turns = converse(snapshot, recipe, conversation)
+        results = score_answers(examples, conversation, turns, full, tokenizer, ends)
         if recipe is FULL:
             for example, result in zip(examples, results, strict=True):
-                result["needed"], result["records"] = answer_patch_share(example), record_count(example)
+                if not texts:
+                    result["needed"], result["records"] = answer_patch_share(example), record_count(example)
         seconds = time.perf_counter() - start + (full_seconds if recipe is FULL else 0.0)
         store.append(task.label, recipe.to_json(), dict(zip(batch, results, strict=True)), seconds)
         yield recipe
@@ -210,7 +234,7 @@ def score_answers(
         turns: what the model answered with a recipe's cache.
         full: what it answered with the full cache.
         tokenizer: the model's tokenizer.
-        ends: tokens that end an answer.
+        ends: tokens that end an answer; none if answers are forced.
     """
     sums = {"surprisal": torch.zeros(len(examples)), "divergence": torch.zeros(len(examples))}
     for answer, turn, reference in zip(conversation.answers, turns, full, strict=True):
@@ -231,6 +255,7 @@ def score_answers(
                 "rouge_l": fmean(rouge_l(*pair) for pair in pairs),
                 "same_answer": fmean(float(one == other) for one, other in token_pairs),
                 "same_tokens": fmean(same_tokens(one, other) for one, other in token_pairs),
+                "held": turns[0].held,
                 "tokens": sum(answer.shape[1] for answer in conversation.answers),
                 **{name: values[index].item() for name, values in sums.items()},
             }

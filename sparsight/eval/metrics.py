@@ -91,6 +91,7 @@ METRICS = {
     "divergence": Metric(
         "KL divergence from the full cache, nats per token", "divergence", "tokens", False, False, False
     ),
+    "held": Metric("KV bytes held after the prompt, of the full cache's", "held", higher_is_better=False),
 }
 """The metrics by name. Perplexity and divergence are over all tokens of the right answers, end of sequence included;
 the first one is predicted by the prefill, which no method changes."""

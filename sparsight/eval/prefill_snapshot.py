@@ -18,6 +18,7 @@ from sparsight.cache.replay import LanguageInputs, replay
 from sparsight.compression import Allocate, Reconstruction, Score
 from sparsight.compression.recipe import Recipe
 from sparsight.methods import Full, with_instructions
+from sparsight.models.families import text_only
 from sparsight.models.prompt import locate
 
 
@@ -142,6 +143,9 @@ class _Recorder(CompressedCache):
 
 def next_logits(model: Any, cache: CompressedCache, inputs: Mapping[str, Any]) -> Tensor:
     """Process the inputs that the cache has not processed yet; return the logits of the next token, ``[B, V]``."""
+    if text_only(model.config):
+        # Only the cache knows of vision tokens.
+        inputs = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
     output = model.generate(
         **inputs,
         past_key_values=cache,

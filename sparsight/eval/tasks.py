@@ -1,15 +1,17 @@
-"""Tasks on generated pages: questions with answers, the part of the page that they need, and the main metric.
+"""Tasks: questions about generated pages, and text to go on with for models without images.
 
-Examples are drawn from a seed and the held-out split of :mod:`sparsight.reader`; nothing is downloaded.
+Examples are drawn from a seed: pages from the held-out split of :mod:`sparsight.reader`, text from
+:mod:`sparsight.eval.passages`. Nothing is downloaded.
 """
 
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sparsight.eval.passages import MOST_SHOTS, MOST_WORDS, continuation, few_shot, planted_sentence
 from sparsight.reader.page import PATCH, WIDTH, Page, capacity, random_page
 from sparsight.reader.skills import WHICH_IMAGE, Example, ask_page, look_up, pick, read_out
 from sparsight.utils.suggest import unknown
@@ -17,6 +19,10 @@ from sparsight.utils.suggest import unknown
 SPLIT = "heldout"
 CONVERSATION_RECORDS = 32
 """Records on the page of a conversation."""
+
+PAGE_METRICS = ("exact", "anls", "rouge_l", "perplexity", "same_answer", "same_tokens", "divergence")
+TEXT_METRICS = ("perplexity", "divergence", "same_tokens", "held")
+"""Metrics of a cache along the right answer."""
 
 SMALLEST = 8
 """Records on the smallest of the growing pages; the next ones have 2, 3, ... times as many."""
@@ -34,6 +40,7 @@ class Task:
         largest: the largest size.
         metric: the main metric, a name in :data:`sparsight.eval.metrics.METRICS`.
         make: makes an example from a generator, the size and the number of the example.
+        metrics: all metrics.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Task:
     largest: int
     metric: str
     make: Callable[[np.random.Generator, int, int], Example]
+    metrics: tuple[str, ...] = PAGE_METRICS
 
     @property
     def label(self) -> str:
@@ -116,19 +124,56 @@ TASKS = {
         ),
     )
 }
-"""The tasks by name."""
+"""The tasks of vision-language models by name."""
+
+TEXT_TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="continuation",
+            summary="how a passage of documentation goes on",
+            size=800,
+            counts="words of the passage",
+            largest=MOST_WORDS,
+            metric="perplexity",
+            make=lambda rng, size, number: continuation(rng, size),
+            metrics=TEXT_METRICS,
+        ),
+        Task(
+            name="retrieval",
+            summary="a sentence planted in a passage of documentation",
+            size=800,
+            counts="words of the passage",
+            largest=MOST_WORDS,
+            metric="exact",
+            make=lambda rng, size, number: planted_sentence(rng, size),
+            metrics=("exact", *TEXT_METRICS),
+        ),
+        Task(
+            name="few-shot",
+            summary="the category of a word, after other words with theirs",
+            size=64,
+            counts="words with their categories",
+            largest=MOST_SHOTS,
+            metric="exact",
+            make=lambda rng, size, number: few_shot(rng, size),
+            metrics=("exact", *TEXT_METRICS),
+        ),
+    )
+}
+"""The tasks of models without images by name."""
 
 
-def task(text: str) -> Task:
+def task(text: str, tasks: Mapping[str, Task] = TASKS) -> Task:
     """A task by name, such as ``look-up``, or by name and size, such as ``look-up:64``.
 
     Raises:
         ValueError: there is no such task, or the size is out of its range.
     """
     name, colon, size = text.partition(":")
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    known = TASKS[name]
+    if name not in tasks:
+        raise unknown("task", name, tasks)
+    known = tasks[name]
     if not colon:
         return known
     if not size.isdecimal() or not 1 <= int(size) <= known.largest:

@@ -91,6 +91,11 @@ CROSS_ATTENTION = ("idefics", "mllama", "mllama_text_model")
 """Families that attend to images through cross-attention layers: their prompts have no vision tokens."""
 
 
+def text_only(config: Any) -> bool:
+    """Whether a model, given its config, is a language model without images."""
+    return config.get_text_config() is config and config.model_type not in FAMILIES
+
+
 def family_of(config: Any) -> Family | None:
     """The family of a model, given its config; None for a text-only model.
 
@@ -103,7 +108,7 @@ def family_of(config: Any) -> Family | None:
             f"Model type {name!r} is not supported: it attends to images through cross-attention layers, so the prompt "
             "has no vision tokens to keep or drop."
         )
-    if name not in FAMILIES and config.get_text_config() is not config:
+    if name not in FAMILIES and not text_only(config):
         raise ValueError(
             f"Model type {name!r} is not in the table of families: known are {', '.join(FAMILIES)}. "
             "CONTRIBUTING.md shows how to add one in five lines."

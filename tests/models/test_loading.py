@@ -1,4 +1,5 @@
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,32 @@ def test_a_text_only_or_vision_only_model_is_refused(tmp_path: Path, model_type:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=f"is a '{model_type}' model, not a vision-language model"):
         load_checkpoint(str(tmp_path))
+
+
+def test_a_language_model_is_loaded_where_text_is_allowed(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(str(tiny.llama(tmp_path)), text=True)
+    assert checkpoint.text_only
+    assert checkpoint.processor.eos_token == "</s>"
+    assert type(load_model(checkpoint)).__name__ == "LlamaForCausalLM"
+    assert pickle.loads(pickle.dumps(checkpoint)).text_only
+
+
+def test_a_vision_language_model_is_loaded_where_text_is_allowed(folder: Path) -> None:
+    checkpoint = load_checkpoint(str(folder), text=True)
+    assert not checkpoint.text_only
+    assert hasattr(checkpoint.processor, "image_processor")
+
+
+def test_a_model_that_writes_no_text_is_refused_where_text_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(ValueError, match="is a 'clip_vision_model' model, not a vision-language or language model"):
+        load_checkpoint(str(tmp_path), text=True)
+
+
+def test_a_name_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^smollm2 is not installed: `sparsight models --install smollm2` does it\.$"):
+        load_checkpoint("smollm2", text=True)
 
 
 def test_a_model_without_a_processor_is_reported(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -68,6 +69,12 @@ def text_config(words: PreTrainedTokenizerFast) -> dict[str, Any]:
         # Random weights must not end an answer by chance.
         "eos_token_id": None,
     }
+
+
+def llama(folder: Path) -> Path:
+    """A Llama checkpoint without images."""
+    words = tokenizer()
+    return _save(folder, LlamaForCausalLM, LlamaConfig(**text_config(words)), words)
 
 
 def vision_config() -> CLIPVisionConfig:
