@@ -103,9 +103,9 @@ def test_any_sequence_of_changes_leaves_what_lists_would_hold(kind, held, steps,
             store.select(index)
             rows = [list(rows[row]) for row in store.row_index(index).tolist()]
         elif change == "overwrite":
-            # Every other row takes a vacant slot, the others overwrite their oldest entry.
+            # Every other row, and one without entries, takes a vacant slot; the others overwrite their oldest entry.
             store.reserve(1)
-            added = torch.tensor([[1, 0, 1, 0]])
+            added = torch.tensor([[1, 0, 1, 0]]).maximum((store.held == 0).long())
             positions = store.positions
             oldest = positions.masked_fill(positions < 0, 10**6).argmin(-1)
             slots = torch.where(added.bool(), store.used, oldest)
