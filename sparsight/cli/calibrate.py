@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -14,10 +13,6 @@ from sparsight.cli import options
 from sparsight.cli.output import check_file, writing
 from sparsight.cli.progress import tracked
 from sparsight.cli.terminal import show
-from sparsight.eval.calibration import head_scores
-from sparsight.eval.prompt_sets import read_transcripts
-from sparsight.models.loading import load_checkpoint, load_model
-from sparsight.reader.transcript import Transcript, random_transcript
 from sparsight.utils.text import escape
 
 
@@ -41,6 +36,13 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Measure head scores for the method sparsemm: how often each KV head attends to the text to be read next."""
+    import numpy as np
+
+    from sparsight.eval.calibration import head_scores
+    from sparsight.eval.prompt_sets import read_transcripts
+    from sparsight.models.loading import load_checkpoint, load_model
+    from sparsight.reader.transcript import Transcript, random_transcript
+
     check_file(output, replace=force)
     source: dict[str, Any]
     given: Iterable[Transcript]
@@ -54,8 +56,7 @@ def main(
     loaded = load_model(checkpoint, device, dtype)
     pages_read = tracked(given, "Reading pages", source["pages"], quiet=quiet or as_json)
     scores = head_scores(loaded, checkpoint, pages_read)
-    name = "the bundled model" if model == options.DEFAULT_MODEL else model
-    result = {"model": name, **source, "scores": scores}
+    result = {"model": options.model_name(model), **source, "scores": scores}
     with writing(output):
         output.write_text(json.dumps(result, indent=2) + "\n")
     if as_json:

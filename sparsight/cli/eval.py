@@ -1,44 +1,35 @@
 """``sparsight eval``: accuracy of methods at several budgets, measured on tasks."""
 
+from __future__ import annotations
+
 import json
 import platform
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from sparsight.bench.kvpress import CannotRun, Kvpress
-from sparsight.bench.kvpress_worker import PRESSES
 from sparsight.cli import options
 from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, names
 from sparsight.cli.progress import progress
-from sparsight.cli.recipe_options import with_scores
 from sparsight.cli.terminal import show, stopped
-from sparsight.compression import VisualHeads
-from sparsight.compression.recipe import Recipe
-from sparsight.eval import render
-from sparsight.eval.aggregation import aggregate
-from sparsight.eval.evaluator import (
-    EvaluationConfig,
-    OnProgress,
-    measure_pace,
-    remaining_seconds,
-    results_done,
-    run_evaluation,
-    weights_digest,
-)
-from sparsight.eval.kvpress_methods import KvpressMethod
-from sparsight.eval.result_store import ResultStore
-from sparsight.eval.tasks import TASKS, TEXT_TASKS, task
-from sparsight.methods import RECIPES, recipe
-from sparsight.models.loading import Checkpoint, find_device, load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
+
+if TYPE_CHECKING:
+    from sparsight.compression.recipe import Recipe
+    from sparsight.eval.evaluator import EvaluationConfig, OnProgress
+    from sparsight.eval.kvpress_methods import KvpressMethod
+    from sparsight.models.loading import Checkpoint
+
+TASKS = ("look-up", "conversation", "transcribe", "two-pages", "growing")
+TEXT_TASKS = ("continuation", "retrieval", "few-shot")
+"""The names of what :mod:`sparsight.eval.tasks` has, for ``--help``, which does not import it."""
 
 HARNESSES = ("sparsight", "lmms-eval")
 BUDGETS = "0.01,0.05,0.1,0.2,0.4,1.0"
@@ -90,6 +81,11 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
+    from sparsight.eval import render
+    from sparsight.eval import tasks as tasks_module
+    from sparsight.eval.evaluator import EvaluationConfig
+    from sparsight.models.loading import load_checkpoint
+
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
     if against not in (None, "kvpress"):
@@ -102,10 +98,10 @@ def main(
                 report = _benchmarks(model, tasks, recipes, limit, batch, include, output, device, dtype, on_progress)
             else:
                 checkpoint = load_checkpoint(model, text=True)
-                known = TEXT_TASKS if checkpoint.text_only else TASKS
+                known = tasks_module.TEXT_TASKS if checkpoint.text_only else tasks_module.TASKS
                 if (passage_as_vision or against) and not checkpoint.text_only:
                     raise ValueError("--passage-as-vision and --against are for models without images.")
-                chosen = [task(name, known) for name in names(tasks, known)]
+                chosen = [tasks_module.task(name, known) for name in names(tasks, known)]
                 with ExitStack() as stack:
                     others = _kvpress(checkpoint, budgets, device, dtype, stack) if against else []
                     config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision)
@@ -123,6 +119,11 @@ def main(
 
 def _kvpress(checkpoint: Checkpoint, budgets: str, device: str, dtype: str, stack: ExitStack) -> list[KvpressMethod]:
     """Kvpress's methods at every budget below 1, with a process that ends with the stack."""
+    from sparsight.bench.kvpress import CannotRun, Kvpress
+    from sparsight.bench.kvpress_worker import PRESSES
+    from sparsight.eval.kvpress_methods import KvpressMethod
+    from sparsight.models.loading import find_device
+
     try:
         process = stack.enter_context(Kvpress.of(checkpoint.name, dtype, find_device(device)))
     except CannotRun as error:
@@ -141,6 +142,11 @@ def _generated(
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Results on Sparsight's own tasks."""
+    from sparsight.eval.aggregation import aggregate
+    from sparsight.eval.evaluator import measure_pace, remaining_seconds, results_done, run_evaluation
+    from sparsight.eval.result_store import ResultStore
+    from sparsight.models.loading import load_model
+
     on_progress("Loading the model", 0, config.total)
     loaded = load_model(checkpoint, device, dtype)
     about = {**_about(model, loaded), "seed": config.seed}
@@ -180,6 +186,8 @@ def _benchmarks(
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Results on lmms-eval's tasks."""
+    from sparsight.eval.result_store import ResultStore
+
     if tasks == "all":
         raise ValueError("lmms-eval has too many tasks to run all of them: name some with --tasks, such as docvqa_val.")
     try:
@@ -196,8 +204,10 @@ def _benchmarks(
 
 def _about(model: str, loaded: Any) -> dict[str, Any]:
     """What all results of a run have in common."""
+    from sparsight.eval.evaluator import weights_digest
+
     return {
-        "model": "the bundled model" if model == options.DEFAULT_MODEL else model,
+        "model": options.model_name(model),
         "weights": weights_digest(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
@@ -205,6 +215,10 @@ def _about(model: str, loaded: Any) -> dict[str, Any]:
 
 def _recipes(model: str, methods: str, budgets: str, heads: Path | None) -> list[Recipe]:
     """Every method at every budget, except the full cache, which is always measured as the baseline."""
+    from sparsight.cli.recipe_options import with_scores
+    from sparsight.compression import VisualHeads
+    from sparsight.methods import RECIPES, recipe
+
     compressing = [name for name in names(methods, RECIPES) if name != "full"]
     recipes = [with_scores(recipe(name), model, heads) for name in compressing]
     # `all` leaves out methods whose head scores are missing.

@@ -1,15 +1,19 @@
 """``sparsight models``: the supported model families, and models that can be installed by name."""
 
+from __future__ import annotations
+
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from sparsight.cli import options
 from sparsight.cli.terminal import show
-from sparsight.models.families import CROSS_ATTENTION, FAMILIES, Family
 from sparsight.utils.text import escape
+
+if TYPE_CHECKING:
+    from sparsight.models.families import Family
 
 SUFFIX = "ForConditionalGeneration"
 
@@ -22,6 +26,8 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """List the supported model families."""
+    from sparsight.models.families import CROSS_ATTENTION, FAMILIES
+
     if install is not None:
         from sparsight.models.install import install as install_model
 
