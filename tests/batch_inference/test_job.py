@@ -119,7 +119,7 @@ def test_bad_rows_say_what_is_wrong_and_the_others_are_answered(llava: str, pict
         "second": ({"images": ["good.png", "nothing.png"]}, "unreadable file", "nothing.png: No such file"),
         "none": ({}, "malformed row", "Row 'none' has no 'image' or 'images'"),
         "placeholder": ({"image": "good.png", "prompt": "<image>?"}, "refused prompt", "must not spell '<image>'"),
-        "surrogate": ({"image": "good.png", "prompt": "\udcff"}, "refused prompt", "refuses the question"),
+        "surrogate": ({"image": "good.png", "prompt": "\udcff"}, "refused prompt", "is not valid Unicode"),
         "long": (
             {"image": "good.png", "prompt": "?" * 4096},
             "prompt too long",
