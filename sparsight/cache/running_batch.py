@@ -176,13 +176,17 @@ class RunningBatch(Cache):
         if start is None:
             return False
         starts = start + capacities.flatten().cumsum(0).view_as(capacities) - capacities
-        for each in zip(stores, states, starts, strict=True):
-            self._fill(*each)
-        rows = torch.stack([starts, capacities, held, held, starts])
-        self._rows = torch.cat([self._rows, rows], dim=2)
-        own = EvictionState.combine(states, torch.stack)
-        self._state = EvictionState.combine([self._state, own], partial(torch.cat, dim=1))
-        self._position = torch.cat([self._position, self._position.new_tensor([seen - 1])])
+        try:
+            for each in zip(stores, states, starts, strict=True):
+                self._fill(*each)
+            rows = torch.cat([self._rows, torch.stack([starts, capacities, held, held, starts])], dim=2)
+            own = EvictionState.combine(states, torch.stack)
+            state = EvictionState.combine([self._state, own], partial(torch.cat, dim=1))
+            position = torch.cat([self._position, self._position.new_tensor([seen - 1])])
+        except Exception:
+            self.pool.free(start)
+            raise
+        self._rows, self._state, self._position = rows, state, position
         self.members.append(Member(start, rule, starts.tolist(), capacities.tolist()))
         self._regroup()
         return True
@@ -250,6 +254,13 @@ class RunningBatch(Cache):
         # What took the place of an entry does not inherit its score.
         pool.scores[places.flatten()] = 0
         self._extents = None
+        tracked = [member.start for member in self.members if member.rule.tracks_attention]
+        self._scores = [(start, pool.scores[start : start + pool.extents[start]].clone()) for start in tracked]
+
+    def rollback(self) -> None:
+        """Prepare the same step again after it failed: take back the attention that layers have added to scores."""
+        for start, scores in self._scores:
+            self._pool().scores[start : start + len(scores)] = scores
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -1,7 +1,7 @@
 """Sequences that join and leave a running batch decode as each does alone, whatever runs beside them."""
 
+import functools
 from copy import deepcopy
-from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -33,7 +33,7 @@ class Spec(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """What a sequence does without others: tokens, the logits after each, and its cache before and after all of them."""
+    """What a sequence does without others: its tokens, and the logits and the cache before each of them."""
 
     tokens: list[int]
     logits: list[torch.Tensor]
@@ -41,7 +41,7 @@ class Alone(NamedTuple):
     position: int
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 @torch.no_grad()
 def alone(spec, family="llava", heads="1:2", dtype=torch.float32):
     tiny, given_inputs = (
