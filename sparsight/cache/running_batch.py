@@ -223,14 +223,19 @@ class RunningBatch(Cache):
         if start is None:
             return None
         starts = start + capacities.flatten().cumsum(0).view_as(capacities) - capacities
-        for each in zip(stores, states, starts, strict=True):
-            self._fill(*each)
         place = bisect.bisect([member.start for member in self.members], start)
-        self.members.insert(place, Member(start, slots, rule, starts.tolist(), capacities.tolist()))
         inserted = partial(_inserted, place * self._heads)
-        self._rows = inserted([self._rows, torch.stack([starts, capacities, held, held, starts])])
-        self._state = EvictionState.combine([self._state, EvictionState.combine(states, torch.stack)], inserted)
-        self._position = _inserted(place, [self._position, self._position.new_tensor([seen - 1])])
+        try:
+            for each in zip(stores, states, starts, strict=True):
+                self._fill(*each)
+            rows = inserted([self._rows, torch.stack([starts, capacities, held, held, starts])])
+            state = EvictionState.combine([self._state, EvictionState.combine(states, torch.stack)], inserted)
+            position = _inserted(place, [self._position, self._position.new_tensor([seen - 1])])
+        except Exception:
+            self.pool.free(start)
+            raise
+        self._rows, self._state, self._position = rows, state, position
+        self.members.insert(place, Member(start, slots, rule, starts.tolist(), capacities.tolist()))
         self._regroup()
         return place
 
@@ -305,6 +310,13 @@ class RunningBatch(Cache):
         # What took the place of an entry does not inherit its score.
         pool.scores[places.flatten()] = 0
         self._extents = None
+        extents = [(each.start, each.start + each.slots) for each in self.members if each.rule.tracks_attention]
+        self._scores = [(start, pool.scores[start:stop].clone()) for start, stop in extents]
+
+    def rollback(self) -> None:
+        """Prepare the same step again after it failed: take back the attention that layers have added to scores."""
+        for start, scores in self._scores:
+            self._pool().scores[start : start + len(scores)] = scores
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -1,5 +1,6 @@
 """The engine: requests join and leave one running batch, each with its own compressed cache."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -91,7 +92,9 @@ class Engine:
             checks.count("prefill_chunk", prefill_chunk, least=2)
         self.model, self.processor = model, processor
         self.recipe = _recipe(recipe)
-        self.kv_bytes = int(kv_memory * free_bytes(model.device)) if 0 < kv_memory <= 1 else int(kv_memory)
+        if not (isinstance(kv_memory, int | float) and 0 < kv_memory < math.inf):
+            raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
+        self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * free_bytes(model.device))
         self.max_running, self.prefill_chunk = max_running, prefill_chunk
         self._checkpoint = Checkpoint(str(model.name_or_path), model.config, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
@@ -138,17 +141,22 @@ class Engine:
         """
         if sum(each is not None for each in (prompt, messages, inputs)) != 1:
             raise ValueError("A request has one of prompt, messages and inputs.")
-        if self._closed:
-            raise ValueError("The engine is closed.")
+        if images and prompt is None:
+            raise ValueError("images belong to a prompt; messages and inputs have their own.")
         if params is None:
             params = SamplingParams.from_generation_config(_generation_config(self.model))
         if params.n > self.max_running:
             raise ValueError(f"n must be at most the engine's max_running, {self.max_running}, got {params.n}.")
         chosen = self.recipe if recipe is None else _recipe(recipe)
         handle = Handle(params.n, self._drive)
-        future = self._workers.submit(self._prepare, prompt, list(images), messages, inputs, params.max_new_tokens)
-        with self._lock:
-            self._waiting.append(_Request(handle, chosen, params, future))
+        try:
+            future = self._workers.submit(self._prepare, prompt, list(images), messages, inputs, params.max_new_tokens)
+        except RuntimeError as error:
+            if self._closed:
+                raise ValueError("The engine is closed.") from error
+            raise
+        # Without the lock, which is taken while a step runs.
+        self._waiting.append(_Request(handle, chosen, params, future))
         return handle
 
     def abort(self, handle: Handle) -> None:
@@ -157,14 +165,8 @@ class Engine:
 
     def close(self) -> None:
         """End all requests."""
+        self._closed = True
         with self._lock:
-            self._closed = True
-            for request in self._waiting:
-                request.handle.aborted = True
-            for sequence in (*self._ready, *self._running, *self._alone):
-                sequence.handle.aborted = True
-            if self._prompt:
-                self._prompt[0].handle.aborted = True
             self._drop_aborted()
         self._workers.shutdown(cancel_futures=True)
 
@@ -220,6 +222,8 @@ class Engine:
             if not handle.has_news:
                 self._step()
 
+    # Tensors made in inference mode could not be written to outside of it, where the next step may be.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _step(self) -> None:
         self._drop_aborted()
@@ -228,16 +232,19 @@ class Engine:
         self._decode()
 
     def _drop_aborted(self) -> None:
-        for request in [each for each in self._waiting if each.handle.aborted]:
+        for request in [each for each in tuple(self._waiting) if each.handle.aborted or self._closed]:
             self._waiting.remove(request)
             request.inputs.cancel()
             request.handle.fail("The request was aborted before its prompt was processed.")
-        if self._prompt and self._prompt[0].handle.aborted:
+        if self._prompt and (self._prompt[0].handle.aborted or self._closed):
             self._prompt[0].handle.fail("The request was aborted before its prompt was processed.")
             self._prompt = None
         for sequence in (*self._ready, *self._running, *self._alone):
-            if sequence.handle.aborted:
-                sequence.end("aborted")
+            if sequence.handle.aborted or self._closed:
+                try:
+                    sequence.end("aborted")
+                except Exception as error:
+                    self._fail(sequence, error)
         self._drop_finished()
 
     def _drop_finished(self) -> None:
@@ -320,8 +327,6 @@ class Engine:
         needed = self._most_bytes(ids, request) // params.n
         tokens = sample([each.sampler for each in sequences], logits.expand(params.n, -1))
         for sequence, token in zip(sequences, tokens, strict=True):
-            if isinstance(token, ValueError):
-                raise token
             sequence.kv_bytes = needed
             sequence.append(token)
         unfinished = [each for each in sequences if not each.finished]
@@ -335,15 +340,17 @@ class Engine:
         """Move compressed prompts to the pool, as far as there are gaps for them."""
         while self._ready:
             sequence = self._ready[0]
-            place = self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1)
-            if place is not None:
-                sequence.kv_bytes = self._batch.bytes_of(place)
-                self._running.insert(place, sequence)
-            elif self._running:
-                return
-            else:
-                sequence.handle.fail("The compressed prompt is larger than the engine's KV memory.")
-                sequence.finished = "error"
+            try:
+                place = self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1)
+                if place is not None:
+                    sequence.kv_bytes = self._batch.bytes_of(place)
+                    self._running.insert(place, sequence)
+                elif self._running:
+                    return
+                else:
+                    raise ValueError("The compressed prompt is larger than the engine's KV memory.")
+            except Exception as error:
+                self._fail(sequence, error)
             del self._ready[0], sequence.cache
 
     # Decoding
@@ -351,8 +358,13 @@ class Engine:
     def _decode(self) -> None:
         """Generate one token of every running answer."""
         if self._running:
-            self._batch.advance()
-            self._sample(self._running, self._batch_logits())
+            try:
+                self._batch.advance()
+                self._sample(self._running, self._batch_logits())
+            # Some may have gone on and others not.
+            except Exception as error:
+                for sequence in self._running:
+                    self._fail(sequence, error)
         for sequence in self._alone:
             try:
                 self._sample([sequence], self._logits([sequence], sequence.cache))
@@ -361,11 +373,12 @@ class Engine:
         self._drop_finished()
 
     def _batch_logits(self) -> Tensor | None:
-        """Logits ``[B, V]`` of the running batch. If memory runs out, its newest sequences end until it does not."""
+        """Logits ``[B, V]`` of the running batch. If the model fails, as out of memory, its newest sequences end."""
         while self._running:
             try:
                 return self._logits(self._running, self._batch)
-            except (MemoryError, RuntimeError) as error:
+            except Exception as error:
+                self._batch.rollback()
                 newest = max(range(len(self._running)), key=lambda index: self._running[index].started)
                 self._batch.leave(newest)
                 self._fail(self._running.pop(newest), error)
@@ -390,10 +403,10 @@ class Engine:
             return
         for sequence, token in zip(sequences, sample([each.sampler for each in sequences], logits), strict=True):
             sequence.next_position += 1
-            if isinstance(token, ValueError):
-                self._fail(sequence, token)
-            else:
+            try:
                 sequence.append(token)
+            except Exception as error:
+                self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         sequence.handle.fail(_sentence(error))

@@ -83,21 +83,25 @@ class Handle:
         return bool(self._pieces) or self.done
 
     def __iter__(self) -> Iterator[Piece]:
-        while True:
+        done = False
+        while not done:
+            # Before the pieces are read, as another thread may step in between.
+            done = self.done
             while self._pieces:
                 yield self._pieces.popleft()
-            if self.done:
-                return self._raise()
-            self._drive(self)
+            if not done:
+                self._drive(self)
+        self._raise()
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        while True:
+        done = False
+        while not done:
+            done = self.done
             while self._pieces:
                 yield self._pieces.popleft()
-            if self.done:
-                self._raise()
-                return
-            await asyncio.to_thread(self._drive, self)
+            if not done:
+                await asyncio.to_thread(self._drive, self)
+        self._raise()
 
     def wait(self) -> list[Completion]:
         """The complete answers, in order.

@@ -174,7 +174,7 @@ class Sampler:
 
 
 @torch.no_grad()
-def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[Sampled | ValueError]:
+def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[Sampled | Exception]:
     """Choose the next token of every sequence, as it would be chosen alone.
 
     Args:
@@ -183,10 +183,10 @@ def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[Sampled | ValueE
 
     Returns:
         The token of each sequence. A sequence whose logits have a NaN, a +inf or nothing but -inf, or whose
-        ``logit_bias`` names a token that the model does not have, gets an error in place of a token.
+        ``logit_bias`` names a token that the model does not have, gets an exception in place of a token.
     """
     highest, tokens = logits.max(dim=-1)
-    errors: dict[int, ValueError] = {}
+    errors: dict[int, Exception] = {}
     groups: dict[Filters | None, dict[int, Tensor]] = defaultdict(dict)
     for index, (sampler, value) in enumerate(zip(samplers, highest.tolist(), strict=True)):
         if not math.isfinite(value):
@@ -194,7 +194,7 @@ def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[Sampled | ValueE
         elif sampler.processors or sampler.filters:
             try:
                 groups[sampler.filters][index] = sampler.process(logits[index])
-            except ValueError as error:
+            except Exception as error:
                 errors[index] = error
     for filters, processed in groups.items():
         scores = torch.stack(list(processed.values()))
@@ -204,7 +204,7 @@ def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[Sampled | ValueE
             chosen = _draw(_filter(scores, filters), [samplers[index].random.random() for index in processed])
         tokens[list(processed)] = chosen
     alternatives = _alternatives(samplers, logits, tokens)
-    results: list[Sampled | ValueError] = []
+    results: list[Sampled | Exception] = []
     for index, token in enumerate(tokens.tolist()):
         if index in errors:
             results.append(errors[index])

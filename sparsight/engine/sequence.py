@@ -69,8 +69,10 @@ class Sequence:
         """The newest token, which the model has not processed."""
         return self.tokens[-1].token_id
 
-    def append(self, token: Sampled) -> None:
-        """Take a new token, and end where it ends the answer."""
+    def append(self, token: Sampled | Exception) -> None:
+        """Take a new token, and end where it ends the answer. Raises what was returned in place of a token."""
+        if isinstance(token, Exception):
+            raise token
         self.tokens.append(token)
         text = ""
         if token.token_id in self._end_token_ids:
