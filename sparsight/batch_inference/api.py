@@ -14,6 +14,7 @@ from sparsight.batch_inference.rows import Row, check_unique, parse_row
 from sparsight.compression.recipe import Recipe
 from sparsight.methods import VLCache
 from sparsight.models.loading import Checkpoint, load_checkpoint
+from sparsight.reader import model_path
 
 Item = Mapping[str, Any] | str | Path | Image.Image
 """A row as Python has it: a mapping, or an image alone."""
@@ -23,7 +24,7 @@ def batch(
     source: str | Path | Iterable[Item],
     prompt: str | None = None,
     *,
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | None = None,
     processor: Any = None,
     recipe: Recipe | None = None,
     max_new_tokens: int = 100,
@@ -44,7 +45,7 @@ def batch(
             and ``images`` several of them. A path or a PIL image alone is a row as well; its id is the path, or the
             position in the source, counted from 0.
         prompt: the prompt of the rows that have none.
-        model: folder, hub id, or a loaded model.
+        model: folder, hub id, or a loaded model; the small model that ships with the package if None.
         processor: the processor of a loaded model; the one at ``model.name_or_path`` if None.
         recipe: how caches are compressed; VL-Cache at 10 % if None.
         max_new_tokens: longest answer.
@@ -69,7 +70,7 @@ def batch(
     else:
         rows = [_row(item, index, prompt) for index, item in enumerate(source)]
         check_unique(row.key for row in rows)
-    checkpoint = load_checkpoint(str(model)) if loaded is None else _checkpoint(loaded, processor)
+    checkpoint = load_checkpoint(str(model or model_path())) if loaded is None else _checkpoint(loaded, processor)
     job = Job(checkpoint, recipe or VLCache(), max_new_tokens, batch_size, device, dtype)
     return (result for results in run_job(job, rows, loaded) for result in results)
 
@@ -109,7 +110,7 @@ def _check_types(**arguments: Any) -> None:
     kinds: dict[str, tuple[tuple[type, ...], str]] = {
         "source": ((str, Path, Iterable), "a path, or an iterable of rows: mappings, paths or PIL images"),
         "prompt": ((str, type(None)), "a string or None"),
-        "model": ((str, Path, PreTrainedModel), "a folder, a hub id or a loaded model"),
+        "model": ((str, Path, PreTrainedModel, type(None)), "a folder, a hub id, a loaded model or None"),
         "recipe": ((Recipe, type(None)), "a Recipe, such as sparsight.recipe('vl-cache', budget=0.1), or None"),
         "device": ((str,), "a string"),
         "dtype": ((str,), "a string"),

@@ -173,7 +173,8 @@ def _parse_json(line: bytes) -> Any:
         ValueError: the rest of a sentence that says what is wrong with the line.
     """
     try:
-        text = line.decode()
+        # Without the line break, after which the decoder counts a second line.
+        text = line.decode().rstrip()
         return json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8, see its byte {error.start + 1}") from error
@@ -194,10 +195,11 @@ def open_input(path: Path, prompt: str | None, keep: tuple[str, ...] = ()) -> It
     lines, is copied to a temporary file; its paths of images start at the current folder.
 
     Raises:
-        ValueError: the stream cannot be read.
+        ValueError: the stream cannot be read, or the path is a device, which may never end.
     """
-    is_stream = str(path) == "-" or (path.exists() and not path.is_file() and not path.is_dir())
-    if not is_stream:
+    if path.is_block_device() or path.is_char_device():
+        raise ValueError(f"{printable(path)} is a device. {TAKEN}; - is standard input.")
+    if str(path) != "-" and not path.is_fifo():
         yield Input(path, prompt, keep)
         return
     with tempfile.TemporaryDirectory() as folder:

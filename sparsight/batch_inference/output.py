@@ -89,14 +89,8 @@ class StandardOutput(Output):
         self._stream = sys.stdout
 
     def _write(self, records: list[dict[str, Any]]) -> None:
-        try:
-            self._stream.write("".join(json.dumps(record) + "\n" for record in records))
-            self._stream.flush()
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                # Python flushes again at exit, and would complain.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            raise ValueError(f"Cannot write to standard output: {error.strerror}.") from error
+        self._stream.write("".join(json.dumps(record) + "\n" for record in records))
+        self._stream.flush()
 
 
 class OutputFile(Output):

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from sparsight.utils.text import quoted
+from sparsight.utils.text import is_unicode, quoted
 
 EXAMPLE = '{"id": "7", "image": "page.png", "prompt": "What is this?"}'
 URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/", re.IGNORECASE)
@@ -104,8 +104,10 @@ def parse_row(values: Any, place: tuple[str, int], folder: Path, prompt: str | N
     row_id = values["id"] if isinstance(values["id"], str) else int(values["id"])
     try:
         row_prompt = prompt if values.get("prompt") is None else values["prompt"]
-        if not isinstance(row_prompt, str):
+        if row_prompt is None:
             raise ValueError("has no 'prompt', and none was given for all rows")
+        if not isinstance(row_prompt, str):
+            raise ValueError(f"has the prompt {quoted(row_prompt)}, which is not a text")
         return Row(row_id, _images(values, folder), row_prompt, fields=_kept(values, keep))
     except ValueError as error:
         return Row(row_id, malformed=f"Row {quoted(row_id)} {error}.")
@@ -116,7 +118,7 @@ def id_problem(row_id: Any) -> str:
     if row_id is None:
         return "has no 'id', a string or an integer"
     if isinstance(row_id, str):
-        return "" if _is_unicode(row_id) else f"has the id {quoted(row_id)}, which is not valid Unicode"
+        return "" if is_unicode(row_id) else f"has the id {quoted(row_id)}, which is not valid Unicode"
     if isinstance(row_id, float):
         hint = "pandas makes integers floats where one is missing, its type Int64 keeps them"
         return f"has the id {quoted(row_id)}, a float; ids are strings or integers ({hint})"
@@ -164,15 +166,6 @@ def _kept(values: Mapping[str, Any], keep: Iterable[str]) -> dict[str, Any]:
         text = json.dumps(fields, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"has fields that cannot be kept, because JSON has no such values: {error}") from error
-    if not _is_unicode(text):
+    if not is_unicode(text):
         raise ValueError("has fields to keep that are not valid Unicode")
     return json.loads(text, parse_constant=lambda _: None) if fields else {}
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON can spell half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparsight.utils.text import mebibytes
+
 
 @dataclass(frozen=True)
 class Report:
@@ -83,11 +85,6 @@ class Report:
             sparsity = "-" if self.sparsity is None else f"{_mean(self.sparsity[index]):.3f}"
             lines.append(f"{layer:5}  {kept:13.1f}  {kept / length:6.1%}  {sparsity:>8}")
         return "\n".join(lines)
-
-
-def mebibytes(count: int) -> str:
-    """A number of bytes in MiB."""
-    return f"{count / 2**20:.2f} MiB"
 
 
 def _mean(numbers: Iterable[float]) -> float:

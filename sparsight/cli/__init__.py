@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments)
         finally:
-            # At exit, an error would be a traceback.
+            # At exit, an error would be a traceback, and so would a signal.
+            set_stop_signals(signal.SIG_DFL)
             print(end="", flush=True)
     except ValueError as error:
         print(f"Error: {escape(str(error))}", file=sys.stderr)

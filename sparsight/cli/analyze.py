@@ -8,20 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.cli.output import check_folder, writing
 from sparsight.cli.progress import tracked
 from sparsight.cli.terminal import show
-from sparsight.eval.analysis import FRACTIONS, Statistics, analyze, summarize
-from sparsight.eval.analysis_plots import draw_analysis
-from sparsight.eval.prompt_sets import generate_prompts, read_prompts
-from sparsight.methods import Full
 from sparsight.models.images import MAX_PIXELS
-from sparsight.models.inputs import prepare
-from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.utils import checks
-from sparsight.utils.plot_style import save
 from sparsight.utils.text import escape
 
 
@@ -50,6 +42,15 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Measure attention sparsity, what decoding attends to, score hit rates and layer budgets."""
+    from sparsight.cache import CompressedCache
+    from sparsight.eval.analysis import FRACTIONS, Statistics, analyze, summarize
+    from sparsight.eval.analysis_plots import draw_analysis
+    from sparsight.eval.prompt_sets import generate_prompts, read_prompts
+    from sparsight.methods import Full
+    from sparsight.models.inputs import prepare
+    from sparsight.models.loading import load_checkpoint, load_model
+    from sparsight.utils.plot_style import save
+
     checks.fraction("budget", budget)
     checks.fraction("threshold", threshold)
     check_folder(output, "analysis.json", replace=force)
@@ -69,7 +70,7 @@ def main(
             raise typer.Exit(130) from stop
         interrupted = True
     results = {
-        "model": "the bundled model" if model == options.DEFAULT_MODEL else model,
+        "model": options.model_name(model),
         "prompts": len(statistics),
         "source": "generated pages" if prompts is None else str(prompts),
         "budget": budget,

@@ -1,4 +1,7 @@
-"""The subcommands, each imported when it is invoked: torch and transformers take seconds, ``--help`` should not."""
+"""The subcommands, each imported when it is invoked, and torch and transformers only when it runs.
+
+Their imports take seconds, which ``--help`` and a mistyped option should not.
+"""
 
 import errno
 import signal
@@ -7,7 +10,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import sparsight
 from sparsight.cli import set_stop_signals
@@ -43,18 +46,30 @@ class LazyGroup(TyperGroup):
             raise OSError(errno.EIO, error.strerror) from error
 
 
+class Command(TyperCommand):
+    """A subcommand that imports the heavy libraries after its options have been parsed."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        _load_libraries()
+        # From here on a command may have results to save.
+        set_stop_signals(signal.default_int_handler)
+        return super().invoke(ctx)
+
+
 def load(name: str) -> Any:
-    """Import a subcommand."""
+    """Import a subcommand, whose module imports torch and transformers in functions only."""
     single = typer.Typer(add_completion=False)
-    single.command(name)(import_module(f"sparsight.cli.{name}").main)
-    _silence_libraries()
-    # From here on a command may have results to save.
-    set_stop_signals(signal.default_int_handler)
+    single.command(name, cls=Command)(import_module(f"sparsight.cli.{name}").main)
     return typer.main.get_command(single)
 
 
-def _silence_libraries() -> None:
-    """Leave reporting to Sparsight: no progress bars of transformers, and one message about an image over the limit."""
+def _load_libraries() -> None:
+    """Import torch and transformers, and leave reporting to Sparsight.
+
+    transformers shows no progress bars, and there is one message about an image over the limit.
+    """
+    import torch  # noqa: F401
     from PIL.Image import DecompressionBombWarning
     from transformers.utils import logging
 

@@ -1,5 +1,7 @@
 """``sparsight batch``: many questions about images, answered in batches, into a file that a stopped run continues."""
 
+from __future__ import annotations
+
 import json
 import sys
 import time
@@ -8,26 +10,24 @@ from collections.abc import Iterator, KeysView
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sparsight.batch_inference.input import Input, open_input
-from sparsight.batch_inference.job import Job, run_job
 from sparsight.batch_inference.output import Output, OutputFile, StandardOutput, check_output_path
-from sparsight.batch_inference.ray_data import Cluster, run_job_on_ray
 from sparsight.batch_inference.result import Result, check_keep
 from sparsight.batch_inference.rows import RowKey
-from sparsight.cache.report import mebibytes
 from sparsight.cli import options
-from sparsight.cli.recipe_options import recipe_from_options
-from sparsight.cli.session import read_prompt
 from sparsight.cli.terminal import console, show, stopped
 from sparsight.models.images import MAX_PIXELS
-from sparsight.models.loading import load_checkpoint
-from sparsight.utils.text import printable
+from sparsight.utils.text import mebibytes, printable
+
+if TYPE_CHECKING:
+    from sparsight.batch_inference.job import Job
+    from sparsight.batch_inference.ray_data import Cluster
 
 
 def main(
@@ -90,6 +90,12 @@ def main(
     max_pixels: options.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Ask a model about many images; exits with 1 if some rows have no answer."""
+    from sparsight.batch_inference.job import Job
+    from sparsight.batch_inference.ray_data import Cluster
+    from sparsight.cli.recipe_options import recipe_from_options
+    from sparsight.cli.session import read_prompt
+    from sparsight.models.loading import load_checkpoint
+
     started = time.perf_counter()
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
     recipe = recipe_from_options(model, method, budget, heads, **parts)
@@ -162,6 +168,9 @@ def _check_paths(source: Path, output: Path) -> None:
 
 def _answer(job: Job, cluster: Cluster | None, source: Input, missing: set[RowKey]) -> Iterator[list[Result]]:
     """Results of the missing rows."""
+    from sparsight.batch_inference.job import run_job
+    from sparsight.batch_inference.ray_data import run_job_on_ray
+
     rows = (row for row in source.rows() if row.key in missing)
     # Closed at once when the run stops: the model's thread ends with it.
     with closing(run_job(job, rows) if cluster is None else run_job_on_ray(cluster, job, rows)) as results:

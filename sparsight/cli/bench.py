@@ -1,5 +1,7 @@
 """``sparsight bench``: speed and memory of methods, compared with plain transformers and the hardware's limit."""
 
+from __future__ import annotations
+
 import json
 import platform
 import sys
@@ -7,31 +9,30 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import transformers
 import typer
-from transformers import PreTrainedModel
 
-from sparsight.bench import machine, tables
-from sparsight.bench.benchmark import LIBRARIES, BenchmarkConfig, run_benchmark
-from sparsight.bench.kvpress import CannotRun, Kvpress
-from sparsight.bench.shapes import SHAPES, parameters, random_inputs, random_model, weight_bytes
-from sparsight.bench.summary import summarize
-from sparsight.cache import CompressedCache
 from sparsight.cli import options
 from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, count_list, names
 from sparsight.cli.progress import progress
-from sparsight.cli.recipe_options import with_scores
 from sparsight.cli.terminal import show
-from sparsight.compression.recipe import Recipe
-from sparsight.engine.model_runner import static_capacity
-from sparsight.methods import recipe
-from sparsight.models.loading import DTYPES, find_device, load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparsight.bench.kvpress import CannotRun, Kvpress
+    from sparsight.compression.recipe import Recipe
+
+SHAPES = (
+    "small", "llava-1.5-7b", "llava-1.5-13b", "llava-next-mistral-7b", "llava-next-34b",
+    "qwen2.5-vl-3b", "qwen2.5-vl-7b",
+)  # fmt: skip
+LIBRARIES = ("transformers", "kvpress")
+"""What the options take, for ``--help``, which does not import the tables of :mod:`sparsight.bench`."""
 
 
 def main(
@@ -85,6 +86,19 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Measure the speed and memory of methods, interleaved with plain transformers."""
+    import torch
+    import transformers
+
+    from sparsight.bench import machine, tables
+    from sparsight.bench.benchmark import BenchmarkConfig, run_benchmark
+    from sparsight.bench.kvpress import Kvpress
+    from sparsight.bench.shapes import random_inputs, weight_bytes
+    from sparsight.bench.summary import summarize
+    from sparsight.cache import CompressedCache
+    from sparsight.cli.recipe_options import with_scores
+    from sparsight.engine.model_runner import static_capacity
+    from sparsight.models.loading import load_checkpoint, load_model
+
     baselines = [] if against == "none" else names(against, LIBRARIES)
     for name in baselines:
         if name not in LIBRARIES:
@@ -158,6 +172,12 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
     Raises:
         ValueError: there is no such shape, or its weights do not fit.
     """
+    import torch
+
+    from sparsight.bench import machine
+    from sparsight.bench.shapes import SHAPES, parameters, random_model
+    from sparsight.models.loading import DTYPES, find_device
+
     if shape not in SHAPES:
         raise unknown("shape", shape, SHAPES)
     if dtype not in DTYPES:
@@ -177,6 +197,8 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
 
 def _kvpress(baselines: list[str], model: PreTrainedModel) -> AbstractContextManager[Kvpress | CannotRun | None]:
     """The kvpress process if kvpress is among the baselines, or the reason why it cannot run."""
+    from sparsight.bench.kvpress import CannotRun, Kvpress
+
     if "kvpress" not in baselines:
         return nullcontext()
     try:
@@ -187,5 +209,7 @@ def _kvpress(baselines: list[str], model: PreTrainedModel) -> AbstractContextMan
 
 def _recipes(methods: list[str], budgets: list[float]) -> list[Recipe]:
     """Every method at every budget; the full cache once."""
+    from sparsight.methods import recipe
+
     full = [recipe(method) for method in methods if method == "full"]
     return full + [recipe(method, budget=budget) for method in methods if method != "full" for budget in budgets]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -13,9 +12,6 @@ from sparsight.cli import options
 from sparsight.cli.output import check_file, writing
 from sparsight.cli.progress import tracked
 from sparsight.cli.terminal import show
-from sparsight.eval.calibration import head_scores
-from sparsight.models.loading import load_checkpoint, load_model
-from sparsight.reader.transcript import random_transcript
 from sparsight.utils.text import escape
 
 
@@ -31,12 +27,18 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Measure head scores for the method sparsemm: how often each KV head attends to the text to be read next."""
+    import numpy as np
+
+    from sparsight.eval.calibration import head_scores
+    from sparsight.models.loading import load_checkpoint, load_model
+    from sparsight.reader.transcript import random_transcript
+
     check_file(output, replace=force)
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
     transcripts = (random_transcript(np.random.default_rng([seed, page])) for page in range(pages))
     scores = head_scores(loaded, checkpoint, tracked(transcripts, "Reading pages", pages, quiet=quiet or as_json))
-    name = "the bundled model" if model == options.DEFAULT_MODEL else model
+    name = options.model_name(model)
     result = {"model": name, "pages": pages, "seed": seed, "scores": scores}
     with writing(output):
         output.write_text(json.dumps(result, indent=2) + "\n")

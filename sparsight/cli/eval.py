@@ -1,10 +1,12 @@
 """``sparsight eval``: accuracy of methods at several budgets, measured on tasks."""
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -13,27 +15,16 @@ from sparsight.cli import options
 from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, names
 from sparsight.cli.progress import progress
-from sparsight.cli.recipe_options import with_scores
 from sparsight.cli.terminal import show, stopped
-from sparsight.compression import VisualHeads
-from sparsight.compression.recipe import Recipe
-from sparsight.eval import render
-from sparsight.eval.aggregation import aggregate
-from sparsight.eval.evaluator import (
-    EvaluationConfig,
-    OnProgress,
-    measure_pace,
-    remaining_seconds,
-    results_done,
-    run_evaluation,
-    weights_digest,
-)
-from sparsight.eval.result_store import ResultStore
-from sparsight.eval.tasks import TASKS, task
-from sparsight.methods import RECIPES, recipe
-from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
+
+if TYPE_CHECKING:
+    from sparsight.compression.recipe import Recipe
+    from sparsight.eval.evaluator import EvaluationConfig, OnProgress
+
+TASKS = ("look-up", "conversation", "transcribe", "two-pages", "growing")
+"""The names of :data:`sparsight.eval.tasks.TASKS`, for ``--help``, which does not import them."""
 
 HARNESSES = ("sparsight", "lmms-eval")
 BUDGETS = "0.01,0.05,0.1,0.2,0.4,1.0"
@@ -69,6 +60,10 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
+    from sparsight.eval import render
+    from sparsight.eval.evaluator import EvaluationConfig
+    from sparsight.eval.tasks import task
+
     if harness not in HARNESSES:
         raise unknown("harness", harness, HARNESSES)
     recipes = _recipes(model, methods, budgets, heads)
@@ -95,6 +90,11 @@ def _generated(
     model: str, config: EvaluationConfig, output: Path, device: str, dtype: str, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Results on Sparsight's own tasks."""
+    from sparsight.eval.aggregation import aggregate
+    from sparsight.eval.evaluator import measure_pace, remaining_seconds, results_done, run_evaluation
+    from sparsight.eval.result_store import ResultStore
+    from sparsight.models.loading import load_checkpoint, load_model
+
     on_progress("Loading the model", 0, config.total)
     checkpoint = load_checkpoint(model)
     loaded = load_model(checkpoint, device, dtype)
@@ -131,6 +131,8 @@ def _benchmarks(
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Results on lmms-eval's tasks."""
+    from sparsight.eval.result_store import ResultStore
+
     if tasks == "all":
         raise ValueError("lmms-eval has too many tasks to run all of them: name some with --tasks, such as docvqa_val.")
     try:
@@ -147,8 +149,10 @@ def _benchmarks(
 
 def _about(model: str, loaded: Any) -> dict[str, Any]:
     """What all results of a run have in common."""
+    from sparsight.eval.evaluator import weights_digest
+
     return {
-        "model": "the bundled model" if model == options.DEFAULT_MODEL else model,
+        "model": options.model_name(model),
         "weights": weights_digest(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
@@ -156,6 +160,10 @@ def _about(model: str, loaded: Any) -> dict[str, Any]:
 
 def _recipes(model: str, methods: str, budgets: str, heads: Path | None) -> list[Recipe]:
     """Every method at every budget, except the full cache, which is always measured as the baseline."""
+    from sparsight.cli.recipe_options import with_scores
+    from sparsight.compression import VisualHeads
+    from sparsight.methods import RECIPES, recipe
+
     compressing = [name for name in names(methods, RECIPES) if name != "full"]
     recipes = [with_scores(recipe(name), model, heads) for name in compressing]
     # `all` leaves out methods whose head scores are missing.

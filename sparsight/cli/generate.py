@@ -1,24 +1,21 @@
 """``sparsight generate``: answer a question about images with a compressed KV cache."""
 
+from __future__ import annotations
+
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from transformers import DynamicCache
 
-from sparsight.cache import CompressedCache
-from sparsight.cache.bounded_prefill import check_bound
-from sparsight.cache.report import Report, mebibytes
 from sparsight.cli import options
-from sparsight.cli.answer import Answer, agreement, answer
-from sparsight.cli.recipe_options import recipe_from_options
-from sparsight.cli.session import open_session, read_prompt, read_question
 from sparsight.cli.terminal import show
-from sparsight.engine.model_runner import static_capacity
-from sparsight.models.families import check_chunks
 from sparsight.models.images import MAX_PIXELS
-from sparsight.utils.text import escape
+from sparsight.utils.text import escape, mebibytes
+
+if TYPE_CHECKING:
+    from sparsight.cache.report import Report
+    from sparsight.cli.answer import Answer
 
 
 def main(
@@ -52,6 +49,16 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Answer a question about images, and show the memory and speed of the compressed KV cache."""
+    from transformers import DynamicCache
+
+    from sparsight.cache import CompressedCache
+    from sparsight.cache.bounded_prefill import check_bound
+    from sparsight.cli.answer import agreement, answer
+    from sparsight.cli.recipe_options import recipe_from_options
+    from sparsight.cli.session import open_session, read_prompt, read_question
+    from sparsight.engine.model_runner import static_capacity
+    from sparsight.models.families import check_chunks
+
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
     recipe = recipe_from_options(model, method, budget, heads, **parts)
     if prefill_bound is not None:
@@ -70,7 +77,7 @@ def main(
     )
     compressed = answer(session, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
     report = cache.report()
-    result = {"model": question.checkpoint.name, "method": recipe.name, "budget": recipe.budget}
+    result = {"model": options.model_name(model), "method": recipe.name, "budget": recipe.budget}
     result |= describe(compressed, report, report.kept_per_layer(), report.bytes_held, report.entry_bytes)
     result |= {"exact": report.exact, "cut_short": report.cut_short}
     if compare:

@@ -1,25 +1,24 @@
 """``sparsight inspect``: plot which image patches a compressed cache keeps."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor
-
-from sparsight.cache import CompressedCache
-from sparsight.cache.report import Report
 from sparsight.cli import options
-from sparsight.cli.answer import answer
 from sparsight.cli.output import check_file, writing
-from sparsight.cli.recipe_options import recipe_from_options
-from sparsight.cli.session import Question, open_session, read_prompt, read_question
-from sparsight.eval.heatmap import Kept, draw
-from sparsight.models.families import family_of
 from sparsight.models.images import MAX_PIXELS
-from sparsight.models.layouts import Tile, find_tiles
-from sparsight.utils.plot_style import save
 from sparsight.utils.text import escape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsight.cache import CompressedCache
+    from sparsight.cache.report import Report
+    from sparsight.cli.session import Question
+    from sparsight.eval.heatmap import Kept
+    from sparsight.models.layouts import Tile
 
 
 def main(
@@ -43,6 +42,13 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Plot which image patches stay in the KV cache, over the images."""
+    from sparsight.cache import CompressedCache
+    from sparsight.cli.answer import answer
+    from sparsight.cli.recipe_options import recipe_from_options
+    from sparsight.cli.session import open_session, read_prompt, read_question
+    from sparsight.eval.heatmap import draw
+    from sparsight.utils.plot_style import save
+
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
     recipe = recipe_from_options(model, method, budget, heads, **parts)
     if not image:
@@ -72,6 +78,9 @@ def tiles_of(question: Question) -> list[Tile]:
     Raises:
         ValueError: the model's family is unknown, or the prompt does not fit its layout.
     """
+    from sparsight.models.families import family_of
+    from sparsight.models.layouts import find_tiles
+
     checkpoint = question.checkpoint
     family = family_of(checkpoint.config)
     assert family is not None
@@ -80,6 +89,10 @@ def tiles_of(question: Question) -> list[Tile]:
 
 def kept_of(cache: CompressedCache, report: Report) -> Kept:
     """The entries that a cache kept of its one prompt."""
+    import torch
+
+    from sparsight.eval.heatmap import Kept
+
     return Kept(
         layers=report.layers,
         by_position=torch.stack(
@@ -95,6 +108,8 @@ def share_of_heads(positions: Tensor, length: int) -> Tensor:
 
     ``positions`` is ``[H_kv, n]``, padded with -1.
     """
+    import torch
+
     return torch.bincount(positions[positions >= 0].cpu(), minlength=length) / len(positions)
 
 

@@ -9,12 +9,13 @@ from rich.table import Table
 
 from sparsight.cli import options
 from sparsight.cli.terminal import show
-from sparsight.compression.recipe import KINDS
-from sparsight.methods import RECIPES
 
 
 def main(as_json: options.Json = False) -> None:
     """List the compression methods with their parts, default budgets and papers."""
+    from sparsight.compression.recipe import KINDS
+    from sparsight.methods import RECIPES
+
     listing = [describe(name) for name in RECIPES]
     if as_json:
         print(json.dumps(listing))
@@ -31,6 +32,8 @@ def main(as_json: options.Json = False) -> None:
 
 def describe(name: str) -> dict[str, Any]:
     """A method as plain data: parts and default numbers, and summary, citation and year from its docstring."""
+    from sparsight.methods import RECIPES
+
     summary, paragraph = inspect.cleandoc(RECIPES[name].__doc__ or "\n\n").split("\n\n")[:2]
     citation = _reference(paragraph)
     arxiv = re.search(r"arXiv (\d\d)(\d\d\.\d+)$", citation)

@@ -1,19 +1,25 @@
 """``sparsight models``: the supported model families."""
 
+from __future__ import annotations
+
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from sparsight.cli import options
 from sparsight.cli.terminal import show
-from sparsight.models.families import CROSS_ATTENTION, FAMILIES, Family
+
+if TYPE_CHECKING:
+    from sparsight.models.families import Family
 
 SUFFIX = "ForConditionalGeneration"
 
 
 def main(as_json: options.Json = False) -> None:
     """List the supported model families."""
+    from sparsight.models.families import CROSS_ATTENTION, FAMILIES
+
     families = [describe(family) for family in FAMILIES.values()]
     if as_json:
         print(json.dumps(families))

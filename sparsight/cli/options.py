@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from sparsight.compression.recipe import KINDS
-from sparsight.models.loading import DTYPES
 from sparsight.reader import model_path
 
 DEFAULT_MODEL = str(model_path())
@@ -15,17 +13,26 @@ DEFAULT_MODEL = str(model_path())
 DEFAULT_METHOD = "vl-cache"
 """The method of a command without ``--method``."""
 
+
+def model_name(model: str) -> str:
+    """What results call the model of ``--model``."""
+    return "the bundled model" if model == DEFAULT_MODEL else model
+
+
 METHOD, MODEL, OUTPUT = "Method", "Model", "Output"
 """Panels of ``--help``."""
 
 
-def _part(role: str, name: str) -> typer.models.OptionInfo:
-    kinds = ", ".join(KINDS[role])
-    return typer.Option(help=f"Replace the method's {name}: {kinds}.", metavar="NAME", rich_help_panel=METHOD)
+def _part(name: str) -> typer.models.OptionInfo:
+    return typer.Option(
+        help=f"Replace the method's {name} by another method's; `sparsight methods` lists them.",
+        metavar="NAME",
+        rich_help_panel=METHOD,
+    )
 
 
 Images = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         "--image", help="Image file: PNG, JPEG, WebP, GIF, BMP or TIFF. Repeat the option for more.", metavar="FILE"
     ),
@@ -51,10 +58,10 @@ Budget = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-Score = Annotated[str | None, _part("score", "score")]
-Allocate = Annotated[str | None, _part("allocate", "allocation")]
-Reduce = Annotated[str | None, _part("reduce", "reduction")]
-Decode = Annotated[str | None, _part("decode", "decode rule")]
+Score = Annotated[str | None, _part("score")]
+Allocate = Annotated[str | None, _part("allocation")]
+Reduce = Annotated[str | None, _part("reduction")]
+Decode = Annotated[str | None, _part("decode rule")]
 PrefillBound = Annotated[
     float | None,
     typer.Option(
@@ -92,7 +99,7 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help=f"dtype of the weights: {', '.join(DTYPES)}; auto is the checkpoint's own.",
+        help="dtype of the weights: float32, bfloat16, float16, or auto for the checkpoint's own.",
         metavar="NAME",
         rich_help_panel=MODEL,
     ),

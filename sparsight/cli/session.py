@@ -69,7 +69,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str | None:
 
 
 def read_question(
-    model: str, images: Sequence[Path], prompt: str | None, max_pixels: int, max_new_tokens: int, *, quiet: bool
+    model: str, images: Sequence[str], prompt: str | None, max_pixels: int, max_new_tokens: int, *, quiet: bool
 ) -> Question:
     """Open the images and preprocess them and the prompt for a model.
 

@@ -10,7 +10,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from sparsight.models.families import FAMILIES
 from sparsight.models.images import MAX_PIXELS, ImageError, check_sides
 from sparsight.models.loading import Checkpoint
-from sparsight.utils.text import first_sentence, printable
+from sparsight.utils.text import first_sentence, is_unicode, printable
 
 
 def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> BatchFeature:
@@ -36,11 +36,13 @@ def prepare(checkpoint: Checkpoint, images: Sequence[Image], prompt: str) -> Bat
 
 
 def check_text(checkpoint: Checkpoint, text: str) -> None:
-    """Raise ValueError if a user's text contains a special token.
+    """Raise ValueError if a user's text contains a special token, or is not valid Unicode.
 
     Chat templates insert the text between special tokens of their own, and the tokenizer cannot distinguish them: text
     with ``</s>`` or ``<|user|>`` could end its turn or forge another one.
     """
+    if not is_unicode(text):
+        raise ValueError("The prompt is not valid Unicode.")
     for token in sorted(_special_tokens(checkpoint)):
         if token in text:
             raise ValueError(

@@ -39,3 +39,17 @@ def first_sentence(error: BaseException) -> str:
 def quoted(value: object, limit: int = 80) -> str:
     """A short form of a value for a message: strings in quotation marks, other values as Python writes them."""
     return f"'{printable(value, limit)}'" if isinstance(value, str) else printable(repr(value), limit)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes in MiB."""
+    return f"{count / 2**20:.2f} MiB"

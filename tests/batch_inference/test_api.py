@@ -14,6 +14,7 @@ from sparsight.models.loading import load_checkpoint
 from tests.batch_inference.conftest import prompt_of
 
 PROMPT = prompt_of(0)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "receipt-1.png"
 
 
 def texts(source: Any, **options: Any) -> dict[Any, str | None]:
@@ -28,6 +29,11 @@ def test_paths_and_open_images_are_rows(llava: str, pictures: Path) -> None:
     assert texts(images, model=llava) == dict(enumerate(expected))
     rows = [{"id": "two", "images": [paths[0], images[1]]}]
     assert texts(rows, model=llava) == texts([{"id": "two", "images": paths[:2]}], model=llava)
+
+
+def test_the_default_model_is_the_one_that_ships() -> None:
+    answers = [result.text for result in sparsight.batch([EXAMPLE], "How much is JU?")]
+    assert answers == ["461"]
 
 
 def test_open_images_are_upright_rgb_and_their_errors_are_those_of_their_rows(llava: str, tmp_path: Path) -> None:
@@ -75,7 +81,7 @@ def test_arguments_of_the_wrong_type_are_refused_at_the_call(llava: str, picture
         ((5,), {"model": llava}, "source must be .*, not an int"),
         (([5],), {"model": llava}, "Row 0 of source must be a mapping, a path or a PIL image, not an int"),
         ((rows, 5), {"model": llava}, "prompt must be a string or None, not an int"),
-        ((rows,), {"model": rows}, "model must be a folder, a hub id or a loaded model, not a list"),
+        ((rows,), {"model": rows}, "model must be a folder, a hub id, a loaded model or None, not a list"),
         ((rows,), {"model": llava, "recipe": "vl-cache"}, "recipe must be a Recipe, such as .*, not a str"),
         ((rows,), {"model": llava, "device": 0}, "device must be a string, not an int"),
     ]

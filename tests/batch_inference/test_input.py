@@ -47,6 +47,7 @@ def test_json_lines_with_one_image_or_several(tmp_path: Path) -> None:
         (b"[1]", "Line 2 is not an object such as"),
         (b'{"image": "a.png", "prompt": "x"}', "Line 2 has no 'id'"),
         (b'{"id": "a",}', "Line 2 is not JSON: Expecting property name enclosed in double quotes at column 12."),
+        (b'{"id":', "Line 2 is not JSON: Expecting value at column 7."),
         (b"a,a.png,What?", "Line 2 is not JSON: Expecting value at column 1; a row is an object such as {"),
         (
             b"a,a.png,What?",
@@ -176,6 +177,15 @@ def test_streams_are_read_as_files_are(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
     with open_input(Path("-"), "What?") as source, pytest.raises(ValueError, match=r"^standard input is empty\."):
         source.scan()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+def test_a_device_is_not_copied() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^/dev/zero is a device\. The input is JSON lines"),
+        open_input(Path("/dev/zero"), "What?"),
+    ):
+        pass
 
 
 def test_a_damaged_parquet_file_says_so(tmp_path: Path) -> None:

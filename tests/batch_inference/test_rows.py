@@ -73,6 +73,11 @@ def test_what_cannot_be_an_image(image: Any, complaint: str) -> None:
     assert row.malformed.startswith(f"Row 7 {complaint}")
 
 
+def test_a_prompt_is_a_text() -> None:
+    assert parse({"id": 7, "image": "a.png", "prompt": 5}).malformed == "Row 7 has the prompt 5, which is not a text."
+    assert parse({"id": 7, "image": "a.png"}).malformed == "Row 7 has no 'prompt', and none was given for all rows."
+
+
 def test_long_names_are_cut_and_control_characters_escaped() -> None:
     row = parse({"id": "a\x1b[31m\u202e" + "b" * 10_000, "prompt": "x"})
     assert row.id == "a\x1b[31m\u202e" + "b" * 10_000

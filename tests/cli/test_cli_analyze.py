@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from sparsight.cli import analyze as command
 from sparsight.eval.analysis import analyze, summarize
 from sparsight.models.images import open_image
 from sparsight.models.inputs import prepare
@@ -51,7 +50,7 @@ def test_an_interrupted_analysis_keeps_the_prompts_so_far(
         analyzed.append(analyze(*arguments))
         return analyzed[-1]
 
-    monkeypatch.setattr(command, "analyze", interrupt_third)
+    monkeypatch.setattr("sparsight.eval.analysis.analyze", interrupt_third)
     code, out, err = run("analyze", "--model", llava, "--limit", 5, "--max-new-tokens", 3, "--output", tmp_path)
     assert (code, out) == (130, "")
     assert err == f"Stopped. analysis.json and analysis.png in {tmp_path} are of the first 2 of 5 prompts.\n"

@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 import sparsight
+from sparsight.bench.benchmark import LIBRARIES
+from sparsight.bench.shapes import SHAPES
 from sparsight.cli.app import COMMANDS, load
+from sparsight.eval.tasks import TASKS
+from sparsight.models.loading import DTYPES
 from sparsight.utils.text import escape
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,6 +51,23 @@ def test_help_and_typos_do_not_import_heavy_libraries(arguments: list[str]) -> N
     imported = imported_by(*arguments)
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "matplotlib", "numpy", "PIL"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "--mistyped"])
+def test_options_of_a_command_are_parsed_without_heavy_libraries(name: str, option: str) -> None:
+    imported = imported_by(name, option)
+    assert f"sparsight.cli.{name}" in imported
+    assert not imported & {"torch", "transformers", "matplotlib"}
+
+
+def test_help_names_what_options_take(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    out = run("bench", "--help")[1]
+    assert ", ".join(SHAPES) in out
+    assert ", ".join(LIBRARIES) in out
+    assert all(dtype in out for dtype in DTYPES)
+    assert f"Tasks: {', '.join(TASKS)}, or all" in run("eval", "--help")[1]
 
 
 def test_a_command_imports_only_itself() -> None:
@@ -124,6 +145,23 @@ def test_a_signal_during_imports_leaves_no_traceback(tmp_path: Path, stop: signa
     process = start("-c", script, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
+    process.send_signal(stop)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == -stop
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_exit_leaves_no_traceback(stop: signal.Signals) -> None:
+    script = """
+import atexit, time
+from sparsight.cli import main
+atexit.register(lambda: (print("leaving", flush=True), time.sleep(60)))
+main(["methods", "--json"])
+"""
+    process = start("-c", script, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("[")
+    assert process.stdout.readline() == "leaving\n"
     process.send_signal(stop)
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == -stop

@@ -379,7 +379,7 @@ def test_standard_input_and_output(asked: Path, options: tuple[Any, ...], expect
         process.command, env=process.environment, input=asked.read_bytes(), cwd=asked.parent, stdout=writer,
         stderr=subprocess.PIPE, check=False,
     )  # fmt: skip
-    assert (found.returncode, found.stderr) == (2, b"Error: Cannot write to standard output: Broken pipe.\n")
+    assert (found.returncode, found.stderr) == (1, b"Error: Cannot write the output: Broken pipe.\n")
 
 
 def test_the_run_file_names_the_shipped_model_and_the_version(run: Run, asked: Path, tmp_path: Path) -> None:

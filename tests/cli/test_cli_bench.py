@@ -9,7 +9,6 @@ from transformers import LlamaConfig
 from sparsight.bench import kvpress, machine
 from sparsight.bench import shapes as module
 from sparsight.bench.kvpress import CannotRun
-from sparsight.cli import bench as command
 from sparsight.methods import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -103,7 +102,7 @@ def test_unmeasurable_options_are_refused(run: Run, tmp_path: Path, options: tup
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "run_benchmark", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("sparsight.bench.benchmark.run_benchmark", lambda *_: pytest.fail("measured"))
     taken = tmp_path / "taken"
     taken.write_text("")
     assert run("bench", *SMALL, "--output", taken) == (2, "", f"Error: {taken} is not a folder: name a folder.\n")

@@ -120,7 +120,10 @@ def test_the_total_is_known_before_the_model_is_loaded(
 ) -> None:
     calls: list[tuple[str, int, int]] = []
     monkeypatch.setattr(command, "progress", lambda *_, **__: contextlib.nullcontext(lambda *call: calls.append(call)))
-    monkeypatch.setattr(command, "load_checkpoint", lambda *_: calls.append(("loading", 0, 0)) or pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "sparsight.models.loading.load_checkpoint",
+        lambda *_: calls.append(("loading", 0, 0)) or pytest.fail("loaded"),
+    )
     with pytest.raises(pytest.fail.Exception):
         main(["eval", "--model", talker, *map(str, SMALL), "--output", str(tmp_path)])
     # Two tasks, the full cache and two methods at two budgets, four examples.
@@ -131,7 +134,7 @@ def test_a_long_run_says_how_long_it_takes(
     run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "LONG_SECONDS", 0)
-    monkeypatch.setattr(command, "remaining_seconds", lambda *_: 9900.0)
+    monkeypatch.setattr("sparsight.eval.evaluator.remaining_seconds", lambda *_: 9900.0)
     code, _, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
     assert code == 0
     # Two small batches of each task with the full cache and one recipe were measured for the estimate.
@@ -147,7 +150,7 @@ def test_a_stopped_run_says_how_to_resume(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run_evaluation", interrupted)
+    monkeypatch.setattr("sparsight.eval.evaluator.run_evaluation", interrupted)
     code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path)
     assert (code, out) == (130, "")
     assert err == f"Stopped. Results so far are saved; run the same command again to resume {tmp_path}.\n"

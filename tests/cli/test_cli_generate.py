@@ -6,13 +6,13 @@ import pytest
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from sparsight import CompressedCache, recipe
-from sparsight.cache.report import mebibytes
 from sparsight.cli import generate, session
 from sparsight.cli.answer import Answer, agreement
 from sparsight.cli.options import DEFAULT_METHOD
 from sparsight.models.images import open_image
 from sparsight.models.inputs import prepare
 from sparsight.models.loading import load_checkpoint
+from sparsight.utils.text import mebibytes
 from tests.support import tiny
 
 KEYS = {
@@ -41,6 +41,18 @@ def from_python(model: str, images: list[str], cache_of: Callable[..., Any]) -> 
     output = weights.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     return cache, checkpoint.processor.tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def test_the_shipped_model_has_a_name_and_addresses_are_shown_as_typed(
+    run: Callable[..., Any], run_json: Callable[..., Any], llava: str
+) -> None:
+    arguments = ("generate", "--prompt", "Hello", "--max-new-tokens", 1)
+    assert run_json(*arguments)["model"] == "the bundled model"
+    assert run_json(*arguments, "--model", llava)["model"] == llava
+    code, _, err = run(*arguments, "--image", "https://example.org/a.png")
+    assert (code, err) == (
+        2, "Error: https://example.org/a.png is a URL: images are given as paths of local files.\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

@@ -12,6 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from sparsight import CompressedCache, recipe
 from sparsight.cli import inspect as command
 from sparsight.cli.session import Question
+from sparsight.eval import heatmap
 from sparsight.eval.heatmap import Kept
 from sparsight.models.images import open_image
 from sparsight.models.inputs import prepare
@@ -30,13 +31,13 @@ class Drawn:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    seen, draw = Drawn(), command.draw
+    seen, draw = Drawn(), heatmap.draw
 
     def spy(tiles: list[Tile], kept: Kept, **words: str) -> Any:
         seen.tiles, seen.kept, seen.words = tiles, kept, words
         return draw(tiles, kept, **words)
 
-    monkeypatch.setattr(command, "draw", spy)
+    monkeypatch.setattr(heatmap, "draw", spy)
     return seen
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sparsight.cli import analyze, bench, calibrate, inspect
 from sparsight.cli.output import check_file, check_folder
 
 Run = Callable[..., tuple[int, str, str]]
@@ -51,10 +50,8 @@ def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (analyze, bench, calibrate):
-        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(bench, "random_model", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(inspect, "open_session", lambda *_, **__: pytest.fail("loaded"))
+    for function in ("models.loading.load_model", "bench.shapes.random_model", "cli.session.open_session"):
+        monkeypatch.setattr(f"sparsight.{function}", lambda *_, **__: pytest.fail("loaded"))
 
 
 RESULTS = {"analyze": "analysis.json", "bench": "bench.json", "calibrate": None, "inspect": None}

@@ -49,6 +49,11 @@ def test_without_a_chat_template_the_prompt_follows_the_images(tmp_path: Path) -
     assert text_of(checkpoint, prepare(checkpoint, [], "What is it?")) == "What is it?"
 
 
+def test_a_prompt_that_cannot_be_encoded_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match=r"^The prompt is not valid Unicode\.$"):
+        prepare(checkpoint, [], "What\udcff?")
+
+
 SPECIAL = ["</s>", "<s>", "<pad>", "<|user|>", "<|assistant|>", "<video>"]
 
 
