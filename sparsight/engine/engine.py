@@ -21,7 +21,7 @@ from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.positions import decode_positions
 from sparsight.engine.prompt_runner import PromptRunner
-from sparsight.engine.request import Handle
+from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
 from sparsight.engine.vision_cache import VisionCache
@@ -71,6 +71,7 @@ class Engine:
         kv_memory: bytes for the compressed caches, or a fraction of the memory that is free now.
         max_running: answers that are generated at the same time, at most.
         prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
+        prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
 
     Raises:
         ValueError: an argument is out of range, or there is no such method.
@@ -85,6 +86,7 @@ class Engine:
         kv_memory: float = 0.5,
         max_running: int = 64,
         prefill_chunk: int | None = 512,
+        prefill_bound: float | None = None,
     ) -> None:
         checks.count("max_running", max_running, least=1)
         if prefill_chunk is not None:
@@ -92,7 +94,7 @@ class Engine:
         self.model, self.processor = model, processor
         self.recipe = _recipe(recipe)
         self.kv_bytes = int(kv_memory * free_bytes(model.device)) if 0 < kv_memory <= 1 else int(kv_memory)
-        self.max_running, self.prefill_chunk = max_running, prefill_chunk
+        self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
         self._checkpoint = Checkpoint(str(model.name_or_path), model.config, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
         self._vision = VisionCache(model, VISION_BYTES)
@@ -195,6 +197,16 @@ class Engine:
     # Steps
 
     @property
+    def waiting(self) -> int:
+        """Requests whose prompt is not being processed yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that are being generated."""
+        return len(self._ready) + len(self._running) + len(self._alone)
+
+    @property
     def busy(self) -> bool:
         """Whether there is a request that has not ended."""
         return bool(self._waiting or self._prompt or self._ready or self._running or self._alone)
@@ -231,9 +243,9 @@ class Engine:
         for request in [each for each in self._waiting if each.handle.aborted]:
             self._waiting.remove(request)
             request.inputs.cancel()
-            request.handle.fail("The request was aborted before its prompt was processed.")
+            request.handle.fail(_aborted())
         if self._prompt and self._prompt[0].handle.aborted:
-            self._prompt[0].handle.fail("The request was aborted before its prompt was processed.")
+            self._prompt[0].handle.fail(_aborted())
             self._prompt = None
         for sequence in (*self._ready, *self._running, *self._alone):
             if sequence.handle.aborted:
@@ -261,7 +273,7 @@ class Engine:
                 inputs = _to_device(request.inputs.result(), self.model)
                 needed = self._most_bytes(inputs["input_ids"], request)
                 if needed > self.kv_bytes:
-                    raise ValueError(
+                    raise OutOfMemoryError(
                         f"The request may need {needed:,} bytes of KV memory, and the engine has {self.kv_bytes:,}: "
                         "give it a larger kv_memory, or the request a smaller budget or max_new_tokens."
                     )
@@ -270,13 +282,13 @@ class Engine:
                 if len(sequences) + request.params.n > self.max_running or taken + needed > self.kv_bytes:
                     return None
                 self._waiting.popleft()
-                runner = PromptRunner(self.model, request.recipe, inputs, self.prefill_chunk, self._vision)
-                return request, runner, 0.0
+                how = self.prefill_chunk, self._vision, self.prefill_bound
+                return request, PromptRunner(self.model, request.recipe, inputs, *how), 0.0
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
                 if self._waiting and self._waiting[0] is request:
                     self._waiting.popleft()
-                request.handle.fail(_sentence(error))
+                request.handle.fail(_failure(error))
         return None
 
     def _most_bytes(self, ids: Tensor, request: _Request) -> int:
@@ -303,7 +315,7 @@ class Engine:
                 self._begin(request, runner, logits, seconds)
         except Exception as error:
             self._prompt = None
-            request.handle.fail(_sentence(error))
+            request.handle.fail(_failure(error))
 
     def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor, seconds: float) -> None:
         """Sample the first token of each answer to a prompt."""
@@ -335,8 +347,7 @@ class Engine:
             if not self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1):
                 if self._running:
                     return
-                sequence.handle.fail("The compressed prompt is larger than the engine's KV memory.")
-                sequence.finished = "error"
+                self._fail(sequence, OutOfMemoryError("The compressed prompt is larger than the engine's KV memory."))
             else:
                 sequence.kv_bytes = self._batch.newest_bytes
                 self._running.append(sequence)
@@ -392,7 +403,7 @@ class Engine:
                 sequence.append(token)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        sequence.handle.fail(_sentence(error))
+        sequence.handle.fail(_failure(error))
         sequence.finished = "error"
 
 
@@ -435,7 +446,18 @@ def _to_device(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, A
     return moved
 
 
-def _sentence(error: Exception) -> str:
+def _aborted() -> RequestError:
+    return RequestError("The request was aborted before its prompt was processed.")
+
+
+def _failure(error: Exception) -> RequestError:
+    """What a handle says of an exception."""
+    if isinstance(error, RequestError):
+        return error
+    # On a CPU torch raises a plain RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "There is not enough memory for the request."
-    return first_sentence(error)
+        # Without the exception, whose traceback would hold on to tensors.
+        return OutOfMemoryError("There is not enough memory for the request.")
+    failure = RequestError(first_sentence(error))
+    failure.__cause__ = error
+    return failure
