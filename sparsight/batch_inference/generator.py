@@ -46,7 +46,7 @@ class BatchGenerator:
         batch_size: int | None = None,
         prefill_bound: float | None = None,
     ) -> None:
-        self.preprocessor = preprocessor
+        self.preprocessor, self._tokenizer = preprocessor, preprocessor.checkpoint.processor.tokenizer
         self.engine = Engine(
             model,
             preprocessor.checkpoint.processor,
@@ -124,7 +124,7 @@ class BatchGenerator:
         report = completion.report
         return Result(
             **_row_fields(row),
-            text=self.preprocessor.checkpoint.processor.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
             finish_reason=completion.finish_reason,
             prompt_tokens=report.prompt_tokens[0],
             tokens=len(completion.tokens),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sparsight.models.families import CROSS_ATTENTION, FAMILIES, family_of
 from sparsight.models.layouts import find_grids
@@ -59,23 +58,6 @@ class Prompt:
         spans = tuple(self.spans[index] for index in chosen)
         grids = tuple(self.grids[index] for index in chosen)
         return Prompt(self.vision_mask[chosen], self.valid_mask[chosen], spans, grids)
-
-    def padded(self, padding: int) -> "Prompt":
-        """The same prompts with ``padding`` more padding tokens on the left."""
-        spans = [Span(span.start + padding, span.post_vision + padding, span.stop + padding) for span in self.spans]
-        grids = [tuple(grid + padding for grid in tiles) for tiles in self.grids]
-        vision_mask, valid_mask = (functional.pad(mask, (padding, 0)) for mask in (self.vision_mask, self.valid_mask))
-        return Prompt(vision_mask, valid_mask, tuple(spans), tuple(grids))
-
-    @staticmethod
-    def join(prompts: Sequence["Prompt"]) -> "Prompt":
-        """Concatenate batches of the same prompt length ``T``."""
-        return Prompt(
-            torch.cat([prompt.vision_mask for prompt in prompts]),
-            torch.cat([prompt.valid_mask for prompt in prompts]),
-            tuple(span for prompt in prompts for span in prompt.spans),
-            tuple(grids for prompt in prompts for grids in prompt.grids),
-        )
 
 
 def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False) -> Prompt:

@@ -250,7 +250,9 @@ def test_a_prompt_for_which_there_is_no_memory_is_asked_again_alone(
         return step(self)
 
     monkeypatch.setattr(PromptRunner, "step", limited)
-    monkeypatch.setattr(Engine, "__init__", lambda self, *rest, **more: engines.append(self) or begin(self, *rest, **more))
+    monkeypatch.setattr(
+        Engine, "__init__", lambda self, *rest, **more: engines.append(self) or begin(self, *rest, **more)
+    )
     found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
     assert others[0] > 0
     assert others[1:] == [0]
