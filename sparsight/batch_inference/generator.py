@@ -27,6 +27,10 @@ MAX_WAITING = 2
 """Preprocessed rows that wait in the engine for their prefill."""
 
 
+VISION_BYTES = 2**25
+"""Bytes of vision features that are kept for further rows with the same image."""
+
+
 class BatchGenerator:
     """Generates the answers to rows with one model.
 
@@ -55,6 +59,7 @@ class BatchGenerator:
             max_running=batch_size or MAX_BATCH_SIZE,
             prefill_chunk=None,
             prefill_bound=prefill_bound,
+            vision_bytes=VISION_BYTES,
         )
         self._params = SamplingParams.from_generation_config(
             model.generation_config, temperature=0.0, max_new_tokens=preprocessor.max_new_tokens

@@ -36,9 +36,6 @@ from sparsight.utils.text import first_sentence
 WORKERS = 2
 """Threads that open images and tokenise prompts."""
 
-VISION_BYTES = 2**28
-"""Bytes of vision features that are kept for images that come again."""
-
 
 @dataclass
 class _Request:
@@ -72,6 +69,7 @@ class Engine:
         max_running: answers that are generated at the same time, at most.
         prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
+        vision_bytes: bytes of vision features that are kept for images that come again.
 
     Raises:
         ValueError: an argument is out of range, or there is no such method.
@@ -87,6 +85,7 @@ class Engine:
         max_running: int = 64,
         prefill_chunk: int | None = 512,
         prefill_bound: float | None = None,
+        vision_bytes: int = 2**28,
     ) -> None:
         checks.count("max_running", max_running, least=1)
         if prefill_chunk is not None:
@@ -97,7 +96,7 @@ class Engine:
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
         self._checkpoint = Checkpoint(str(model.name_or_path), model.config, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
-        self._vision = VisionCache(model, VISION_BYTES)
+        self._vision = VisionCache(model, vision_bytes)
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="sparsight")
         self._lock = threading.Lock()
         self._closed = False
