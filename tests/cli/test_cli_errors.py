@@ -97,7 +97,7 @@ def test_an_unknown_dtype_or_device(refused: Callable[..., str], command: str) -
 
 @COMMANDS
 def test_a_prompt_that_is_not_valid_text(refused: Callable[..., str], command: str) -> None:
-    assert "refuses the question" in refused(command, "--prompt", "\udcff")
+    assert refused(command, "--prompt", "\udcff") == "The prompt is not valid Unicode."
 
 
 def test_an_output_that_is_a_folder(refused: Callable[..., str], tmp_path: Path) -> None:
