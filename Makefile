@@ -75,6 +75,7 @@ accuracy: $(VENV)/.ready
 bench-batch: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.batch measure --pages 2000 --output benchmarks/results/batch-cpu.json
 	$(BIN)/python -m benchmarks.batch memory benchmarks/results/batch-cpu.json
+	$(BIN)/python -m benchmarks.batch measure --pages 2000 --shortest-answer 4 --new-tokens 300 --output benchmarks/results/batch-mixed-cpu.json
 	$(BIN)/python -m docs.sizing
 
 # glibc is told to keep large blocks: a training step frees and takes hundreds of them.

@@ -1,10 +1,13 @@
-"""`sparsight batch` at 10 % against a plain transformers loop with the full cache: rows per second and peak memory.
+r"""`sparsight batch` at 10 % against a plain transformers loop with the full cache: rows per second and peak memory.
 
-Both transcribe the same pages with the same number of new tokens, the loop at its best batch size. Their turns are
-interleaved, each in a process of its own, so that changes of the machine's speed affect both, and memory is measured
-per process. Memory of child processes is polled in separate turns that are not timed.
+Both transcribe the same pages with the same number of new tokens, the loop at its best batch size. With
+``--shortest-answer`` the number is drawn for each page; a batch of the loop lasts as long as its longest answer. Their
+turns are interleaved, each in a process of its own, so that changes of the machine's speed affect both, and memory is
+measured per process. Memory of child processes is polled in separate turns that are not timed.
 
     python -m benchmarks.batch measure --pages 2000 --output benchmarks/results/batch-cpu.json
+    python -m benchmarks.batch measure --pages 2000 --shortest-answer 4 --new-tokens 300 \
+        --output benchmarks/results/batch-mixed-cpu.json
     python -m benchmarks.batch memory benchmarks/results/batch-cpu.json
 """
 
@@ -19,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -32,9 +36,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from sparsight.batch_inference.generator import BatchGenerator
 from sparsight.batch_inference.input import Input
 from sparsight.batch_inference.job import Job, run_job
+from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row
 from sparsight.methods import recipe
 from sparsight.models.images import open_image
@@ -55,7 +62,10 @@ app = typer.Typer(add_completion=False)
 def measure(
     pages: Annotated[int, typer.Option(help="Pages to transcribe.")] = 2000,
     turn: Annotated[int, typer.Option(help="Pages per turn.")] = 250,
-    new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 100,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per answer, or of the longest one.")] = 100,
+    shortest_answer: Annotated[
+        int | None, typer.Option(help="Tokens of the shortest answer; by default all are equally long.")
+    ] = None,
     sizes: Annotated[str, typer.Option(help="Batch sizes to try for the loop.")] = "4,8,16,32,64",
     tried: Annotated[int, typer.Option(help="Pages to try each batch size on.")] = 64,
     method: Annotated[str, typer.Option(help="A method that `sparsight methods` lists.")] = "vl-cache",
@@ -69,7 +79,8 @@ def measure(
         endless_model(folder / MODEL)
         turns = [draw(folder, first, min(turn, pages - first)) for first in range(0, pages, turn)]
         sample = draw(folder, pages, tried)
-        chosen = [new_tokens, threads, method, budget]
+        shortest = new_tokens if shortest_answer is None else shortest_answer
+        chosen = [shortest, new_tokens, threads, method, budget]
         # Pages for the search of the batch size are not measured later.
         speeds = {
             size: tried / run("loop", sample, size, *chosen)["seconds"]
@@ -90,6 +101,7 @@ def measure(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "pages": pages,
+        "shortest_answer": shortest,
         "new_tokens": new_tokens,
         "method": method,
         "budget": budget,
@@ -152,7 +164,8 @@ def memory(
         folder = Path(name)
         endless_model(folder / MODEL)
         rows = draw(folder, 0, pages)
-        chosen = [found[each] for each in ("loop_batch_size", "new_tokens", "threads", "method", "budget")]
+        names = ("loop_batch_size", "shortest_answer", "new_tokens", "threads", "method", "budget")
+        chosen = [found[each] for each in names]
         for label, side in ((LOOP, "loop"), (BATCH, "batch")):
             with started(side, rows, *chosen) as process:
                 peak = Peak(process.pid)
@@ -193,31 +206,76 @@ class Peak:
 
 
 @app.command()
-def side(which: str, rows: Path, size: int, new_tokens: int, threads: int, method: str, budget: float) -> None:
+def side(
+    which: str, rows: Path, size: int, shortest: int, new_tokens: int, threads: int, method: str, budget: float
+) -> None:
     """One side's turn, run by the other commands: prints its measurements as JSON."""
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     checkpoint = load_checkpoint(str(rows.parent / MODEL))
     rows_to_answer = list(Input(rows).rows())
+    planned = {row.id: answer_length(row, shortest, new_tokens) for row in rows_to_answer}
     start = time.perf_counter()
     if which == "loop":
-        tokens = list(loop(checkpoint, rows_to_answer, size, new_tokens))
+        tokens = dict(loop(checkpoint, rows_to_answer, size, planned))
     else:
-        job = Job(checkpoint, recipe(method, budget=budget), new_tokens)
+        job = PlannedJob(checkpoint, recipe(method, budget=budget), new_tokens)
+        job.planned.update(planned)
         found = [result for some in run_job(job, rows_to_answer) for result in some]
-        tokens = [result.tokens or 0 for result in found]
+        tokens = {result.id: result.tokens or 0 for result in found}
     seconds = time.perf_counter() - start
-    assert tokens == [new_tokens] * len(rows_to_answer), "both must do the same work"
-    measured = {"seconds": seconds, "rows": len(tokens), "tokens": sum(tokens)}
+    assert tokens == planned, "both must do the same work"
+    measured = {"seconds": seconds, "rows": len(tokens), "tokens": sum(tokens.values())}
     # Linux counts in KiB.
     print(json.dumps({**measured, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-def loop(checkpoint: Any, rows: list[Row], size: int, new_tokens: int) -> Iterator[int]:
-    """The number of new tokens of each row, with plain transformers."""
+def answer_length(row: Row, shortest: int, longest: int) -> int:
+    """Tokens of the answer to a row, uniformly distributed."""
+    return int(np.random.default_rng([SEED, 1, int(str(row.id))]).integers(shortest, longest, endpoint=True))
+
+
+@dataclass(frozen=True)
+class PlannedJob(Job):
+    """A job whose answers have given numbers of tokens."""
+
+    planned: dict[Any, int] = field(default_factory=dict)
+
+    def generator(self, model: Any = None) -> BatchGenerator:
+        """A generator of a loaded model, or of the checkpoint's, which is loaded if None."""
+        generator = super().generator(model)
+        ask = generator._ask
+
+        def ask_for(row: Row, inputs: Any) -> Iterator[list[Result]]:
+            generator._params = replace(generator._params, max_new_tokens=self.planned[row.id])
+            return ask(row, inputs)
+
+        generator._ask = ask_for  # type: ignore[method-assign]
+        return generator
+
+
+class Planned(StoppingCriteria):
+    """Ends each answer of a batch at its number of tokens, as an end-of-sequence token would.
+
+    Args:
+        prompt: tokens of the padded prompts.
+        counts: tokens of each answer.
+    """
+
+    def __init__(self, prompt: int, counts: list[int]) -> None:
+        self._lengths = prompt + torch.tensor(counts)
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Which answers have ended, bool ``[B]``."""
+        return self._lengths.to(input_ids.device) <= input_ids.shape[1]
+
+
+def loop(checkpoint: Any, rows: list[Row], size: int, planned: dict[Any, int]) -> Iterator[tuple[Any, int]]:
+    """Ids of rows and the number of new tokens of each, with plain transformers."""
     model, processor = load_model(checkpoint), checkpoint.processor
     processor.tokenizer.padding_side = "left"
     for start in range(0, len(rows), size):
+        part = rows[start : start + size]
         messages = [
             [
                 {
@@ -225,7 +283,7 @@ def loop(checkpoint: Any, rows: list[Row], size: int, new_tokens: int) -> Iterat
                     "content": [{"type": "image", "image": image_of(row)}, {"type": "text", "text": row.prompt}],
                 }
             ]
-            for row in rows[start : start + size]
+            for row in part
         ]
         inputs = processor.apply_chat_template(
             messages,
@@ -235,9 +293,12 @@ def loop(checkpoint: Any, rows: list[Row], size: int, new_tokens: int) -> Iterat
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield from [output.shape[1] - inputs["input_ids"].shape[1]] * len(answers)
+        counts, prompt = [planned[row.id] for row in part], inputs["input_ids"].shape[1]
+        criteria = StoppingCriteriaList([Planned(prompt, counts)])
+        output = model.generate(**inputs, max_new_tokens=max(counts), do_sample=False, stopping_criteria=criteria)
+        new = [ids[:count] for ids, count in zip(output[:, prompt:], counts, strict=True)]
+        processor.batch_decode(new, skip_special_tokens=True)
+        yield from [(row.id, len(ids)) for row, ids in zip(part, new, strict=True)]
 
 
 def image_of(row: Row) -> Any:
@@ -261,7 +322,9 @@ def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the result as a table."""
-    table = Table(title=f"{result['pages']} pages, {result['new_tokens']} new tokens each, {result['threads']} threads")
+    shortest, longest = result["shortest_answer"], result["new_tokens"]
+    tokens = f"{longest} new tokens each" if shortest == longest else f"{shortest} to {longest} new tokens"
+    table = Table(title=f"{result['pages']} pages, {tokens}, {result['threads']} threads")
     for column in ("", "rows per second", "peak MiB", "private MiB, with children"):
         table.add_column(column, justify="right" if column else "left")
     for label, case in result["cases"].items():

@@ -107,5 +107,5 @@ def run_job(job: Job, rows: Iterable[Row], model: Any = None) -> Generator[list[
         # The workers start with the first row and preprocess while the weights are loaded.
         first = list(islice(preprocessed, 1))
         if first:
-            with closing(job.generator(model).generate(chain(first, preprocessed))) as results:
-                yield from results
+            with closing(job.generator(model)) as generator:
+                yield from generator.generate(chain(first, preprocessed))

@@ -22,7 +22,7 @@ class Result:
         kept: entries kept of the prompt, mean over layers and KV heads.
         kv_bytes: size of the sequence's cache after compression, spare capacity included.
         full_kv_bytes: size of the full cache of the prompt.
-        seconds: time of the row's prefill, and its share of the time that its batch decoded until the answer ended.
+        seconds: the row's share of the time that the model worked: each step's is divided by the rows in the engine.
         error: why there is no answer, in one sentence.
         error_kind: short reason, the same for all rows that fail this way.
         row: line of a JSON-lines file or row of a Parquet file, counted from 1, if there is no id.

@@ -1,13 +1,11 @@
 """CompressedCache: the one object that a user hands to ``model.generate``."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -137,44 +135,6 @@ class CompressedCache(Cache):
         self._inputs: LanguageInputs | None = None
         for layer in self.compressed:
             layer.start(prompt)
-
-    @classmethod
-    def join(cls, caches: Sequence["CompressedCache"]) -> "CompressedCache":
-        """One cache of the sequences of several, so that prompts that were compressed one by one decode together.
-
-        The result is that of one batch, padded on the left to the longest prompt. The given caches are emptied layer by
-        layer, so that at most one layer is in memory twice.
-
-        Raises:
-            ValueError: the caches are of several models or recipes, or have not seen their prompts or more than that.
-        """
-        first = caches[0]
-        for cache in caches:
-            cache._sync_lengths()
-            if cache._attention_override is not first._attention_override or cache.recipe != first.recipe:
-                raise ValueError("Only caches of one model and one recipe can be joined.")
-            if any(layer.store is None or layer.seen != cache.prompt.length for layer in cache.compressed):
-                raise ValueError("Only caches that have seen their prompts and nothing more can be joined.")
-        length = max(cache.prompt.length for cache in caches)
-        padding = [length - cache.prompt.length for cache in caches]
-        joined = copy.copy(first)
-        joined.prompt = joined._located = Prompt.join(
-            [cache.prompt.padded(more) for cache, more in zip(caches, padding, strict=True)]
-        )
-        if first._sparsity is not None:
-            by_layer = zip(*[cache._sparsity or [] for cache in caches], strict=True)
-            joined._sparsity = [[value for values in layer for value in values] for layer in by_layer]
-        joined.layers, joined.compressed = [], []
-        for layers in zip(*[cache.layers for cache in caches], strict=True):
-            if isinstance(layers[0], CompressedLayer):
-                leading = joined.compressed[0] if joined.compressed else None
-                joined.compressed.append(CompressedLayer.join(layers, joined.prompt, padding, leading))
-                joined.layers.append(joined.compressed[-1])
-            else:
-                joined.layers.append(_join_bounded(layers))
-            for layer in layers:
-                layer.reset()
-        return joined
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -386,14 +346,11 @@ class CompressedCache(Cache):
         """Bytes that the tensors of the cache occupy."""
         return sum(layer_bytes(layer) for layer in self.layers)
 
-    def _sync_lengths(self) -> None:
-        """Let the layers count tokens that were seen with static storage."""
-        for layer in self.compressed:
-            layer.sync_lengths()
-
     def report(self) -> Report:
         """Entries kept and held, sparsity, and bytes against the full cache's."""
-        self._sync_lengths()
+        for layer in self.compressed:
+            # They do not count the tokens seen with static storage.
+            layer.sync_lengths()
         compacted = [(layer, layer.store) for layer in self.compressed if layer.store is not None]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return Report(
@@ -429,26 +386,6 @@ def language_part(model: PreTrainedModel) -> PreTrainedModel:
     if language is None or language.config is not model.config.get_text_config(decoder=True):
         raise ValueError(f"{type(model).__name__} has no language part that generates text: nothing to compress.")
     return language
-
-
-def _join_bounded(layers: Sequence[Any]) -> Any:
-    """The sequences of several layers with a sliding window or linear attention, each at the end of its prompt."""
-    joined = copy.deepcopy(layers[0])
-    if getattr(joined, "keys", None) is not None:
-        longest = max(layer.keys.shape[2] for layer in layers)
-        for name in ("keys", "values"):
-            states = [getattr(layer, name) for layer in layers]
-            # What is missing in front is padding, which transformers' masks hide.
-            padded = [functional.pad(each, (0, 0, longest - each.shape[2], 0)) for each in states]
-            setattr(joined, name, torch.cat(padded))
-    if hasattr(joined, "cumulative_length"):
-        joined.cumulative_length = max(layer.cumulative_length for layer in layers)
-    for name in LINEAR_STATES:
-        if hasattr(joined, name):
-            by_index = {index: [getattr(layer, name)[index] for layer in layers] for index in getattr(joined, name)}
-            found = {index: None if states[0] is None else torch.cat(states) for index, states in by_index.items()}
-            setattr(joined, name, found)
-    return joined
 
 
 def _prefill_of(layer: Any) -> Prefill | None:

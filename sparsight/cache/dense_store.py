@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.attention import decode, kernels
-from sparsight.cache.kv_store import KVStore, growth_step, shifted
+from sparsight.cache.kv_store import KVStore, growth_step
 from sparsight.cache.step_metadata import writable
 from sparsight.compression.eviction import VACANT
 
@@ -38,24 +38,6 @@ class DenseStore(KVStore):
         self.keys.flatten(0, 1)[rows, slots] = keys
         self.values.flatten(0, 1)[rows, slots] = values
         self.positions[rows, slots] = positions.int()
-
-    @classmethod
-    @writable
-    def join(cls, stores: Sequence["DenseStore"], padding: Sequence[int]) -> "DenseStore":
-        """The sequences of several, one after the other, those of ``stores[i]`` at positions ``padding[i]`` later."""
-        capacity = max(store.keys.shape[2] for store in stores)
-        room = [capacity - store.keys.shape[2] for store in stores]
-        padded = [
-            [functional.pad(each, (0, 0, 0, more)) for each in (store.keys, store.values)]
-            for store, more in zip(stores, room, strict=True)
-        ]
-        positions = [
-            functional.pad(shifted(store.positions, later), (0, more), value=VACANT).flatten()
-            for store, later, more in zip(stores, padding, room, strict=True)
-        ]
-        keys, values = (torch.cat(each) for each in zip(*padded, strict=True))
-        held, used = torch.cat([store.held for store in stores]), torch.cat([store.used for store in stores])
-        return cls(keys, values, torch.cat(positions), held, used)
 
     def _lay_out(self, keys: Tensor, values: Tensor, flat_positions: Tensor) -> None:
         self.keys, self.values, self.flat_positions = keys, values, flat_positions

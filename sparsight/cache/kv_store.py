@@ -20,11 +20,6 @@ def growth_step(used: int) -> int:
     return max(LEAST_GROWTH, used // 8)
 
 
-def shifted(positions: Tensor, later: int) -> Tensor:
-    """Positions ``later`` by so many tokens; vacant slots stay vacant."""
-    return positions.where(positions == VACANT, positions + later)
-
-
 class KVStore(ABC):
     """Keys and values that one layer holds after compression.
 

@@ -50,30 +50,6 @@ class CompressedLayer(CacheLayerMixin):
         self.recipe, self.capacity, self.bound, self.first = recipe, capacity, bound, first
         self.start(prompt)
 
-    @classmethod
-    def join(
-        cls,
-        layers: Sequence["CompressedLayer"],
-        prompt: Prompt,
-        padding: Sequence[int],
-        first: "CompressedLayer | None",
-    ) -> "CompressedLayer":
-        """The sequences of several layers that hold their compressed prompts and nothing more.
-
-        ``prompt`` is all of theirs, with ``padding[i]`` more tokens in front of those of ``layers[i]``.
-        """
-        joined = cls(layers[0].recipe, prompt, layers[0].capacity, layers[0].bound, first)
-        joined.exact = all(layer.exact for layer in layers)
-        joined.cut_short = any(layer.cut_short for layer in layers)
-        joined.seen, joined.is_initialized = prompt.length, True
-        stores: list[Any] = [layer.store for layer in layers]
-        joined.store = store = type(stores[0]).join(stores, padding)
-        joined.kept = [count for layer in layers for count in layer.kept]
-        states = [layer.eviction for layer in layers if layer.eviction is not None]
-        joined.eviction = EvictionState.join(states, padding, store.positions.shape[1])
-        joined._begin_decoding()
-        return joined
-
     def start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
         self.prompt = prompt

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sparsight.attention import decode, kernels
 from sparsight.cache.dense_store import DenseStore, vacant_slots
-from sparsight.cache.kv_store import KVStore, growth_step, shifted
+from sparsight.cache.kv_store import KVStore, growth_step
 from sparsight.cache.step_metadata import writable
 from sparsight.compression.eviction import VACANT
 
@@ -49,16 +49,6 @@ class RaggedStore(KVStore):
             start = self._row_starts[row]
             for own, new in zip(self._flat(), states, strict=True):
                 own[start : start + len(new)] = new
-
-    @classmethod
-    @writable
-    def join(cls, stores: Sequence["RaggedStore"], padding: Sequence[int]) -> "RaggedStore":
-        """The sequences of several, one after the other, those of ``stores[i]`` at positions ``padding[i]`` later."""
-        positions = [shifted(store.flat_positions, later) for store, later in zip(stores, padding, strict=True)]
-        keys, values = torch.cat([store.keys for store in stores]), torch.cat([store.values for store in stores])
-        capacities = [capacity for store in stores for capacity in store.capacities]
-        held, used = torch.cat([store.held for store in stores]), torch.cat([store.used for store in stores])
-        return cls(keys, values, torch.cat(positions), stores[0].heads, capacities, held, used)
 
     def _lay_out(self, keys: Tensor, values: Tensor, flat_positions: Tensor, capacities: list[int]) -> None:
         self.keys, self.values, self.flat_positions = keys, values, flat_positions

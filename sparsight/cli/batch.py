@@ -172,7 +172,7 @@ def _answer(job: Job, cluster: Cluster | None, source: Input, missing: set[RowKe
     from sparsight.batch_inference.ray_data import run_job_on_ray
 
     rows = (row for row in source.rows() if row.key in missing)
-    # Closed at once when the run stops: the model's thread ends with it.
+    # Closed at once when the run stops: worker processes and the engine's threads end with it.
     with closing(run_job(job, rows) if cluster is None else run_job_on_ray(cluster, job, rows)) as results:
         yield from results
 
@@ -250,7 +250,7 @@ def _batch_size(text: str) -> int | None:
 
 @contextmanager
 def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
-    """A progress bar on stderr with rate, time left and the memory of the newest batch, if stderr is a terminal."""
+    """A progress bar on stderr with rate, time left and the memory of the newest results, if stderr is a terminal."""
     bar_console = console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -260,7 +260,7 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[memory]}"),
     )
-    # Results come a batch at a time, and a batch may take minutes.
+    # Many results may come at once, and then none for minutes.
     hidden = quiet or not bar_console.is_terminal
     with Progress(*columns, console=bar_console, disable=hidden, speed_estimate_period=600) as bar:
         shown = bar.add_task("Answering", total=total, completed=done, rate="", memory="")

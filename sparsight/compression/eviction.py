@@ -94,16 +94,6 @@ class EvictionState:
         """The state of the rows at ``index``."""
         return EvictionState(*(each[index] for each in self.tensors), rounded=self.rounded)
 
-    @staticmethod
-    def join(states: Sequence["EvictionState"], padding: Sequence[int], capacity: int) -> "EvictionState":
-        """The rows of several, with ``padding[i]`` more tokens in front of those of ``states[i]``."""
-        fields = zip(*(state.tensors for state in states), strict=True)
-        ratio, excluded, turns, protected, boundary, scores = (list(each) for each in fields)
-        excluded = [each + more for each, more in zip(excluded, padding, strict=True)]
-        later = [(each.long() + more).clamp(max=NEVER).int() for each, more in zip(boundary, padding, strict=True)]
-        scores = [fitted(each, capacity) for each in scores]
-        return EvictionState(*(torch.cat(each) for each in (ratio, excluded, turns, protected, later, scores)))
-
 
 class EvictionRule(ABC):
     """Which slot each new entry takes.

@@ -22,7 +22,7 @@ from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.positions import decode_positions
 from sparsight.engine.prompt_runner import PromptRunner
-from sparsight.engine.request import Handle
+from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
 from sparsight.engine.vision_cache import VisionCache
@@ -36,9 +36,6 @@ from sparsight.utils.text import first_sentence
 
 WORKERS = 2
 """Threads that open images and tokenise prompts."""
-
-VISION_BYTES = 2**28
-"""Bytes of vision features that are kept for images that come again."""
 
 
 @dataclass
@@ -72,6 +69,8 @@ class Engine:
         kv_memory: bytes for the compressed caches, or a fraction of the memory that is free now.
         max_running: answers that are generated at the same time, at most.
         prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
+        prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
+        vision_bytes: bytes of vision features that are kept for images that come again.
 
     Raises:
         ValueError: an argument is out of range, or there is no such method.
@@ -86,6 +85,8 @@ class Engine:
         kv_memory: float = 0.5,
         max_running: int = 64,
         prefill_chunk: int | None = 512,
+        prefill_bound: float | None = None,
+        vision_bytes: int = 2**28,
     ) -> None:
         checks.count("max_running", max_running, least=1)
         if prefill_chunk is not None:
@@ -95,10 +96,10 @@ class Engine:
         if not (isinstance(kv_memory, int | float) and 0 < kv_memory < math.inf):
             raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
         self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * free_bytes(model.device))
-        self.max_running, self.prefill_chunk = max_running, prefill_chunk
+        self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
         self._checkpoint = Checkpoint(str(model.name_or_path), model.config, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
-        self._vision = VisionCache(model, VISION_BYTES)
+        self._vision = VisionCache(model, vision_bytes)
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="sparsight")
         self._lock = threading.Lock()
         self._closed = False
@@ -197,6 +198,16 @@ class Engine:
     # Steps
 
     @property
+    def waiting(self) -> int:
+        """Requests whose prompt is not being processed yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that are being generated."""
+        return len(self._ready) + len(self._running) + len(self._alone)
+
+    @property
     def busy(self) -> bool:
         """Whether there is a request that has not ended."""
         return bool(self._waiting or self._prompt or self._ready or self._running or self._alone)
@@ -235,9 +246,9 @@ class Engine:
         for request in [each for each in tuple(self._waiting) if each.handle.aborted or self._closed]:
             self._waiting.remove(request)
             request.inputs.cancel()
-            request.handle.fail("The request was aborted before its prompt was processed.")
+            request.handle.fail(_aborted())
         if self._prompt and (self._prompt[0].handle.aborted or self._closed):
-            self._prompt[0].handle.fail("The request was aborted before its prompt was processed.")
+            self._prompt[0].handle.fail(_aborted())
             self._prompt = None
         for sequence in (*self._ready, *self._running, *self._alone):
             if sequence.handle.aborted or self._closed:
@@ -268,7 +279,7 @@ class Engine:
                 inputs = request.inputs.result()
                 needed = self._most_bytes(inputs["input_ids"], request)
                 if needed > self.kv_bytes:
-                    raise ValueError(
+                    raise OutOfMemoryError(
                         f"The request may need {needed:,} bytes of KV memory, and the engine has {self.kv_bytes:,}: "
                         "give it a larger kv_memory, or the request a smaller budget or max_new_tokens."
                     )
@@ -278,13 +289,13 @@ class Engine:
                     return None
                 self._waiting.popleft()
                 inputs = _to_device(inputs, self.model)
-                runner = PromptRunner(self.model, request.recipe, inputs, self.prefill_chunk, self._vision)
-                return request, runner, 0.0
+                how = self.prefill_chunk, self._vision, self.prefill_bound
+                return request, PromptRunner(self.model, request.recipe, inputs, *how), 0.0
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
                 if self._waiting and self._waiting[0] is request:
                     self._waiting.popleft()
-                request.handle.fail(_sentence(error))
+                request.handle.fail(_failure(error))
         return None
 
     def _most_bytes(self, ids: Tensor, request: _Request) -> int:
@@ -313,7 +324,7 @@ class Engine:
                 self._begin(request, runner, logits, seconds)
         except Exception as error:
             self._prompt = None
-            request.handle.fail(_sentence(error))
+            request.handle.fail(_failure(error))
 
     def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor, seconds: float) -> None:
         """Sample the first token of each answer to a prompt."""
@@ -348,7 +359,7 @@ class Engine:
                 elif self._running:
                     return
                 else:
-                    raise ValueError("The compressed prompt is larger than the engine's KV memory.")
+                    raise OutOfMemoryError("The compressed prompt is larger than the engine's KV memory.")
             except Exception as error:
                 self._fail(sequence, error)
             del self._ready[0], sequence.cache
@@ -409,7 +420,7 @@ class Engine:
                 self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        sequence.handle.fail(_sentence(error))
+        sequence.handle.fail(_failure(error))
         sequence.finished = "error"
 
 
@@ -452,7 +463,18 @@ def _to_device(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, A
     return moved
 
 
-def _sentence(error: Exception) -> str:
+def _aborted() -> RequestError:
+    return RequestError("The request was aborted before its prompt was processed.")
+
+
+def _failure(error: Exception) -> RequestError:
+    """What a handle says of an exception."""
+    if isinstance(error, RequestError):
+        return error
+    # On a CPU torch raises a plain RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "There is not enough memory for the request."
-    return first_sentence(error)
+        # Without the exception, whose traceback would hold on to tensors.
+        return OutOfMemoryError("There is not enough memory for the request.")
+    failure = RequestError(first_sentence(error))
+    failure.__cause__ = error
+    return failure

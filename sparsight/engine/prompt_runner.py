@@ -26,6 +26,7 @@ class PromptRunner:
         inputs: what the processor returned for it, on the model's device.
         chunk: tokens of a chunk; None for all.
         vision: where features of images that were seen before are.
+        bound: as :class:`~sparsight.CompressedCache` takes it; the prompt must then run unchunked to be exact.
 
     Attributes:
         cache: the cache, compressed once :meth:`step` has returned logits.
@@ -36,10 +37,16 @@ class PromptRunner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, inputs: Mapping[str, Any], chunk: int | None, vision: VisionCache
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        inputs: Mapping[str, Any],
+        chunk: int | None,
+        vision: VisionCache,
+        bound: float | None = None,
     ) -> None:
         self.model = model
-        self.cache = CompressedCache(model, recipe, inputs)
+        self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._inputs = vision.encode({name: value for name, value in inputs.items() if name != "labels"})
         family = family_of(model.config)

@@ -14,6 +14,10 @@ class RequestError(Exception):
     """A request that failed; the engine and all other requests go on."""
 
 
+class OutOfMemoryError(RequestError):
+    """A request for which there is not enough memory, now or at all."""
+
+
 class Piece(NamedTuple):
     """What a new token added to an answer.
 
@@ -63,6 +67,10 @@ class Handle:
     Args:
         number: how many answers there will be.
         drive: lets the engine work until there is something new for a handle.
+
+    Attributes:
+        error: why the request failed; its ``__cause__`` is the exception, except for lack of memory.
+        started: whether an answer has a token.
     """
 
     def __init__(self, number: int, drive: Callable[["Handle"], None]) -> None:
@@ -70,7 +78,7 @@ class Handle:
         self._pieces: deque[Piece] = deque()
         self._completions: list[Completion | None] = [None] * number
         self.error: RequestError | None = None
-        self.aborted = False
+        self.aborted = self.started = False
 
     @property
     def done(self) -> bool:
@@ -111,6 +119,11 @@ class Handle:
         """
         for _ in self:
             pass
+        return self.completions
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The answers that are complete, in order."""
         return [each for each in self._completions if each is not None]
 
     def _raise(self) -> None:
@@ -122,11 +135,12 @@ class Handle:
     def push(self, piece: Piece) -> None:
         """Hand a piece to the reader."""
         self._pieces.append(piece)
+        self.started = True
 
     def complete(self, index: int, completion: Completion) -> None:
         """End one of the answers."""
         self._completions[index] = completion
 
-    def fail(self, sentence: str) -> None:
+    def fail(self, error: RequestError) -> None:
         """End the request."""
-        self.error, self.aborted = self.error or RequestError(sentence), True
+        self.error, self.aborted = self.error or error, True

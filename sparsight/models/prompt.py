@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sparsight.models.families import CROSS_ATTENTION, FAMILIES, family_of
 from sparsight.models.frames import find_frames
@@ -70,25 +69,6 @@ class Prompt:
         grids = tuple(self.grids[index] for index in chosen)
         frames = tuple(self.frames[index] for index in chosen if self.frames)
         return Prompt(self.vision_mask[chosen], self.valid_mask[chosen], spans, grids, frames)
-
-    def padded(self, padding: int) -> "Prompt":
-        """The same prompts with ``padding`` more padding tokens on the left."""
-        spans = [Span(span.start + padding, span.post_vision + padding, span.stop + padding) for span in self.spans]
-        grids = [tuple(grid + padding for grid in tiles) for tiles in self.grids]
-        vision_mask, valid_mask = (functional.pad(mask, (padding, 0)) for mask in (self.vision_mask, self.valid_mask))
-        frames = tuple(tuple(video + padding for video in videos) for videos in self.frames)
-        return Prompt(vision_mask, valid_mask, tuple(spans), tuple(grids), frames)
-
-    @staticmethod
-    def join(prompts: Sequence["Prompt"]) -> "Prompt":
-        """Concatenate batches of the same prompt length ``T``."""
-        return Prompt(
-            torch.cat([prompt.vision_mask for prompt in prompts]),
-            torch.cat([prompt.valid_mask for prompt in prompts]),
-            tuple(span for prompt in prompts for span in prompt.spans),
-            tuple(grids for prompt in prompts for grids in prompt.grids),
-            tuple(frames for prompt in prompts for frames in prompt.frames),
-        )
 
 
 def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False, frames: bool = False) -> Prompt:

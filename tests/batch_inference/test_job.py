@@ -1,8 +1,8 @@
 """From Python, and what is said of every row: the text that it gets alone, or what is wrong with it."""
 
 import json
-import threading
-import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from PIL import Image
 
 import sparsight
 from sparsight import CompressedCache, Recipe, VLCache, recipe
-from sparsight.batch_inference import generator
+from sparsight.batch_inference.generator import CACHE_MEMORY_FRACTION, MAX_WAITING, BatchGenerator
 from sparsight.batch_inference.input import Input
-from sparsight.batch_inference.preprocessing import Preprocessor, preprocess
+from sparsight.batch_inference.job import Job, run_job
+from sparsight.batch_inference.preprocessing import Preprocessed, Preprocessor, preprocess
 from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row, checksum
+from sparsight.engine.engine import Engine, token_bytes
+from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.models.images import open_image
 from sparsight.models.inputs import prepare
 from sparsight.models.loading import load_checkpoint, load_model
@@ -169,20 +172,20 @@ def test_a_prompt_as_long_as_the_model_takes_is_answered(llava: str, pictures: P
 
 
 def test_an_answer_that_the_model_ends_is_cut_there(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, finish = generator.BatchGenerator.__init__, generator.BatchGenerator._result
+    begin, finish = BatchGenerator.__init__, BatchGenerator._result
     ends: list[int] = []
-    said: dict[str, list[int]] = {}
+    said: dict[Any, list[int]] = {}
 
     def ending(self: Any, model: Any, *rest: Any) -> None:
         model.generation_config.eos_token_id = ends or None
         begin(self, model, *rest)
 
-    def noted(self: Any, begun: Any, tokens: list[int], seconds: float) -> Result:
-        said.setdefault(begun.row.id, tokens)
-        return finish(self, begun, tokens, seconds)
+    def noted(self: Any, row: Row, handle: Any, seconds: float) -> Result:
+        said.setdefault(row.id, handle.completions[0].token_ids)
+        return finish(self, row, handle, seconds)
 
-    monkeypatch.setattr(generator.BatchGenerator, "__init__", ending)
-    monkeypatch.setattr(generator.BatchGenerator, "_result", noted)
+    monkeypatch.setattr(BatchGenerator, "__init__", ending)
+    monkeypatch.setattr(BatchGenerator, "_result", noted)
     assert {result.tokens for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)} == {TOKENS}
     # Tokens that answers have at different places, one of them first.
     ends += [said["row-0"][0], said["row-1"][4]]
@@ -197,82 +200,111 @@ def test_an_answer_that_the_model_ends_is_cut_there(llava: str, asked: Path, mon
             assert result.tokens == 1
 
 
+def fail_decode(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[int]], bool], error: Exception) -> list[int]:
+    """Sizes of the batches that decode; ``fails`` says of these whether the newest one does not."""
+    decode: Any = Engine._logits
+    sizes: list[int] = []
+
+    def limited(self: Any, sequences: list[Any], cache: Any) -> Any:
+        sizes.append(len(sequences))
+        if fails(sizes):
+            raise error
+        return decode(self, sequences, cache)
+
+    monkeypatch.setattr(Engine, "_logits", limited)
+    return sizes
+
+
+def noted_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return fail_decode(monkeypatch, lambda sizes: False, AssertionError())
+
+
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_out_of_memory_halves_the_batch_and_goes_on(
+def test_a_batch_for_which_there_is_no_memory_is_not_tried_again(
     llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     expected = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
-    decode, sizes = generator.BatchGenerator._decode, []
-
-    def limited(self: Any, begun: Any) -> Any:
-        sizes.append(len(begun))
-        if len(begun) > most:
-            # The caches of the rows are gone by then.
-            CompressedCache.join([each.cache for each in begun])
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return decode(self, begun)
-
-    monkeypatch.setattr(generator.BatchGenerator, "_decode", limited)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    sizes = fail_decode(monkeypatch, lambda sizes: sizes[-1] > most, error)
     found = {result.id: lasting(result) for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
     assert found == expected
-    assert max(sizes) > most
-    assert sorted(sizes, reverse=True)[0] == sizes[0]
+    assert [size for size in sizes if size > most] == [most + 1]
+    assert most in sizes[sizes.index(most + 1) :]
 
 
-def test_a_prompt_for_which_there_is_no_memory_at_all_is_an_error(
-    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_prompt_for_which_there_is_no_memory_is_asked_again_alone(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    begin = generator.BatchGenerator._prefill
+    step: Any = PromptRunner.step
+    others: list[int] = []
+    engines: list[Engine] = []
+    begin: Any = Engine.__init__
 
-    def limited(self: Any, row: Row, inputs: Any) -> Any:
-        if row.id == "two":
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-        return begin(self, row, inputs)
+    def limited(self: Any) -> Any:
+        # The only prompt with two images.
+        if int((self.input_ids == self.model.config.image_token_id).sum()) > 20:
+            others.append(engines[0].running)
+            if len(others) <= failures:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return step(self)
 
-    monkeypatch.setattr(generator.BatchGenerator, "_prefill", limited)
-    found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
-    assert found.pop("two").error_kind == "out of memory"
+    monkeypatch.setattr(PromptRunner, "step", limited)
+    monkeypatch.setattr(
+        Engine, "__init__", lambda self, *rest, **more: engines.append(self) or begin(self, *rest, **more)
+    )
+    found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=TOKENS)}
+    assert others[0] > 0
+    assert others[1:] == [0]
+    assert found.pop("two").error_kind == (None if failures == 1 else "out of memory")
+    assert len(found) == 8
     assert all(result.text is not None for result in found.values())
 
 
 def test_other_failures_of_the_model_are_not_taken_for_lack_of_memory(
     llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("a kernel is broken")
-
-    monkeypatch.setattr(generator.BatchGenerator, "_decode", broken)
+    fail_decode(monkeypatch, lambda sizes: True, RuntimeError("a kernel is broken"))
     with pytest.raises(RuntimeError, match="a kernel is broken"):
         list(sparsight.batch(asked, model=llava, max_new_tokens=2))
 
 
 def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load_checkpoint(llava)
-    preprocessor = Preprocessor(checkpoint, TOKENS, 10**6)
+    config, preprocessor = checkpoint.config.text_config, Preprocessor(checkpoint, TOKENS, 10**6)
     rows = [Row(str(number), (asked.parent / "0.png",), "What?") for number in range(10)]
-    sizes: dict[float, list[int]] = {}
-    for room in (0.0, 2.5, 3.5, 1000.0):
-        worker = generator.BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2))
-        (need,) = {worker._prefill(*preprocess(preprocessor, row)).final_bytes for row in rows[:2]}
-        monkeypatch.setattr(
-            generator, "_free_bytes", lambda device, room=room, need=need: room * need / generator.CACHE_MEMORY_FRACTION
-        )
-        some = worker.generate(preprocess(preprocessor, row) for row in rows)
-        sizes[room] = [len(results) for results in some]
-    # There is always room for one more: the row from which its need is known.
-    assert sizes == {0.0: [1] * 10, 2.5: [4, 4, 2], 3.5: [5, 5], 1000.0: [10]}
+    length = preprocess(preprocessor, rows[0])[1]["input_ids"].shape[1]
+    slots = round(0.2 * length) + 1 + TOKENS
+    need = slots * config.num_hidden_layers * token_bytes(config, torch.float32)
+    most, errors = {}, {}
+    for capacity in (0.9, 1.5, 3.5, 1000.0):
+        free = capacity * need / CACHE_MEMORY_FRACTION
+        monkeypatch.setattr("sparsight.engine.engine.free_bytes", lambda device, free=free: free)
+        worker = BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2).combined(decode="grow"))
+        with monkeypatch.context() as patch:
+            sizes = noted_sizes(patch)
+            found = [each for some in worker.generate(preprocess(preprocessor, row) for row in rows) for each in some]
+        most[capacity], errors[capacity] = max(sizes, default=0), Counter(result.error_kind for result in found)
+    assert most == {0.9: 0, 1.5: 1, 3.5: 3, 1000.0: 10}
+    assert errors == {0.9: {"out of memory": 10}} | {capacity: {None: 10} for capacity in (1.5, 3.5, 1000.0)}
 
 
-def test_rows_of_similar_length_decode_together(llava: str, pictures: Path) -> None:
+def test_few_rows_are_in_memory_at_a_time(llava: str, pictures: Path) -> None:
     checkpoint = load_checkpoint(llava)
-    preprocessor = Preprocessor(checkpoint, 2, 10**6)
-    rows = [Row(str(number), (pictures / "0.png",), "?" * [5, 200, 1000][number % 3]) for number in range(9)]
-    worker = generator.BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2))
-    found = [
-        sorted(int(result.id) for result in some)
-        for some in worker.generate(preprocess(preprocessor, row) for row in rows)
-    ]
-    assert sorted(found) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    preprocessor, taken = Preprocessor(checkpoint, TOKENS, 10**6), 0
+
+    def rows() -> Iterator[Preprocessed]:
+        nonlocal taken
+        for number in range(20):
+            taken += 1
+            yield preprocess(preprocessor, Row(number, (pictures / "0.png",), "What?"))
+
+    worker, most, answered = BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2), 3), 0, 0
+    for results in worker.generate(rows()):
+        most = max(most, taken - answered)
+        answered += len(results)
+    assert answered == 20
+    assert most == 3 + MAX_WAITING
 
 
 def test_a_picture_in_memory_is_called_by_its_row(llava: str) -> None:
@@ -287,99 +319,60 @@ def early_rows(pictures: Path, count: int = 3) -> list[Row]:
     return [Row(number, (pictures / f"{number}.png",), "What?") for number in range(count)]
 
 
-class Watched(generator._FinishWatcher):
-    """Waits at a step of the decode until an event has happened."""
-
-    step = 0
-
-    def happened(self) -> bool:
-        raise NotImplementedError
-
-    def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
-        stop = super().__call__(input_ids, scores, **more)
-        type(self).step += 1
-        if self.step == 8:
-            assert self.happened(), "it must have happened at the latest now"
-            stop = torch.full_like(stop, self.stop)
-        return stop
+def ending_early(model: str, rows: list[Row]) -> tuple[Any, Job]:
+    """A model that ends the answer to the first row at one of its fourth to seventh tokens."""
+    loaded = load_model(load_checkpoint(model))
+    tokens = []
+    for row in rows:
+        inputs = prepare(load_checkpoint(model), [open_image(row.images[0])], row.prompt)
+        cache = CompressedCache(loaded, VLCache(0.2), inputs)
+        output = loaded.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        tokens.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    ends = [token for token in tokens[0][3:7] if token not in {*tokens[0][:3], *tokens[1], *tokens[2]}]
+    loaded.generation_config.eos_token_id = ends[0]
+    return loaded, Job(load_checkpoint(model), VLCache(0.2), 20)
 
 
-def ending_early(model: Any, rows: list[Row], preprocessor: Preprocessor) -> generator.BatchGenerator:
-    """A generator whose first row ends at its fourth token or sooner, but not at the first."""
-    worker = generator.BatchGenerator(model, preprocessor, VLCache(0.2))
-    tokens: dict[Any, list[int]] = {}
-    finish = worker._result
-
-    def noted(sequence: Any, new: list[int], seconds: float) -> Result:
-        tokens[sequence.row.id] = new
-        return finish(sequence, new, seconds)
-
-    worker._result = noted  # type: ignore[method-assign]
-    list(worker.generate(preprocess(preprocessor, row) for row in rows))
-    others = {token for row in rows[1:] for token in tokens[row.id]}
-    ends = [token for token in tokens[rows[0].id][1:] if token not in others and token != tokens[rows[0].id][0]]
-    assert ends and tokens[rows[0].id].index(ends[0]) < 7
-    worker._eos_token_ids = {ends[0]}
-    return worker
-
-
-def test_a_result_is_known_as_soon_as_its_row_is_done(
+def test_a_result_is_known_and_its_row_leaves_as_soon_as_it_is_done(
     llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = load_checkpoint(llava)
-    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
-    worker = ending_early(load_model(checkpoint), rows, preprocessor)
-    received = threading.Event()
-    monkeypatch.setattr(Watched, "happened", lambda self: received.wait(60))
-    monkeypatch.setattr(Watched, "step", 0)
-    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
-    ids = []
-    for results in worker.generate(preprocess(preprocessor, row) for row in rows):
-        received.set()
-        ids.append([result.id for result in results])
-    assert ids == [[0], [1, 2]]
-    assert Watched.step == 19
+    rows = early_rows(pictures)
+    model, job = ending_early(llava, rows)
+    sizes = noted_sizes(monkeypatch)
+    found = [([result.id for result in results], len(sizes)) for results in run_job(job, rows, model)]
+    # One row joins in each step; the second one is done after 19 more, and the third a step later.
+    (_, first), *others = found
+    assert [ids for ids, _ in found] == [[0], [1], [2]]
+    assert 3 <= first < 7
+    assert others == [([1], 20), ([2], 21)]
+    assert sizes == [1, 2, *[3] * (first - 2), *[2] * (20 - first), 1]
 
 
-def test_a_run_that_is_closed_stops_decoding(llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = load_checkpoint(llava)
-    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
-    worker = ending_early(load_model(checkpoint), rows, preprocessor)
-
-    def stopped(self: Any) -> bool:
-        until = time.monotonic() + 60
-        while not self.stop and time.monotonic() < until:
-            time.sleep(0.001)
-        return bool(self.stop)
-
-    monkeypatch.setattr(Watched, "happened", stopped)
-    monkeypatch.setattr(Watched, "step", 0)
-    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
-    results = worker.generate(preprocess(preprocessor, row) for row in rows)
+def test_a_run_that_is_closed_stops_generating(llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = early_rows(pictures)
+    model, job = ending_early(llava, rows)
+    closed: list[Engine] = []
+    monkeypatch.setattr(Engine, "close", lambda self, close=Engine.close: closed.append(self) or close(self))
+    results = run_job(job, rows, model)
     assert [result.id for result in next(results)] == [0]
     results.close()
-    assert Watched.step <= 8
+    (engine,) = closed
+    assert not engine.busy
+    assert engine.running == 0
 
 
 def test_rows_that_are_done_stay_done_when_memory_runs_out_later(
     llava: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = load_checkpoint(llava)
-    preprocessor, rows = Preprocessor(checkpoint, 20, 10**6), early_rows(pictures)
-    worker = ending_early(load_model(checkpoint), rows, preprocessor)
-    expected = {
-        result.id: lasting(result)
-        for results in worker.generate(preprocess(preprocessor, row) for row in rows)
-        for result in results
-    }
-
-    def full(self: Any) -> bool:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(Watched, "happened", full)
-    monkeypatch.setattr(Watched, "step", 0)
-    monkeypatch.setattr(generator, "_FinishWatcher", Watched)
-    found = [result for results in worker.generate(preprocess(preprocessor, row) for row in rows) for result in results]
+    rows = early_rows(pictures)
+    model, job = ending_early(llava, rows)
+    expected = {result.id: lasting(result) for results in run_job(job, rows, model) for result in results}
+    # Neither of the rows that are left can go on.
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    sizes = fail_decode(monkeypatch, lambda sizes: len(sizes) in (9, 10), error)
+    found = [result for results in run_job(job, rows, model) for result in results]
+    assert sizes[8:10] == [2, 1]
+    assert set(sizes[10:]) == {1}
     assert [result.id for result in found] == [0, 1, 2]
     assert {result.id: lasting(result) for result in found} == expected
 
