@@ -261,6 +261,24 @@ def test_a_prompt_for_which_there_is_no_memory_is_asked_again_alone(
     assert all(result.text is not None for result in found.values())
 
 
+def test_a_prompt_that_the_model_refuses_is_the_error_of_its_row(
+    llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step: Any = PromptRunner.step
+
+    def picky(self: Any) -> Any:
+        # The only prompt with two images.
+        if int((self.input_ids == self.model.config.image_token_id).sum()) > 20:
+            raise ValueError("Only one image. Or none.")
+        return step(self)
+
+    monkeypatch.setattr(PromptRunner, "step", picky)
+    found = {result.id: result for result in sparsight.batch(asked, model=llava, max_new_tokens=2)}
+    two = found.pop("two")
+    assert (two.error_kind, two.error) == ("refused by the model", "Only one image. Or none.")
+    assert all(result.text is not None for result in found.values())
+
+
 def test_other_failures_of_the_model_are_not_taken_for_lack_of_memory(
     llava: str, asked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
