@@ -216,8 +216,7 @@ class RunningBatch(Cache):
         growth = [rule.growth(*each, seen, tokens) for each in zip(stores, states, strict=True)]
         held = torch.stack([store.held for store in stores])
         capacities = held + torch.tensor(growth, device=held.device)[:, None]
-        # Rounded up, so that sequences of similar length have extents of the same kind.
-        capacities = (capacities + CAPACITY_STEP - 1) // CAPACITY_STEP * CAPACITY_STEP
+        capacities = rounded_up(capacities)
         slots = int(capacities.sum())
         start = self.pool.allocate(slots)
         if start is None:
@@ -400,3 +399,8 @@ def _inserted(place: int, pair: list[Tensor]) -> Tensor:
     """The first tensor with the second at ``place`` of its last dimension."""
     first, second = pair
     return torch.cat([first[..., :place], second, first[..., place:]], dim=-1)
+
+
+def rounded_up(slots: Any) -> Any:
+    """Slots of a row, a number or a tensor, as a multiple: sequences of similar length get extents of the same kind."""
+    return (slots + CAPACITY_STEP - 1) // CAPACITY_STEP * CAPACITY_STEP

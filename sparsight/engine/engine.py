@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsight.cache.layer import CompressedLayer
-from sparsight.cache.running_batch import RunningBatch
+from sparsight.cache.running_batch import RunningBatch, rounded_up
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.positions import decode_positions
 from sparsight.engine.prompt_runner import PromptRunner
@@ -304,7 +304,7 @@ class Engine:
         length = ids.shape[1]
         # A budget of vision tokens is counted as if there were none, as the full length.
         kept = min(round(request.recipe.fitted(length, 0).budget * length) + 1, length)
-        slots = (kept + request.params.max_new_tokens) * request.params.n * config.num_hidden_layers
+        slots = rounded_up(kept + request.params.max_new_tokens) * request.params.n * config.num_hidden_layers
         return slots * token_bytes(config, self.model.dtype)
 
     def _prefill(self) -> None:

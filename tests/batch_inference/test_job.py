@@ -19,6 +19,7 @@ from sparsight.batch_inference.job import Job, run_job
 from sparsight.batch_inference.preprocessing import Preprocessed, Preprocessor, preprocess
 from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row, checksum
+from sparsight.cache.running_batch import rounded_up
 from sparsight.engine.engine import Engine, token_bytes
 from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.models.images import open_image
@@ -292,7 +293,7 @@ def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, mon
     config, preprocessor = checkpoint.config.text_config, Preprocessor(checkpoint, TOKENS, 10**6)
     rows = [Row(str(number), (asked.parent / "0.png",), "What?") for number in range(10)]
     length = preprocess(preprocessor, rows[0])[1]["input_ids"].shape[1]
-    slots = round(0.2 * length) + 1 + TOKENS
+    slots = rounded_up(round(0.2 * length) + 1 + TOKENS)
     need = slots * config.num_hidden_layers * token_bytes(config, torch.float32)
     most, errors = {}, {}
     for capacity in (0.9, 1.5, 3.5, 1000.0):

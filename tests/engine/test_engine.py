@@ -133,7 +133,7 @@ class Schedules(RuleBasedStateMachine):
         self.engine.close()
 
 
-Schedules.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+Schedules.TestCase.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
 TestSchedules = Schedules.TestCase
 
 
@@ -145,11 +145,13 @@ def test_every_family(family, chunk):
     with engine(family, prefill_chunk=chunk) as running:
         handles = {ask: add(running, family, ask) for ask in [Ask(prompt) for prompt in prompts]}
         several = add(running, family, Ask(2), n=2, temperature=1.0, seed=5)
+        same = add(running, family, Ask(2, tokens=4), n=2)
         for ask, handle in handles.items():
             (answer,) = handle.wait()
             assert answer.token_ids == generated(family, ask)
         expected = alone(family, Ask(2), n=2, temperature=1.0, seed=5)
         assert [(each.token_ids, each.text) for each in several.wait()] == expected
+        assert [each.token_ids for each in same.wait()] == [generated(family, Ask(2))[:4]] * 2
         running.run()
         check_empty(running)
 
