@@ -125,7 +125,7 @@ class Strip(NamedTuple):
 
 
 class _Layer(CacheLayerMixin):
-    """A layer of the model, which the batch answers for."""
+    """A layer as transformers sees it; :class:`RunningBatch` has the entries of all layers."""
 
     is_sliding = False
     is_compileable = False
@@ -134,7 +134,7 @@ class _Layer(CacheLayerMixin):
         """Nothing to do."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand new entries through."""
+        """Return the new entries unchanged."""
         return key_states, value_states
 
     def get_seq_length(self) -> int:

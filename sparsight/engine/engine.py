@@ -142,6 +142,8 @@ class Engine:
         """
         if sum(each is not None for each in (prompt, messages, inputs)) != 1:
             raise ValueError("A request has one of prompt, messages and inputs.")
+        if isinstance(images, str | Path | Image):
+            raise ValueError("images must be a list of PIL images or paths, even if there is one.")
         if images and prompt is None:
             raise ValueError("images belong to a prompt; messages and inputs have their own.")
         if params is None:

@@ -1,4 +1,4 @@
-"""What a user has in hand of a request: its text while it arrives, and what became of it."""
+"""A request from its user's side: a handle that yields the text as it arrives, and the complete answers."""
 
 import asyncio
 from collections import deque

@@ -300,6 +300,8 @@ def test_arguments_are_checked_at_once():
             running.add("a", params=SamplingParams(n=3))
         with pytest.raises(ValueError, match="recipe must be a Recipe"):
             running.add("a", recipe=0.1)
+        with pytest.raises(ValueError, match="images must be a list"):
+            running.add("What?", "a.png")
         with pytest.raises(ValueError, match="images belong to a prompt"):
             running.add(inputs=inputs_of("llava", Ask()), images=["a.png"])
     with pytest.raises(ValueError, match="The engine is closed"):
