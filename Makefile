@@ -65,7 +65,7 @@ bench-gpu: $(VENV)/.ready
 
 # Stopped, it goes on where it was; what is in runs/ is as good as new.
 accuracy: $(VENV)/.ready
-	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --budgets 0.01,0.05,0.1,0.2,0.4 --batch 100 --limit 500 --seed 1 --output runs/accuracy
+	$(BIN)/sparsight eval --tasks look-up,conversation,transcribe:4,two-pages,growing --budgets 0.01,0.05,0.1,0.2,0.4 --batch 50 --limit 100 --seed 1 --output runs/accuracy
 	$(BIN)/sparsight analyze --force --limit 100 --seed 1 --output runs/analysis
 	$(BIN)/python -m benchmarks.task_prompts transcribe:4 runs/lists --limit 50 --seed 1
 	$(BIN)/sparsight analyze --force --prompts runs/lists/asked.jsonl --limit 50 --max-new-tokens 80 --output runs/analysis-lists

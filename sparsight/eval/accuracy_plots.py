@@ -104,6 +104,9 @@ def _style(order: int) -> dict[str, Any]:
     return {
         "color": COLORS[order % len(COLORS)],
         "marker": MARKERS[order % len(MARKERS)],
+        # More methods than colors: the others have dashed lines and hollow markers.
+        "linestyle": "-" if order < len(COLORS) else "--",
+        "markerfacecolor": COLORS[order] if order < len(COLORS) else "white",
         "markersize": 4.5,
         "linewidth": 1.5,
         "elinewidth": 0.8,

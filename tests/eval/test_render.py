@@ -14,12 +14,13 @@ from rich.console import Console
 
 from sparsight import recipe
 from sparsight.eval import render
-from sparsight.eval.accuracy_plots import draw_budgets, draw_page_sizes
+from sparsight.eval.accuracy_plots import _style, draw_budgets, draw_page_sizes
 from sparsight.eval.aggregation import aggregate, best
 from sparsight.eval.evaluator import FULL, EvaluationConfig
 from sparsight.eval.result_store import ResultStore
 from sparsight.eval.significance import bootstrap_interval, paired_p_value
 from sparsight.eval.tasks import task
+from sparsight.methods import RECIPES as RECIPES_BY_NAME
 
 TASKS = [task("look-up:16"), task("growing:16"), task("transcribe:4")]
 RECIPES = [recipe(name, budget=budget) for name in ("vl-cache", "snapkv") for budget in (0.05, 0.1)]
@@ -199,6 +200,13 @@ def test_a_panel_draws_every_cell_where_it_belongs(found: dict[str, Any]) -> Non
     # Methods stand beside each other, each near its budget.
     assert lines["snapkv"].get_xdata() == pytest.approx([0.05, 0.1], rel=0.05)
     assert panels[0].lines[0].get_ydata() == [38 / 40, 38 / 40]
+
+
+def test_every_method_has_a_line_of_its_own_kind() -> None:
+    kinds = {
+        tuple(_style(order)[name] for name in ("color", "linestyle", "marker")) for order in range(len(RECIPES_BY_NAME))
+    }
+    assert len(kinds) == len(RECIPES_BY_NAME)
 
 
 def test_the_axis_of_perplexity_has_plain_numbers(found: dict[str, Any]) -> None:
