@@ -22,6 +22,9 @@ from sparsight.compression.eviction import VACANT, EvictionRule, EvictionState
 CAPACITY_STEP = 16
 """Slots of a row are a multiple of it."""
 
+GATHERED_RUNS, GATHERED_SLOTS = 4, 512
+"""On a CPU, more runs of sequences than this, with rows no longer than that, are copied for one attention."""
+
 
 class Rows:
     """Rows of a pool, as an eviction rule reads them.
@@ -40,9 +43,14 @@ class Rows:
 
     def by_row(self, flat: Tensor, vacant: float) -> Tensor:
         """A number of each slot, ``[slots]``, as ``[N, longest]``; ``vacant`` behind the last slot of a shorter row."""
-        slot = torch.arange(self.longest, device=flat.device)
+        index, beyond = self.slots()
+        return flat[index].masked_fill_(beyond, vacant)
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Where each row's slots are, ``[N, longest]``, and bool which of these a shorter row does not have."""
+        slot = torch.arange(self.longest, device=self.starts.device)
         beyond = slot >= self.capacities[:, None]
-        return flat[(self.starts[:, None] + slot).masked_fill_(beyond, 0)].masked_fill_(beyond, vacant)
+        return (self.starts[:, None] + slot).masked_fill_(beyond, 0), beyond
 
     @property
     def positions(self) -> Tensor:
@@ -283,7 +291,10 @@ class RunningBatch(Cache):
             if not member.is_followed_by(other)
         ]
         self._runs = [range(*pair) for pair in pairwise([0, *ends, len(self.members)])]
-        self._extents: tuple[list[list[int]], ...] | None = None
+        self._extents: tuple[list[list[int]], list[list[int]]] | None = None
+        # Copies of short rows cost less than an attention for each of many runs.
+        short = all(group.longest <= GATHERED_SLOTS and not group.rule.tracks_attention for group in self._groups)
+        self._gathers = short and len(self._runs) > GATHERED_RUNS
 
     # A decode step
 
@@ -332,10 +343,23 @@ class RunningBatch(Cache):
         scaling = kwargs.get("scaling")
         if kernels.usable(query, pool.keys, pool.values):
             output = self._attend_by_kernel(layer, query, scaling)
+        elif self._gathers:
+            output = self._attend_gathered(layer, query, scaling)
         else:
             each = zip(self._runs, query.split([len(run) for run in self._runs]), strict=True)
             output = torch.cat([self._attend_run(layer, run, queries, scaling) for run, queries in each])
         return output.transpose(1, 2).contiguous(), None
+
+    def _attend_gathered(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
+        """One attention over copies of all rows, padded to the longest."""
+        pool, longest = self._pool(), max(self._lengths()[0][layer])
+        rows = Rows(pool, self._heads, self._rows[:4, layer], longest)
+        index, beyond = rows.slots()
+        occupied = pool.positions[index].masked_fill_(beyond, VACANT) != VACANT
+        keys, values = (
+            each[index.flatten()].view(*query.shape[:1], self._heads, longest, -1) for each in (pool.keys, pool.values)
+        )
+        return decode.attend(query, keys, values, occupied.view(keys.shape[:3]), None, scaling)
 
     def _attend_by_kernel(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
         pool, longest = self._pool(), max(group.longest for group in self._groups)
@@ -375,15 +399,19 @@ class RunningBatch(Cache):
         """The rows of a run in a layer: one strip where a sequence's rows have equally many slots, else one each."""
         member, heads = self.members[run.start], self._heads
         starts, capacities = member.starts[layer], member.capacities[layer]
-        if self._extents is None:
-            held, used = self._rows[2:4].unflatten(2, (-1, heads))
-            self._extents = used.amax(-1).tolist(), held.amin(-1).tolist()
         if member.is_even:
-            used, held = (each[layer][run.start : run.stop] for each in self._extents)
+            used, held = (each[layer][run.start : run.stop] for each in self._lengths())
             return [Strip(starts[0], len(run), member.slots, heads, capacities[0], max(used), min(held) < max(used))]
         rows = self._rows[2:4, layer, run.start * heads : run.stop * heads].tolist()
         by_row = zip(starts, capacities, *rows, strict=True)
         return [Strip(start, 1, 0, 1, capacity, used, held < used) for start, capacity, held, used in by_row]
+
+    def _lengths(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Slots used of the longest row of each sequence, and entries of the shortest, by layer."""
+        if self._extents is None:
+            held, used = self._rows[2:4].unflatten(2, (-1, self._heads))
+            self._extents = used.amax(-1).tolist(), held.amin(-1).tolist()
+        return self._extents
 
     def _pool(self) -> KVPool:
         assert self.pool is not None

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from sparsight import RECIPES, CompressedCache
 from sparsight.attention import kernels
+from sparsight.cache import running_batch
 from sparsight.cache.running_batch import RunningBatch
 from sparsight.engine.positions import decode_positions, prompt_positions
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, inputs, model
@@ -173,6 +174,18 @@ def test_families_and_groups_of_query_heads(family, heads):
     schedule = Schedule(family, heads)
     for spec in MIXED:
         schedule.join(spec)
+        schedule.step()
+    schedule.leave(1)
+    schedule.run()
+
+
+@pytest.mark.parametrize("heads", ["1:1", "1:8"])
+def test_copies_of_short_rows_give_what_each_run_does(heads, monkeypatch):
+    monkeypatch.setattr(running_batch, "GATHERED_RUNS", 0)
+    schedule = Schedule(heads=heads)
+    for spec in [each for each in MIXED if each.method != "h2o"]:
+        schedule.join(spec)
+        assert schedule.batch._gathers
         schedule.step()
     schedule.leave(1)
     schedule.run()
