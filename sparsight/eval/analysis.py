@@ -86,7 +86,7 @@ def analyze(
 
 
 def scores(prompt: PrefillSnapshot) -> dict[str, list[Tensor]]:
-    """The scores of a prompt by every known method, ``[H_kv, T]`` per layer."""
+    """The scores of a prompt by every known method that processes it once, ``[H_kv, T]`` per layer."""
     by_name = {}
     for chosen in _distinct("score", 1.0):
         layers = prompt.observe(chosen)
@@ -146,13 +146,13 @@ def append_text(inputs: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
 
 
 def _distinct(role: str, budget: float) -> list[Recipe]:
-    """Known methods with distinct parts of a role, except those that must be calibrated to the model."""
+    """Known methods with distinct parts of a role, except calibrated ones and those that process a prompt twice."""
     first: dict[Any, Recipe] = {}
     for name in RECIPES:
         if name == "full":
             continue
         chosen = recipe(name, budget=budget)
-        if not isinstance(chosen.allocate, VisualHeads):
+        if not isinstance(chosen.allocate, VisualHeads) and not chosen.score.needs_replay:
             first.setdefault(getattr(chosen, role), chosen)
     return list(first.values())
 
