@@ -357,7 +357,7 @@ class RunningBatch(Cache):
         index, beyond = rows.slots()
         occupied = pool.positions[index].masked_fill_(beyond, VACANT) != VACANT
         keys, values = (
-            each[index.flatten()].view(*query.shape[:1], self._heads, longest, -1) for each in (pool.keys, pool.values)
+            each.index_select(0, index.flatten()).view(*query.shape[:1], self._heads, longest, -1) for each in (pool.keys, pool.values)
         )
         return decode.attend(query, keys, values, occupied.view(keys.shape[:3]), None, scaling)
 
