@@ -356,9 +356,8 @@ class RunningBatch(Cache):
         rows = Rows(pool, self._heads, self._rows[:4, layer], longest)
         index, beyond = rows.slots()
         occupied = pool.positions[index].masked_fill_(beyond, VACANT) != VACANT
-        keys, values = (
-            each.index_select(0, index.flatten()).view(*query.shape[:1], self._heads, longest, -1) for each in (pool.keys, pool.values)
-        )
+        shape = query.shape[0], self._heads, longest, -1
+        keys, values = (each.index_select(0, index.flatten()).view(shape) for each in (pool.keys, pool.values))
         return decode.attend(query, keys, values, occupied.view(keys.shape[:3]), None, scaling)
 
     def _attend_by_kernel(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
