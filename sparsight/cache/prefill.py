@@ -10,7 +10,7 @@ from sparsight.compression import PostVision, TextVision
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.attention_statistics import attend_and_sum, visible_pairs
 from sparsight.compression.recipe import Recipe
-from sparsight.compression.score import AttentionSums, PromptStates
+from sparsight.compression.score import AttentionSums, NewQueries, PromptStates
 from sparsight.models.prompt import Prompt
 
 
@@ -137,7 +137,7 @@ class Prefill:
         states = query[sequence, :, newest]
         if self.rotation is not None and attention is self.attention[sequence]:
             states = self.rotation.undo(states, sequence, newest)
-        zeroed = attention.add(states, keys, scaling, threshold, mask, places)
+        zeroed = attention.add(NewQueries(states, keys, scaling, mask, places), threshold)
         if zeroed is not None:
             self._count(sequence, zeroed, visible_pairs(count, keys.shape[1], mask) * query.shape[1])
         return zeroed

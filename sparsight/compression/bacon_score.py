@@ -1,23 +1,22 @@
 """The score of BACON: a window's attention, calibrated with what the last query attends to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.compression.mixkv_score import SNAPKV
 from sparsight.compression.score import (
     Accumulated,
     AttentionSums,
-    BaseScore,
-    Grids,
     LastWindow,
+    NewQueries,
     PostVision,
     PromptStates,
 )
+from sparsight.compression.wrapped_score import WrappedScore
 from sparsight.models.prompt import Span
 
 LAYERS = 4
@@ -37,7 +36,7 @@ EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class BACON(BaseScore):
+class BACON(WrappedScore):
     """A window's attention plus what the last query attends to more (BACON, arXiv 2606.14782): ``BACON(PostVision())``.
 
     Args:
@@ -48,8 +47,6 @@ class BACON(BaseScore):
     """
 
     kind: ClassVar[str] = "bacon"
-    needs_full_prompt: ClassVar[bool] = True
-    score: BaseScore = SNAPKV
 
     def __post_init__(self) -> None:
         if not isinstance(self.score, LastWindow | PostVision | Accumulated):
@@ -59,26 +56,9 @@ class BACON(BaseScore):
                 "last-window, post-vision or accumulated."
             )
 
-    @property
-    def pool(self) -> Any:
-        """The window that the wrapped score is pooled in."""
-        return getattr(self.score, "pool", 1)
-
-    def within(self, most: int) -> Self:
-        """The same around a score with a window of at most ``most`` queries."""
-        return replace(self, score=self.score.within(most))
-
-    def queries(self, span: Span) -> range:
-        """Those of the wrapped score; the last one is among them."""
-        return self.score.queries(span)
-
     def accumulator(self, heads: int, span: Span, device: torch.device) -> "WindowAndLastQuery":
         """What collects the attention of all queries and that of the last one."""
         return WindowAndLastQuery(heads, span.length, device)
-
-    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
-        """That of the wrapped score."""
-        return self.score.importance(sums, vision, grids)
 
     def finish(self, attention: AttentionSums, states: PromptStates) -> Tensor:
         """Score ``[H_kv, T]`` of the complete prompt; its evidence is left for the next layers."""
@@ -110,20 +90,12 @@ class WindowAndLastQuery(AttentionSums):
         self.count = 0
         self.last = AttentionSums(heads, length, device)
 
-    def add(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float,
-        threshold: float | None,
-        visible: Tensor | None,
-        places: Tensor | None,
-    ) -> Tensor | None:
+    def add(self, new: NewQueries, threshold: float | None = None) -> Tensor | None:
         """:meth:`AttentionSums.add`."""
-        self.count += query.shape[1]
+        self.count += new.query.shape[1]
         self.last = AttentionSums(len(self.total), self.total.shape[1], self.total.device)
-        self.last.add(query[:, -1:], key, scaling, None, None if visible is None else visible[-1:], places)
-        return super().add(query, key, scaling, threshold, visible, places)
+        self.last.add(new.since(new.query.shape[1] - 1))
+        return super().add(new, threshold)
 
 
 def with_evidence(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.compression.score import AttentionSums, BaseScore, Grids
+from sparsight.compression.score import AttentionSums, BaseScore, Grids, NewQueries
 from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
@@ -83,20 +83,13 @@ class WindowQueries(AttentionSums):
         self.length = length
         self.parts: list[tuple[Tensor, Tensor]] = []
 
-    def add(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float,
-        threshold: float | None,
-        visible: Tensor | None,
-        places: Tensor | None,
-    ) -> Tensor | None:
+    def add(self, new: NewQueries, threshold: float | None = None) -> Tensor | None:
         """Keep queries ``[H, r, D]``; no weights are computed yet, so none are counted."""
-        count, keys = query.shape[1], key.shape[1]
+        count, keys = new.query.shape[1], new.key.shape[1]
+        visible = new.visible
         if visible is None:
-            visible = torch.ones(count, keys, dtype=torch.bool, device=key.device).tril(keys - count)
-        self.parts.append((query.float() * scaling, functional.pad(visible, (0, self.length - keys))))
+            visible = torch.ones(count, keys, dtype=torch.bool, device=new.key.device).tril(keys - count)
+        self.parts.append((new.query.float() * new.scaling, functional.pad(visible, (0, self.length - keys))))
         return None
 
     def collected(self) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.compression.score import AttentionSums, BaseScore, Grids, PromptStates
+from sparsight.compression.score import AttentionSums, BaseScore, Grids, NewQueries, PromptStates
 from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
@@ -74,19 +74,11 @@ class QueryMoments(AttentionSums):
         super().__init__(heads, length, device)
         self.count, self.mean, self.covariance = 0, torch.empty(0), torch.empty(0)
 
-    def add(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float,
-        threshold: float | None,
-        visible: Tensor | None,
-        places: Tensor | None,
-    ) -> Tensor | None:
-        """Add queries ``[H, r, D]`` before RoPE; no weights are computed, so none are counted."""
-        count = query.shape[1]
-        mean = query.mean(1)
-        centred = query - mean[:, None]
+    def add(self, new: NewQueries, threshold: float | None = None) -> Tensor | None:
+        """Add queries before RoPE; no weights are computed, so none are counted."""
+        count = new.query.shape[1]
+        mean = new.query.mean(1)
+        centred = new.query - mean[:, None]
         covariance = centred.mT @ centred / count
         if self.count:
             # The moments of two parts from those of each.
@@ -95,7 +87,7 @@ class QueryMoments(AttentionSums):
             mean = self.mean + share * apart
             between = share * (1 - share) * apart[:, :, None] * apart[:, None]
             covariance = (1 - share) * self.covariance + share * covariance + between
-        self.mean, self.covariance, self.scaling = mean, covariance, scaling
+        self.mean, self.covariance, self.scaling = mean, covariance, new.scaling
         self.count += count
         return None
 

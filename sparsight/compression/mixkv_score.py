@@ -1,21 +1,18 @@
 """The score of MixKV: another score, mixed with how large the values and how different the keys are."""
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.compression.score import AttentionSums, BaseScore, Grids, LastWindow, PromptStates
-from sparsight.models.prompt import Span
-
-SNAPKV = LastWindow(pool=5, pooling="average")
-"""SnapKV's score as in the code of MixKV and BACON: what they wrap unless another score is given."""
+from sparsight.compression.score import AttentionSums, BaseScore, PromptStates
+from sparsight.compression.wrapped_score import WrappedScore
 
 
 @dataclass(frozen=True)
-class MixKV(BaseScore):
+class MixKV(WrappedScore):
     """Any score, mixed with value norms and key diversity (MixKV, arXiv 2510.20707): ``MixKV(PostVision())``.
 
     The more alike the keys of a KV head are, the more the diversity counts, see :func:`mixed`.
@@ -28,45 +25,12 @@ class MixKV(BaseScore):
     """
 
     kind: ClassVar[str] = "mixkv"
-    needs_full_prompt: ClassVar[bool] = True
-    score: BaseScore = SNAPKV
 
     def __post_init__(self) -> None:
         if not isinstance(self.score, BaseScore):
             raise ValueError(f"Score {self.kind!r} wraps another score such as PostVision(), got {self.score!r}.")
         if self.score.needs_replay:
             raise ValueError(f"Score {self.kind!r} cannot wrap {self.score.kind!r}, which repeats the prompt.")
-
-    @property
-    def before_rope(self) -> bool:  # type: ignore[override]  # a constant of other scores
-        """As the wrapped score."""
-        return self.score.before_rope
-
-    @property
-    def needs_frames(self) -> bool:  # type: ignore[override]  # a constant of other scores
-        """As the wrapped score."""
-        return self.score.needs_frames
-
-    @property
-    def pool(self) -> Any:
-        """The window that the wrapped score is pooled in."""
-        return getattr(self.score, "pool", 1)
-
-    def within(self, most: int) -> Self:
-        """The same around a score with a window of at most ``most`` queries."""
-        return replace(self, score=self.score.within(most))
-
-    def queries(self, span: Span) -> range:
-        """Those of the wrapped score."""
-        return self.score.queries(span)
-
-    def accumulator(self, heads: int, span: Span, device: torch.device) -> AttentionSums:
-        """That of the wrapped score."""
-        return self.score.accumulator(heads, span, device)
-
-    def importance(self, sums: Tensor, vision: Tensor, grids: Grids) -> Tensor:
-        """That of the wrapped score."""
-        return self.score.importance(sums, vision, grids)
 
     def finish(self, attention: AttentionSums, states: PromptStates) -> Tensor:
         """Score ``[H_kv, T]`` of the complete prompt."""

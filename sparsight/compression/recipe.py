@@ -132,3 +132,9 @@ def _part(role: str, data: dict[str, Any]) -> Any:
     if kind not in KINDS[role]:
         raise unknown(role, kind, KINDS[role])
     return KINDS[role][kind](**numbers)
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raise ValueError unless ``recipe`` is a recipe."""
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got a {type(recipe).__name__}.")

@@ -57,6 +57,30 @@ class PromptStates:
     ahead: Ahead | None = None
 
 
+@dataclass(frozen=True)
+class NewQueries:
+    """Consecutive queries of a sequence, and the keys that they attend to.
+
+    Args:
+        query: ``[H, r, D]``.
+        key: ``[H_kv, n, D]``.
+        scaling: factor of the logits.
+        visible: bool ``[r, n]``, which keys each query attends to; None for causal, the last query at the last key.
+        places: int64 ``[H_kv, n]``, where the keys are in the sequence, if they are not its first.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    visible: Tensor | None = None
+    places: Tensor | None = None
+
+    def since(self, first: int) -> "NewQueries":
+        """The queries from index ``first`` on."""
+        visible = None if self.visible is None else self.visible[first:]
+        return replace(self, query=self.query[:, first:], visible=visible)
+
+
 class AttentionSums:
     """The attention that each position of a sequence received from a score's queries.
 
@@ -67,27 +91,17 @@ class AttentionSums:
     def __init__(self, heads: int, length: int, device: torch.device) -> None:
         self.total = torch.zeros(heads, length, device=device)
 
-    def add(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float,
-        threshold: float | None,
-        visible: Tensor | None,
-        places: Tensor | None,
-    ) -> Tensor | None:
+    def add(self, new: NewQueries, threshold: float | None = None) -> Tensor | None:
         """Add :func:`~sparsight.compression.attention_statistics.attention_sums` of some queries.
-
-        ``places`` ``[H_kv, n]`` says where the keys are in the sequence, if they are not its first.
 
         Returns:
             With a threshold, how many of their weights it zeroes.
         """
-        sums, zeroed = attention_sums(query, key, scaling, threshold, visible)
-        if places is None:
+        sums, zeroed = attention_sums(new.query, new.key, new.scaling, threshold, new.visible)
+        if new.places is None:
             self.add_sums(sums)
         else:
-            self.total.scatter_add_(1, places, sums)
+            self.total.scatter_add_(1, new.places, sums)
         return zeroed
 
     def add_sums(self, sums: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsight.compression.allocate import KeepRatio, LayerStatistics, gather_to_cpu, water_fill
 from sparsight.compression.elite_window import BLOCK_ROWS, WindowQueries
-from sparsight.compression.score import AttentionSums, BaseScore, Grids
+from sparsight.compression.score import AttentionSums, BaseScore, Grids, NewQueries
 from sparsight.models.prompt import Span
 
 
@@ -53,22 +53,15 @@ class TextQueries(AttentionSums):
         self.text = AttentionSums(heads, length, device)
         self.window = WindowQueries(heads, length, device)
 
-    def add(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float,
-        threshold: float | None,
-        visible: Tensor | None,
-        places: Tensor | None,
-    ) -> Tensor | None:
+    def add(self, new: NewQueries, threshold: float | None = None) -> Tensor | None:
         """:meth:`AttentionSums.add`; the queries are the last ones of the positions of the keys."""
-        before = max(self.first - (key.shape[1] - query.shape[1]), 0)
-        if before < query.shape[1]:
-            late = query[:, before:], key, scaling, None, None if visible is None else visible[before:], places
-            self.text.add(*late)
-            self.window.add(*late)
-        return super().add(query, key, scaling, threshold, visible, places)
+        count = new.query.shape[1]
+        before = max(self.first - (new.key.shape[1] - count), 0)
+        if before < count:
+            late = new.since(before)
+            self.text.add(late)
+            self.window.add(late)
+        return super().add(new, threshold)
 
     def sums(self, key: Tensor, vision: Tensor) -> Tensor:
         """Of vision tokens the weighted attention of the text, of text tokens that of all queries, ``[H_kv, T]``."""

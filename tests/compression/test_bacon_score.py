@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from sparsight.compression import BACON, Accumulated, LastWindow, PostVision
 from sparsight.compression.bacon_score import with_evidence
-from sparsight.compression.score import PromptStates
+from sparsight.compression.score import NewQueries, PromptStates
 from sparsight.models.prompt import Span
 
 
@@ -37,9 +37,9 @@ def by_hand(window, evidence, earlier, competing, region):
 )
 def test_each_head_is_calibrated_as_by_hand(length, open_ones, region, layers, seed):
     generator = torch.Generator().manual_seed(seed)
-    window, evidence = torch.rand(2, 2, length, generator=generator)
+    window, evidence = torch.rand(2, 2, length, generator=generator, dtype=torch.float64)
     evidence = (evidence - 0.5).relu()
-    earlier = torch.rand(layers, 2, length, generator=generator)
+    earlier = torch.rand(layers, 2, length, generator=generator, dtype=torch.float64)
     competing = torch.randperm(length, generator=generator)[:open_ones]
     region = min(region, len(competing))
     expected = [
@@ -47,7 +47,7 @@ def test_each_head_is_calibrated_as_by_hand(length, open_ones, region, layers, s
         for h in range(2)
     ]
     own = with_evidence(window, evidence, list(earlier), competing, region)
-    assert_close(own, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert_close(own, torch.tensor(expected, dtype=torch.float64))
 
 
 def finished(score, attention, states):
@@ -60,7 +60,7 @@ def finished(score, attention, states):
         # With unit keys, the logits are the queries.
         logits = attention[:, block.start : block.stop, : block.stop].clamp(min=1e-30).log()
         keys = torch.eye(block.stop).expand(len(attention), -1, -1)
-        sums.add(logits, keys, 1.0, None, None, None)
+        sums.add(NewQueries(logits, keys, 1.0))
     return score.finish(sums, states)
 
 

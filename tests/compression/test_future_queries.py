@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from sparsight import CompressedCache, recipe
 from sparsight.compression import FutureQueries
 from sparsight.compression.future_queries import QueryMoments, expected_attention, rotated_moments
-from sparsight.compression.score import PromptStates
+from sparsight.compression.score import NewQueries, PromptStates
 from sparsight.models.prompt import Span
 from tests.support import models
 from tests.support.models import NO_IMAGE, ONE_IMAGE, THREE_IMAGES
@@ -27,7 +27,7 @@ def test_moments_of_parts_are_those_of_all_queries(group, kv_heads, parts, shift
     query = torch.randn(group * kv_heads, sum(parts), 6, dtype=torch.float64) + shift
     moments = QueryMoments(kv_heads, sum(parts), CPU)
     for part in query.float().split(parts, dim=1):
-        moments.add(part, part, 1.0, None, None, None)
+        moments.add(NewQueries(part, part, 1.0))
     assert_close(moments.mean, query.mean(1).float())
     brute = torch.stack([head.T.cov(correction=0).reshape(6, 6) for head in query])
     # Numbers far from 0 are rounded before any of this.
@@ -67,7 +67,7 @@ def test_sinks_take_no_part_and_come_first():
         query, key, value = torch.randn(4, 9, 8), torch.randn(2, 9, 8), torch.randn(2, 9, 8)
         key[:, :4] += outlier
         moments = score.accumulator(2, Span(0, 9, 9), CPU)
-        moments.add(query, key, 8**-0.5, None, None, None)
+        moments.add(NewQueries(query, key, 8**-0.5))
         states = PromptStates(key, value, torch.zeros(9), [], 9, torch.zeros(9), [], ahead=lambda states, count: states)
         sums.append(score.finish(moments, states))
     assert torch.equal(*sums)

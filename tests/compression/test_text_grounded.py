@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from sparsight.compression import TextGrounded, TextVision
 from sparsight.compression.allocate import LayerStatistics
+from sparsight.compression.score import NewQueries
 from sparsight.models.prompt import Span
 
 
@@ -48,7 +49,7 @@ def test_the_score_is_that_by_hand(before, image, after, group, chunk, seed, mas
     for first in range(0, length, chunk if not masked else length):
         stop = min(first + chunk, length) if not masked else length
         mask = visible[first:stop, :stop] if masked else None
-        sums.add(query[:, first:stop], key[:, :stop], 0.7, None, mask, None)
+        sums.add(NewQueries(query[:, first:stop], key[:, :stop], 0.7, mask))
     own = score.importance(sums.sums(key, vision), vision, [])
     expected = torch.tensor(by_hand(attention, vision.tolist(), before + image), dtype=torch.float32)
     assert_close(own, expected.expand(2, -1), rtol=1e-4, atol=1e-5)

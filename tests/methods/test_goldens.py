@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from sparsight import recipe
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.eviction import EvictionState
+from sparsight.compression.score import NewQueries
 from sparsight.eval.calibration import head_hits
 from sparsight.models.prompt import Span
 from tests.goldens.inputs import causal_rows, ranked_attention, rows, sharpened_rows, states, uniform
@@ -35,7 +36,7 @@ def statistics(chosen, case, query, key):
     length = case["length"]
     queries = chosen.score.queries(Span(0, length, length))
     attention = chosen.score.accumulator(case["kv_heads"], Span(0, 0, length), torch.device("cpu"))
-    attention.add(query[:, queries.start :], key, case["size"] ** -0.5, None, None, None)
+    attention.add(NewQueries(query[:, queries.start :], key, case["size"] ** -0.5))
     vision = torch.zeros(length, dtype=torch.bool)
     score = chosen.score.importance(attention.sums(key, vision), vision, [])
     return LayerStatistics(score, 0.0, vision, chosen.reduce.always(min(case["keep"], length), length))

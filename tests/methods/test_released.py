@@ -10,7 +10,7 @@ from sparsight import CompressedCache, recipe
 from sparsight.compression import LastQuery, MixKV, PostVision
 from sparsight.compression.allocate import LayerStatistics
 from sparsight.compression.eviction import EvictionState
-from sparsight.compression.score import PromptStates
+from sparsight.compression.score import NewQueries, PromptStates
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.models.prompt import Span
 from tests.goldens.inputs import causal_rows, states, uniform
@@ -35,7 +35,7 @@ def finished(chosen, queries, keys, values, kept, *, vision=NO_VISION, chunk=100
     rows = chosen.score.queries(span)
     for start in range(rows.start, rows.stop, chunk):
         stop = min(start + chunk, rows.stop)
-        attention.add(queries[:, start:stop], keys[:, :stop], keys.shape[-1] ** -0.5, None, None, None)
+        attention.add(NewQueries(queries[:, start:stop], keys[:, :stop], keys.shape[-1] ** -0.5))
     always = chosen.reduce.always(kept, length)
     prompt_states = PromptStates(keys, values, vision, [], kept, always, [] if earlier is None else earlier)
     score = chosen.score.finish(attention, prompt_states)
