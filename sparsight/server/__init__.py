@@ -1,0 +1,1 @@
+"""The server: an HTTP API of OpenAI's shape over one engine."""

@@ -1,0 +1,39 @@
+"""Errors as OpenAI's clients understand them."""
+
+from fastapi.responses import JSONResponse
+
+
+class APIError(Exception):
+    """What a client gets instead of an answer.
+
+    Args:
+        status: the HTTP status.
+        message: one sentence of our own; never the text of another library.
+        kind: OpenAI's ``type``, such as ``invalid_request_error``.
+        param: the field that is wrong.
+        code: a word for programs.
+        retry_after: seconds after which another try makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The response's JSON; also what an event stream ends with."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The response."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return JSONResponse(self.body(), self.status, headers)
