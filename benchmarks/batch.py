@@ -41,8 +41,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from sparsight.batch_inference.generator import BatchGenerator
 from sparsight.batch_inference.input import Input
 from sparsight.batch_inference.job import Job, run_job
-from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row
+from sparsight.engine.sampling import SamplingParams
 from sparsight.methods import recipe
 from sparsight.models.images import open_image
 from sparsight.models.loading import load_checkpoint, load_model
@@ -235,6 +235,16 @@ def answer_length(row: Row, shortest: int, longest: int) -> int:
     return int(np.random.default_rng([SEED, 1, int(str(row.id))]).integers(shortest, longest, endpoint=True))
 
 
+class PlannedGenerator(BatchGenerator):
+    """Gives each answer its number of tokens."""
+
+    planned: dict[Any, int]
+
+    def params(self, row: Row) -> SamplingParams:
+        """Those of all rows, with the row's number of tokens."""
+        return replace(super().params(row), max_new_tokens=self.planned[row.id])
+
+
 @dataclass(frozen=True)
 class PlannedJob(Job):
     """A job whose answers have given numbers of tokens."""
@@ -243,14 +253,9 @@ class PlannedJob(Job):
 
     def generator(self, model: Any = None) -> BatchGenerator:
         """A generator of a loaded model, or of the checkpoint's, which is loaded if None."""
-        generator = super().generator(model)
-        ask = generator._ask
-
-        def ask_for(row: Row, inputs: Any) -> Iterator[list[Result]]:
-            generator._params = replace(generator._params, max_new_tokens=self.planned[row.id])
-            return ask(row, inputs)
-
-        generator._ask = ask_for  # type: ignore[method-assign]
+        model = model or load_model(self.checkpoint, self.device, self.dtype)
+        generator = PlannedGenerator(model, self.preprocessor, self.recipe, self.batch_size, self.prefill_bound)
+        generator.planned = self.planned
         return generator
 
 

@@ -31,6 +31,7 @@ from sparsight.cache import CompressedCache
 from sparsight.cache.ragged_store import RaggedStore
 from sparsight.engine.model_runner import ModelRunner
 from sparsight.methods import recipe
+from sparsight.utils import memory
 
 MODELS = ("llava-1.5-7b", "llava-next-mistral-7b")
 CONTEXTS, BATCHES, BUDGET = (2048, 8192, 32768), (1, 4, 16, 64), 0.1
@@ -73,7 +74,7 @@ def decode_case(shape: str, context: int, batch: int, device: torch.device) -> d
     held = lengths(round(BUDGET * context), batch * config.num_key_value_heads)
     about = {"shape": shape, "context": context, "batch": batch, "reason": None}
     # With a margin for unused capacity.
-    if 1.2 * config.num_hidden_layers * sum(held) * 2 * size * 2 > machine.available_bytes(device):
+    if 1.2 * config.num_hidden_layers * sum(held) * 2 * size * 2 > memory.available_bytes(device):
         return {**about, "reason": "does not fit"}
     like = torch.empty(batch, config.num_key_value_heads, 0, size, dtype=torch.bfloat16, device=device)
     layers = [random_store(held, like) for _ in range(config.num_hidden_layers)]

@@ -26,7 +26,6 @@ CACHE_MEMORY_FRACTION = 0.7
 MAX_WAITING = 2
 """Preprocessed rows that wait in the engine for their prefill."""
 
-
 VISION_BYTES = 2**25
 """Bytes of vision features that are kept for further rows with the same image."""
 
@@ -84,11 +83,15 @@ class BatchGenerator:
         """Stop generating."""
         self.engine.close()
 
+    def params(self, row: Row) -> SamplingParams:
+        """How a row is answered; a subclass may choose for each."""
+        return self._params
+
     def _ask(self, row: Row, inputs: Any) -> Iterator[list[Result]]:
         if isinstance(inputs, RowError):
             yield [_failed(row, inputs)]
         else:
-            self._asked[self.engine.add(inputs=inputs, params=self._params)] = row, self._share
+            self._asked[self.engine.add(inputs=inputs, params=self.params(row))] = row, self._share
 
     def _finish(self) -> Iterator[list[Result]]:
         """Complete the rows in the engine; then each that has run out of memory, alone."""

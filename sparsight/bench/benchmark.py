@@ -16,6 +16,7 @@ from sparsight.bench.shapes import random_inputs
 from sparsight.cache import CompressedCache
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.model_runner import static_capacity
+from sparsight.utils import memory
 
 TRANSFORMERS = "transformers"
 KEPT_LENGTH = "kept-length"
@@ -168,7 +169,7 @@ def _sample(
 ) -> Sample:
     config = model.config.get_text_config()
     needed = prefill_bytes(config, case.prompt_tokens, case.batch, new_tokens, model.dtype.itemsize)
-    free = machine.available_bytes(model.device)
+    free = memory.available_bytes(model.device)
     if needed > free:
         raise CannotRun(f"does not fit: about {_gib(needed)} GiB needed, {_gib(free)} GiB free")
     if case.method == KVPRESS:

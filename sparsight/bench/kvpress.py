@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsight.bench import kvpress_worker, machine
+from sparsight.bench import kvpress_worker
 from sparsight.bench.measure import Sample
+from sparsight.utils import memory
 from sparsight.utils.processes import cache_folder, failure
 
 VERSION = "0.5.5"
@@ -81,7 +82,7 @@ class Kvpress:
         """
         config = model.get_decoder().config
         weights = sum(each.nbytes for each in model.get_decoder().parameters())
-        free = machine.available_bytes(model.device)
+        free = memory.available_bytes(model.device)
         if weights > free:
             raise CannotRun(
                 f"does not fit: kvpress's own weights need {weights / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"

@@ -1,6 +1,5 @@
 """Memory, bandwidth and clocks of the machine."""
 
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -26,20 +25,6 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work queued on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free memory of a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    meminfo = _fields(Path("/proc/meminfo"))
-    free = meminfo.get("MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # A container may have less than the machine.
-    with suppress(OSError, ValueError):
-        allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, allowed - _fields(Path("/proc/self/status"))["VmRSS"])
-    return free
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from sparsight.cache.prefill import Prefill
 from sparsight.cache.replay import LanguageInputs, replay
 from sparsight.cache.report import Report
 from sparsight.compression import Reconstruction, VisualHeads
-from sparsight.compression.recipe import Recipe
+from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.methods import with_instructions, with_shipped_scores
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
@@ -75,8 +75,7 @@ class CompressedCache(Cache):
     ) -> None:
         if max_new_tokens is not None:
             checks.count("max_new_tokens", max_new_tokens, least=1)
-        if not isinstance(recipe, Recipe):
-            raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got a {type(recipe).__name__}.")
+        check_recipe(recipe)
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
         language = language_part(model)

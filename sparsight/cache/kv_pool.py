@@ -30,8 +30,7 @@ class KVPool:
 
     def __init__(self, like: KVStore, max_bytes: int) -> None:
         device, sizes = like.keys.device, (like.keys.shape[-1], like.values.shape[-1])
-        # The score's and the position's four bytes included.
-        self.slot_bytes = sum(sizes) * like.keys.element_size() + 8
+        self.slot_bytes = slot_bytes(*sizes, like.keys.dtype)
         self.slots = max_bytes // self.slot_bytes
         self.keys, self.values = (zeros(self.slots, size, like.keys.dtype, device) for size in sizes)
         self.scores = zeros(self.slots, 1, torch.float32, device)[:, 0]
@@ -64,6 +63,11 @@ class KVPool:
             start, before = self._free.pop(index - 1)
             count, index = count + before, index - 1
         self._free.insert(index, (start, count))
+
+
+def slot_bytes(key_size: int, value_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one slot: a key, a value, a position and a score."""
+    return (key_size + value_size) * dtype.itemsize + torch.int32.itemsize + torch.float32.itemsize
 
 
 def zeros(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -98,6 +98,7 @@ def main(
     from sparsight.cli.recipe_options import with_scores
     from sparsight.engine.model_runner import static_capacity
     from sparsight.models.loading import load_checkpoint, load_model
+    from sparsight.utils import memory
 
     baselines = [] if against == "none" else names(against, LIBRARIES)
     for name in baselines:
@@ -128,7 +129,7 @@ def main(
             static_capacity(loaded, new_tokens, compile=compiled),
         )
     tables.make_folder(output)
-    weights, free = weight_bytes(loaded), machine.available_bytes(loaded.device)
+    weights, free = weight_bytes(loaded), memory.available_bytes(loaded.device)
     about = {
         "command": "sparsight " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -174,9 +175,9 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
     """
     import torch
 
-    from sparsight.bench import machine
     from sparsight.bench.shapes import SHAPES, parameters, random_model
     from sparsight.models.loading import DTYPES, find_device
+    from sparsight.utils import memory
 
     if shape not in SHAPES:
         raise unknown("shape", shape, SHAPES)
@@ -186,7 +187,7 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     weights_dtype = getattr(torch, dtype)
-    needed, free = parameters(SHAPES[shape]) * weights_dtype.itemsize, machine.available_bytes(place)
+    needed, free = parameters(SHAPES[shape]) * weights_dtype.itemsize, memory.available_bytes(place)
     if needed > free:
         raise ValueError(
             f"The weights of {shape} take {needed / 2**30:.1f} GiB in {dtype}, and "

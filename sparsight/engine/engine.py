@@ -1,26 +1,27 @@
 """The engine: requests join and leave one running batch, each with its own compressed cache."""
 
+import copy
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsight.cache.layer import CompressedLayer
-from sparsight.cache.running_batch import RunningBatch, rounded_up
-from sparsight.compression.recipe import Recipe
+from sparsight.cache.running_batch import RunningBatch
+from sparsight.compression.recipe import Recipe, check_recipe
+from sparsight.engine.admission import most_bytes
 from sparsight.engine.positions import decode_positions
+from sparsight.engine.preparation import Preparation, to_device
 from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
@@ -28,24 +29,23 @@ from sparsight.engine.sequence import Sequence
 from sparsight.engine.vision_cache import VisionCache
 from sparsight.methods import Sparsight
 from sparsight.methods import recipe as recipe_by_name
-from sparsight.models.images import open_image
-from sparsight.models.inputs import apply_chat_template, check_length, prepare
-from sparsight.models.loading import Checkpoint
-from sparsight.utils import checks
+from sparsight.utils import checks, memory
 from sparsight.utils.text import first_sentence
-
-WORKERS = 2
-"""Threads that open images and tokenise prompts."""
 
 
 @dataclass
 class _Request:
-    """A request that waits for its prefill."""
+    """A request that waits for its prefill.
+
+    Attributes:
+        kv_bytes: the most memory that each of its answers may hold, once its inputs are known.
+    """
 
     handle: Handle
     recipe: Recipe
     params: SamplingParams
-    inputs: "Future[Any]"
+    inputs: "Future[Mapping[str, Any]]"
+    kv_bytes: int = 0
 
 
 class Engine:
@@ -95,16 +95,16 @@ class Engine:
         self.recipe = _recipe(recipe)
         if not (isinstance(kv_memory, int | float) and 0 < kv_memory < math.inf):
             raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
-        self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * free_bytes(model.device))
+        self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * memory.available_bytes(model.device))
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
-        self._checkpoint = Checkpoint(str(model.name_or_path), model.config, processor)
+        self._generation_config: Any = model.generation_config
+        self._preparation = Preparation(model, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
         self._vision = VisionCache(model, vision_bytes)
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="sparsight")
         self._lock = threading.Lock()
         self._closed = False
         self._waiting: deque[_Request] = deque()
-        self._prompt: tuple[_Request, PromptRunner, float] | None = None
+        self._prompt: tuple[_Request, PromptRunner] | None = None
         # Compressed prompts for which the pool has no gap yet, running sequences in the order of the batch, and those
         # that decode on their own, as some of their layers cannot be in a pool.
         self._ready: list[Sequence] = []
@@ -147,13 +147,13 @@ class Engine:
         if images and prompt is None:
             raise ValueError("images belong to a prompt; messages and inputs have their own.")
         if params is None:
-            params = SamplingParams.from_generation_config(_generation_config(self.model))
+            params = SamplingParams.from_generation_config(self._generation_config)
         if params.n > self.max_running:
             raise ValueError(f"n must be at most the engine's max_running, {self.max_running}, got {params.n}.")
         chosen = self.recipe if recipe is None else _recipe(recipe)
         handle = Handle(params.n, self._drive)
         try:
-            future = self._workers.submit(self._prepare, prompt, list(images), messages, inputs, params.max_new_tokens)
+            future = self._preparation.submit(prompt, images, messages, inputs, params.max_new_tokens)
         except RuntimeError as error:
             if self._closed:
                 raise ValueError("The engine is closed.") from error
@@ -171,31 +171,13 @@ class Engine:
         self._closed = True
         with self._lock:
             self._drop_aborted()
-        self._workers.shutdown(cancel_futures=True)
+        self._preparation.close()
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _prepare(
-        self,
-        prompt: str | None,
-        images: list[Image | str | Path],
-        messages: Several[Mapping[str, Any]] | None,
-        inputs: Mapping[str, Any] | None,
-        max_new_tokens: int,
-    ) -> Mapping[str, Any]:
-        """The model's inputs for a request, in a worker's thread."""
-        if messages is not None:
-            inputs = apply_chat_template(self.processor, [list(messages)])
-        elif prompt is not None:
-            opened = [each if isinstance(each, Image) else open_image(each) for each in images]
-            inputs = prepare(self._checkpoint, opened, prompt)
-        assert inputs is not None
-        check_length(self.model.config, inputs, max_new_tokens)
-        return inputs
 
     # Steps
 
@@ -271,15 +253,19 @@ class Engine:
 
     # Prefill
 
-    def _admit(self) -> tuple[_Request, PromptRunner, float] | None:
+    def _admit(self) -> tuple[_Request, PromptRunner] | None:
         """The next request whose prompt can be processed now."""
         while self._waiting:
             request = self._waiting[0]
             if not request.inputs.done() and (self._running or self._alone):
                 return None
             try:
-                inputs = request.inputs.result()
-                needed = self._most_bytes(inputs["input_ids"], request)
+                inputs, number = request.inputs.result(), request.params.n
+                if not request.kv_bytes:
+                    config, length = self.model.config.get_text_config(decoder=True), inputs["input_ids"].shape[1]
+                    chosen, longest = request.recipe, request.params.max_new_tokens
+                    request.kv_bytes = most_bytes(config, self.model.dtype, chosen, length, longest)
+                needed = request.kv_bytes * number
                 if needed > self.kv_bytes:
                     raise OutOfMemoryError(
                         f"The request may need {needed:,} bytes of KV memory, and the engine has {self.kv_bytes:,}: "
@@ -287,12 +273,12 @@ class Engine:
                     )
                 sequences = [*self._ready, *self._running, *self._alone]
                 taken = sum(each.kv_bytes for each in sequences)
-                if len(sequences) + request.params.n > self.max_running or taken + needed > self.kv_bytes:
+                if len(sequences) + number > self.max_running or taken + needed > self.kv_bytes:
                     return None
                 self._waiting.popleft()
-                inputs = _to_device(inputs, self.model)
+                inputs = to_device(inputs, self.model)
                 how = self.prefill_chunk, self._vision, self.prefill_bound
-                return request, PromptRunner(self.model, request.recipe, inputs, *how), 0.0
+                return request, PromptRunner(self.model, request.recipe, inputs, *how)
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
                 if self._waiting and self._waiting[0] is request:
@@ -300,54 +286,42 @@ class Engine:
                 request.handle.fail(_failure(error))
         return None
 
-    def _most_bytes(self, ids: Tensor, request: _Request) -> int:
-        """Bytes that a request's answers hold at their longest."""
-        config = self.model.config.get_text_config(decoder=True)
-        length = ids.shape[1]
-        # A budget of vision tokens is counted as if there were none, as the full length.
-        kept = min(round(request.recipe.fitted(length, 0).budget * length) + 1, length)
-        slots = rounded_up(kept + request.params.max_new_tokens) * request.params.n * config.num_hidden_layers
-        return slots * token_bytes(config, self.model.dtype)
-
     def _prefill(self) -> None:
         """Process the next chunk of the oldest prompt; after the last one its answers begin."""
         if self._prompt is None and not self._ready:
             self._prompt = self._admit()
         if self._prompt is None:
             return
-        request, runner, seconds = self._prompt
-        started = time.perf_counter()
+        request, runner = self._prompt
         try:
             logits = runner.step()
-            seconds += time.perf_counter() - started
-            self._prompt = request, runner, seconds
             if logits is not None:
                 self._prompt = None
-                self._begin(request, runner, logits, seconds)
+                self._begin(request, runner, logits)
         except Exception as error:
             self._prompt = None
             request.handle.fail(_failure(error))
 
-    def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor, seconds: float) -> None:
+    def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor) -> None:
         """Sample the first token of each answer to a prompt."""
-        handle, params, report = request.handle, request.params, runner.cache.report()
-        ends = params.end_token_ids(_generation_config(self.model))
-        ids, tokenizer = runner.input_ids, self.processor.tokenizer
+        params = request.params
+        ends, tokenizer = params.end_token_ids(self._generation_config), self.processor.tokenizer
         sequences = [
-            Sequence(handle, index, params, ends, ids, runner.next_position, runner.cache, report, tokenizer, seconds)
+            Sequence(request.handle, index, params, ends, runner, tokenizer, request.kv_bytes)
             for index in range(params.n)
         ]
-        needed = self._most_bytes(ids, request) // params.n
         tokens = sample([each.sampler for each in sequences], logits.expand(params.n, -1))
         for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.kv_bytes = needed
             sequence.append(token)
         unfinished = [each for each in sequences if not each.finished]
         if all(isinstance(layer, CompressedLayer) for layer in runner.cache.layers):
             self._ready += unfinished
             self._place()
         else:
-            self._alone += [each if each.index == 0 else each.with_cache_of_its_own() for each in unfinished]
+            # Each changes its cache.
+            for sequence in unfinished[1:]:
+                sequence.cache = copy.deepcopy(sequence.cache)
+            self._alone += unfinished
 
     def _place(self) -> None:
         """Move compressed prompts to the pool, as far as there are gaps for them."""
@@ -426,43 +400,13 @@ class Engine:
         sequence.finished = "error"
 
 
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, memory that torch has cached included."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + reserved
-
-
-def token_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys, values, position and score in one layer of a language part."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads * (2 * size * dtype.itemsize + 8)
-
-
 def _recipe(recipe: Recipe | str | None) -> Recipe:
     if recipe is None:
         return Sparsight()
     if isinstance(recipe, str):
         return recipe_by_name(recipe)
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"recipe must be a Recipe such as VLCache(budget=0.1), got a {type(recipe).__name__}.")
+    check_recipe(recipe)
     return recipe
-
-
-def _generation_config(model: PreTrainedModel) -> Any:
-    return model.generation_config
-
-
-def _to_device(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Inputs on the model's device, floating-point ones of its dtype."""
-    moved = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            value = value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-        moved[name] = value
-    return moved
 
 
 def _aborted() -> RequestError:

@@ -1,13 +1,15 @@
 """The prefill of one prompt, chunk by chunk."""
 
+import time
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsight.cache import CompressedCache
+from sparsight.cache import CompressedCache, Report
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.positions import prompt_positions
 from sparsight.engine.vision_cache import VisionCache, slice_features
@@ -31,6 +33,7 @@ class PromptRunner:
     Attributes:
         cache: the cache, compressed once :meth:`step` has returned logits.
         next_position: position of the first token of the answer.
+        seconds: time that :meth:`step` has taken.
 
     Raises:
         ValueError: the prompt is refused by :class:`~sparsight.CompressedCache`.
@@ -52,6 +55,7 @@ class PromptRunner:
         family = family_of(model.config)
         self._chunk = chunk if family is None or family.chunked_prefill else None
         self._done = 0
+        self.seconds = 0.0
 
     @property
     def input_ids(self) -> Tensor:
@@ -59,10 +63,15 @@ class PromptRunner:
         ids: Tensor = self._inputs["input_ids"]
         return ids
 
+    @cached_property
+    def report(self) -> Report:
+        """What the cache kept of the prompt."""
+        return self.cache.report()
+
     @torch.no_grad()
     def step(self) -> Tensor | None:
         """Run the next chunk; logits ``[1, V]`` of the answer's first token after the last one."""
-        length = self.input_ids.shape[1]
+        started, length = time.perf_counter(), self.input_ids.shape[1]
         start, stop = self._done, min(self._done + (self._chunk or length), length)
         # A chunk of one token would be taken for the answer's.
         stop = length if length - stop == 1 else stop
@@ -70,6 +79,7 @@ class PromptRunner:
         positions = self._positions[..., start:stop]
         output: Any = self.model(**inputs, position_ids=positions, past_key_values=self.cache, logits_to_keep=1)
         self._done = stop
+        self.seconds += time.perf_counter() - started
         return output.logits[:, -1] if stop == length else None
 
     def _part(self, start: int, stop: int) -> dict[str, Any]:

@@ -102,14 +102,9 @@ class Handle:
         self._raise()
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        done = False
-        while not done:
-            done = self.done
-            while self._pieces:
-                yield self._pieces.popleft()
-            if not done:
-                await asyncio.to_thread(self._drive, self)
-        self._raise()
+        pieces = iter(self)
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
 
     def wait(self) -> list[Completion]:
         """The complete answers, in order.

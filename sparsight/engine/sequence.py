@@ -1,13 +1,10 @@
 """One running sequence: what belongs to an answer, whatever else runs."""
 
-import copy
 import time
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsight.cache import CompressedCache
-from sparsight.cache.report import Report
+from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Completion, Handle, Piece
 from sparsight.engine.sampling import Sampled, Sampler, SamplingParams
 from sparsight.engine.text_stream import TextStream
@@ -21,20 +18,15 @@ class Sequence:
         index: which of the request's answers.
         params: how it is sampled, and what ends it.
         end_token_ids: tokens that end it.
-        prompt_ids: the prompt, ``[1, T]``.
-        next_position: position of the answer's first token.
-        cache: the compressed prompt.
-        report: what was kept of it.
+        runner: has processed the prompt.
         tokenizer: turns tokens into text.
-        prefill_seconds: time that the prompt took.
+        kv_bytes: memory that it may come to hold.
 
     Attributes:
         finished: why it has ended, if it has.
-        kv_bytes: memory that it may come to hold.
         started: when it began, by a monotonic clock.
+        cache: the compressed prompt, until it joins a batch.
     """
-
-    kv_bytes = 0
 
     def __init__(
         self,
@@ -42,27 +34,19 @@ class Sequence:
         index: int,
         params: SamplingParams,
         end_token_ids: frozenset[int],
-        prompt_ids: Tensor,
-        next_position: int,
-        cache: CompressedCache,
-        report: Report,
+        runner: PromptRunner,
         tokenizer: PreTrainedTokenizerBase,
-        prefill_seconds: float,
+        kv_bytes: int,
     ) -> None:
-        self.handle, self.index, self.params = handle, index, params
-        self.next_position, self.cache, self.report = next_position, cache, report
-        self.sampler = Sampler(params, prompt_ids, index)
+        self.handle, self.index, self.params, self.kv_bytes = handle, index, params, kv_bytes
+        self.next_position, self.cache, self.report = runner.next_position, runner.cache, runner.report
+        self.sampler = Sampler(params, runner.input_ids, index)
         self.tokens: list[Sampled] = []
         self.finished: str | None = None
         self._end_token_ids = end_token_ids
         self._stream = TextStream(tokenizer, params.stop)
         self._text = ""
-        self._prefill_seconds, self.started = prefill_seconds, time.perf_counter()
-
-    def with_cache_of_its_own(self) -> "Sequence":
-        """This sequence with a copy of the cache, which others of the request change too."""
-        self.cache = copy.deepcopy(self.cache)
-        return self
+        self._prefill_seconds, self.started = runner.seconds, time.perf_counter()
 
     @property
     def newest(self) -> int:

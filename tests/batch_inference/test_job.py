@@ -19,8 +19,9 @@ from sparsight.batch_inference.job import Job, run_job
 from sparsight.batch_inference.preprocessing import Preprocessed, Preprocessor, preprocess
 from sparsight.batch_inference.result import Result
 from sparsight.batch_inference.rows import Row, checksum
-from sparsight.cache.running_batch import rounded_up
-from sparsight.engine.engine import Engine, token_bytes
+from sparsight.cache.pool_rows import rounded_up
+from sparsight.engine.admission import token_bytes
+from sparsight.engine.engine import Engine
 from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.models.images import open_image
 from sparsight.models.inputs import prepare
@@ -298,7 +299,7 @@ def test_a_batch_is_as_large_as_there_is_memory_for(llava: str, asked: Path, mon
     most, errors = {}, {}
     for capacity in (0.9, 1.5, 3.5, 1000.0):
         free = capacity * need / CACHE_MEMORY_FRACTION
-        monkeypatch.setattr("sparsight.engine.engine.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("sparsight.utils.memory.available_bytes", lambda device, free=free: free)
         worker = BatchGenerator(load_model(checkpoint), preprocessor, VLCache(0.2).combined(decode="grow"))
         with monkeypatch.context() as patch:
             sizes = noted_sizes(patch)

@@ -5,7 +5,6 @@ import torch
 
 from sparsight import CompressedCache, recipe
 from sparsight.bench import benchmark as module
-from sparsight.bench import machine
 from sparsight.bench.benchmark import (
     INTERRUPTED,
     TIME_UP,
@@ -17,6 +16,7 @@ from sparsight.bench.benchmark import (
 )
 from sparsight.bench.kvpress import CannotRun, Kvpress
 from sparsight.bench.measure import Sample
+from sparsight.utils import memory
 from tests.bench.conftest import ENTRY, TINY
 
 SAMPLE = Sample(1.0, 0.1, 0.1, 0.5, 2.0, 10, 10, None)
@@ -156,7 +156,7 @@ def test_cases_that_do_not_fit_are_not_measured(model, monkeypatch):
     tried = []
     monkeypatch.setattr(module, "measure", lambda model, input_ids, *_: tried.append(input_ids.shape[1]) or SAMPLE)
     short = prefill_bytes(TINY, 4, 2, 2, 4)
-    monkeypatch.setattr(machine, "available_bytes", lambda device: short)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: short)
     (size,) = run_all(config(new_tokens=2, rounds=3), model)
     assert tried == [4] * 4
     assert [len(case.samples) for case in size] == [0, 3, 0, 0, 0, 0]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sparsight.bench import kvpress as module
-from sparsight.bench import machine
 from sparsight.bench.kvpress import CannotRun, Kvpress, environment
 from sparsight.bench.measure import Sample
+from sparsight.utils import memory
 from tests.bench.conftest import ENTRY
 
 MEASURED = '{"first_token": 4, "token": 1, "end_to_end": 9, "bytes_held": 7, "entry_bytes": 6, "peak_bytes": null}'
@@ -116,7 +116,7 @@ def test_an_environment_that_is_there_is_used(tmp_path, monkeypatch):
 
 def test_weights_that_do_not_fit_twice_are_reported(model, monkeypatch):
     monkeypatch.setattr(module, "environment", lambda: pytest.fail("installed"))
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 10)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10)
     with pytest.raises(CannotRun, match=r"^does not fit: kvpress's own weights need 0\.0 GiB, 0\.0 GiB free$"):
         Kvpress.like(model)
 

@@ -10,6 +10,7 @@ from sparsight.bench import kvpress, machine
 from sparsight.bench import shapes as module
 from sparsight.bench.kvpress import CannotRun
 from sparsight.methods import RECIPES
+from sparsight.utils import memory
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = {
@@ -63,7 +64,7 @@ def test_a_checkpoints_language_part_is_measured(run_json: Callable[..., Any], l
 
 
 def test_sizes_that_do_not_fit_are_reported(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**20)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
     options = ("--contexts", "120,100k", "--new-tokens", 2, "--rounds", 1, "--methods", "vl-cache")
     code, out, err = run("bench", *options, "--output", tmp_path)
     assert (code, err) == (0, "")
@@ -109,7 +110,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 
 
 def test_weights_that_do_not_fit_are_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**30)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**30)
     code, _, err = run("bench", "--shape", "llava-next-34b", "--dtype", "bfloat16", "--output", tmp_path)
     assert code == 2
     assert err == (
