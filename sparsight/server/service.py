@@ -15,6 +15,7 @@ from sparsight.server.engine_loop import EngineLoop, Stream, logger
 from sparsight.server.errors import APIError
 from sparsight.server.images import ImageLoader
 from sparsight.server.prompts import Inputs, Prompts
+from sparsight.server.schema import SamplingBody
 from sparsight.server.settings import Settings
 
 RETRY_SECONDS = 1
@@ -62,6 +63,19 @@ class Service:
         """Raise APIError unless the server has this model."""
         if name != self.name:
             raise APIError(404, f"The model must be {self.name!r}.", param="model", code="model_not_found")
+
+    def check_sampling(self, body: SamplingBody, longest: int | None) -> None:
+        """Raise APIError if a value exceeds a limit of the server or the model."""
+        most, vocabulary = self.settings.max_answers, self.prompts.vocabulary
+        if body.n is not None and body.n > most:
+            raise APIError(400, f"n must be at most {most}.", param="n")
+        if longest is not None and longest > self.settings.max_new_tokens:
+            name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+            raise APIError(400, f"{name} must be at most {self.settings.max_new_tokens}.", param=name)
+        if body.logit_bias and max(map(int, body.logit_bias)) >= vocabulary:
+            raise APIError(400, f"logit_bias must have token ids below {vocabulary}.", param="logit_bias")
+        if body.stream_options is not None and not body.stream:
+            raise APIError(400, "stream_options needs stream.", param="stream_options")
 
     def start(self) -> None:
         """Start to generate; called on the event loop."""
