@@ -10,14 +10,14 @@ from starlette.exceptions import HTTPException
 
 import sparsight
 from sparsight.engine.engine import Engine
-from sparsight.server import chat, completions, status
+from sparsight.server import chat, completions, kept, status
 from sparsight.server.errors import APIError, unexpected
 from sparsight.server.images import ImageLoader
 from sparsight.server.service import Service
 from sparsight.server.settings import Settings
 from sparsight.server.validation import body_error
 
-ROUTERS = (status.router, chat.router, completions.router)
+ROUTERS = (status.router, chat.router, completions.router, kept.router)
 
 SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
 

@@ -4,6 +4,9 @@ import json
 
 from fastapi.responses import JSONResponse
 
+RETRY_SECONDS = 1
+"""After which a client that was rejected may try again."""
+
 
 class APIError(Exception):
     """What a client gets instead of an answer.
@@ -48,3 +51,9 @@ class APIError(Exception):
 def unexpected() -> APIError:
     """What a client is told of a failure of our own."""
     return APIError(500, "The server failed on the request.", kind="server_error")
+
+
+def stopping() -> APIError:
+    """The answer of a server that stops."""
+    message = "The server is shutting down."
+    return APIError(503, message, kind="server_error", code="shutting_down", retry_after=RETRY_SECONDS)
