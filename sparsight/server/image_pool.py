@@ -49,7 +49,7 @@ class ImagePool:
         """
         async with self._places:
             if self._decoded >= self.max_decoded:
-                message = "Too many images are being processed; try again later."
+                message = "The server is busy: too many images are in use."
                 raise APIError(503, message, kind="server_error", code="overloaded", retry_after=1)
             process = self._idle.pop() if self._idle else await self._start()
             try:
