@@ -41,7 +41,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     answers = _Answers(service, body, generation)
 
     async def begin() -> None:
-        images = await asyncio.gather(*map(service.load_image, _image_urls(body.messages)))
+        images = await asyncio.gather(*map(service.images.load, _image_urls(body.messages)))
         inputs = await service.prompts.from_messages(_chat(body.messages, iter(images)))
         longest = body.max_tokens or body.max_completion_tokens
         sampling = body.sampling

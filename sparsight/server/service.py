@@ -3,10 +3,8 @@
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from PIL.Image import Image
 
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.admission import most_bytes
@@ -15,13 +13,12 @@ from sparsight.engine.request import Completion, OutOfMemoryError, Piece, Reques
 from sparsight.engine.sampling import SamplingParams
 from sparsight.server.engine_loop import EngineLoop, Stream, logger
 from sparsight.server.errors import APIError
+from sparsight.server.images import ImageLoader
 from sparsight.server.prompts import Inputs, Prompts
 from sparsight.server.settings import Settings
 
 RETRY_SECONDS = 1
 """After which a client that was rejected may try again."""
-
-LoadImage = Callable[[str], Awaitable[Image]]
 
 
 class Service:
@@ -31,11 +28,11 @@ class Service:
         engine: the engine; the service steps and closes it.
         name: what the model is called.
         settings: the limits.
-        load_image: turns the URL of an image into the image.
+        images: opens the images of requests.
     """
 
-    def __init__(self, engine: Engine, name: str, settings: Settings, load_image: LoadImage) -> None:
-        self.engine, self.name, self.settings, self.load_image = engine, name, settings, load_image
+    def __init__(self, engine: Engine, name: str, settings: Settings, images: ImageLoader) -> None:
+        self.engine, self.name, self.settings, self.images = engine, name, settings, images
         self.loop = EngineLoop(engine)
         self.prompts = Prompts(engine.model, engine.processor, settings)
         self.generation_config: Any = engine.model.generation_config
