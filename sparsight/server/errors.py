@@ -45,6 +45,8 @@ class APIError(Exception):
     def response(self) -> JSONResponse:
         """The response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
 
 
