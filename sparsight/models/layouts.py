@@ -24,12 +24,14 @@ class Tile:
         pixels: float32 ``[H, W, 3]``.
         tokens: int64 ``[rows, columns]``, the vision token of each cell. All cells cover the same number of pixels.
         seams: the rows and the columns of cells at which a separately encoded part of the tile begins.
+        image: which of the prompt's images it belongs to.
     """
 
     name: str
     pixels: Tensor
     tokens: Tensor
     seams: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    image: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def find_tiles(layout: Layout, config: Any, inputs: Mapping[str, Any], image_pro
             name=f"Image {number}, {tile.name}".rstrip(", ") if len(images) > 1 else tile.name.capitalize(),
             pixels=_unnormalise(tile.pixels, image_processor) if image_processor else tile.pixels,
             tokens=positions[offset + tile.tokens],
+            image=number - 1,
         )
         for number, (image, offset) in enumerate(zip(images, first, strict=False), start=1)
         for tile in image.tiles

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsight.cache.report import Report
 from sparsight.server.errors import APIError
-from sparsight.server.prompts import Grid
+from sparsight.server.prompts import Box, Grid
 from sparsight.server.schema import ERRORS
 
 router = APIRouter()
@@ -65,9 +65,15 @@ class KeptStore:
 
 
 class KeptTile(BaseModel):
-    """A rectangle of an image, of ``width`` x ``height`` pixels as the model gets them, cut into patches."""
+    """A rectangle of the prompt's ``image``-th image, of ``width`` x ``height`` pixels as the model gets them.
+
+    It is cut into patches. ``box`` has its left, top, right and bottom in the image as it was sent, as fractions of the
+    sides; it is null where the model cuts an image into several rectangles.
+    """
 
     name: str
+    image: int
+    box: Box | None
     rows: int
     columns: int
     width: int
@@ -119,6 +125,8 @@ def describe(id: str, kept: Kept) -> KeptEntries:
     tiles = [
         KeptTile(
             name=grid.name,
+            image=grid.image,
+            box=grid.box,
             rows=grid.positions.shape[0],
             columns=grid.positions.shape[1],
             width=grid.width,

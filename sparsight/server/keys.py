@@ -14,8 +14,8 @@ from sparsight.server.errors import APIError
 from sparsight.server.middleware import Guard
 from sparsight.utils.text import printable
 
-OPEN_PATH = "/health"
-"""The only path that needs no key."""
+OPEN_PATH, PAGE, PAGE_FILES = "/health", "/", "/page/"
+"""What needs no key: a browser sends none when it opens the page, whose files are the same everywhere."""
 
 _KEY = re.compile(r"[!-~]{16,256}")
 
@@ -41,7 +41,7 @@ def read_keys(path: str | Path) -> list[str]:
 
 
 class KeyGuard(Guard):
-    """Asks for ``Authorization: Bearer KEY`` on every path except :data:`OPEN_PATH`.
+    """Asks for ``Authorization: Bearer KEY`` on every path except ``/health`` and the page's own files.
 
     The SHA-256 of a request's key is left in ``scope["state"]["key_id"]``, as a salt for caches.
     """
@@ -52,7 +52,7 @@ class KeyGuard(Guard):
 
     async def check(self, scope: Scope, receive: Receive) -> Receive:
         """Compare the key."""
-        if scope["path"] != OPEN_PATH:
+        if not is_open(scope):
             key_id = self._identify(scope)
             if key_id is None:
                 message = "The API key is missing or wrong: send Authorization: Bearer KEY."
@@ -72,7 +72,8 @@ class KeyGuard(Guard):
 class RateLimit(Guard):
     """Limits the requests of each API key, or of all clients together if there are no keys.
 
-    A key may send ``per_minute`` requests at once, and gets them back evenly over a minute. :data:`OPEN_PATH` is free.
+    A key may send ``per_minute`` requests at once, and gets them back evenly over a minute. Only POST counts: what else
+    there is costs little, and dashboards ask for it every few seconds.
     """
 
     def __init__(self, app: ASGIApp, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -83,7 +84,7 @@ class RateLimit(Guard):
 
     async def check(self, scope: Scope, receive: Receive) -> Receive:
         """Count."""
-        wait = 0.0 if scope["path"] == OPEN_PATH else self._take(scope.get("state", {}).get("key_id"))
+        wait = 0.0 if scope["method"] != "POST" else self._take(scope.get("state", {}).get("key_id"))
         if wait:
             message = f"There may be at most {self.per_minute:,} requests a minute."
             raise APIError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=math.ceil(wait))
@@ -96,6 +97,12 @@ class RateLimit(Guard):
         left = min(self.per_minute, left + (now - then) * rate)
         self._buckets[key_id] = (left if left < 1 else left - 1), now
         return max(0.0, (1 - left) / rate)
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether a request needs no key."""
+    path: str = scope["path"]
+    return path in (OPEN_PATH, PAGE) or path.startswith(PAGE_FILES)
 
 
 def _digest(key: bytes) -> str:

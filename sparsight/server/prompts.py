@@ -1,6 +1,7 @@
 """From the messages of a request to the model's inputs: checks on the event loop, the processor in worker threads."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ WORKERS = 2
 Inputs = Mapping[str, Any]
 
 
+Box = tuple[float, float, float, float]
+
+
 class Grid(NamedTuple):
     """A rectangle of an image that the model encodes as a grid of vision tokens.
 
@@ -32,12 +36,17 @@ class Grid(NamedTuple):
         width: in pixels, as the model gets them.
         height: in pixels.
         positions: of the vision tokens in the prompt, int64 ``[rows, columns]``.
+        image: which of the prompt's images it belongs to.
+        box: left, top, right and bottom in the image as it was sent, as fractions of its sides; None where an image
+            has several rectangles.
     """
 
     name: str
     width: int
     height: int
     positions: Tensor
+    image: int
+    box: Box | None
 
 
 class Prompt(NamedTuple):
@@ -119,13 +128,13 @@ class Prompts:
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-        for part in parts:
-            if isinstance(part.get("image"), Image):
-                check_image(self.checkpoint, part["image"])
+        images = [part["image"] for part in parts if isinstance(part.get("image"), Image)]
+        for image in images:
+            check_image(self.checkpoint, image)
         inputs = apply_chat_template(self.checkpoint.processor, [list(messages)])
-        return Prompt(inputs, self._grids(inputs))
+        return Prompt(inputs, self._grids(inputs, [image.size for image in images]))
 
-    def _grids(self, inputs: Inputs) -> list[Grid]:
+    def _grids(self, inputs: Inputs, sizes: Sequence[tuple[int, int]]) -> list[Grid]:
         family = FAMILIES.get(self.checkpoint.config.model_type)
         if family is None or inputs.get("pixel_values") is None:
             return []
@@ -133,7 +142,19 @@ class Prompts:
             tiles = find_tiles(family.layout, self.checkpoint.config, inputs)
         except ValueError:
             return []
-        return [Grid(tile.name, tile.pixels.shape[1], tile.pixels.shape[0], tile.tokens) for tile in tiles]
+        numbers = Counter(tile.image for tile in tiles)
+        processor = self.checkpoint.processor.image_processor
+        return [
+            Grid(
+                tile.name,
+                tile.pixels.shape[1],
+                tile.pixels.shape[0],
+                tile.tokens,
+                tile.image,
+                visible_box(processor, *sizes[tile.image]) if numbers[tile.image] == 1 else None,
+            )
+            for tile in tiles
+        ]
 
     async def _run(self, prepare: Callable[..., Prompt], *arguments: Any) -> Prompt:
         try:
@@ -145,6 +166,20 @@ class Prompts:
             raise APIError(400, message, param="messages") from error
         except (ValueError, TypeError) as error:
             raise APIError(400, "The model's processor refuses the request.") from error
+
+
+def visible_box(image_processor: Any, width: int, height: int) -> Box:
+    """The part of an image that is left of it once the image processor has resized and cropped it."""
+    if not getattr(image_processor, "do_center_crop", False):
+        return 0.0, 0.0, 1.0, 1.0
+    size, crop = image_processor.size, image_processor.crop_size
+    if size.get("shortest_edge"):
+        scale = size["shortest_edge"] / min(width, height)
+        width, height = round(width * scale), round(height * scale)
+    else:
+        width, height = size["width"], size["height"]
+    across, down = min(1.0, crop["width"] / width), min(1.0, crop["height"] / height)
+    return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
 
 
 def _of_tokens(tokens: Sequence[int]) -> Prompt:
