@@ -71,6 +71,7 @@ class Handle:
     Attributes:
         error: why the request failed; its ``__cause__`` is the exception, except for lack of memory.
         started: whether an answer has a token.
+        admitted: when the engine began with the prompt, by ``time.perf_counter``; None before.
     """
 
     def __init__(self, number: int, drive: Callable[["Handle"], None]) -> None:
@@ -79,6 +80,7 @@ class Handle:
         self._completions: list[Completion | None] = [None] * number
         self.error: RequestError | None = None
         self.aborted = self.started = False
+        self.admitted: float | None = None
 
     @property
     def done(self) -> bool:
