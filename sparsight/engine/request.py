@@ -108,6 +108,10 @@ class Handle:
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             yield piece
 
+    def take(self) -> list[Piece]:
+        """The pieces that wait to be read, for a reader who lets the engine work otherwise."""
+        return [self._pieces.popleft() for _ in range(len(self._pieces))]
+
     def wait(self) -> list[Completion]:
         """The complete answers, in order.
 

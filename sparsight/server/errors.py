@@ -1,5 +1,7 @@
 """Errors as OpenAI's clients understand them."""
 
+import json
+
 from fastapi.responses import JSONResponse
 
 
@@ -33,7 +35,16 @@ class APIError(Exception):
         """The response's JSON; also what an event stream ends with."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
+    def json(self) -> str:
+        """The response's JSON as text."""
+        return json.dumps(self.body(), ensure_ascii=False)
+
     def response(self) -> JSONResponse:
         """The response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return JSONResponse(self.body(), self.status, headers)
+
+
+def unexpected() -> APIError:
+    """What a client is told of a failure of our own."""
+    return APIError(500, "The server failed on the request.", kind="server_error")

@@ -1,0 +1,68 @@
+"""The application: endpoints, error handlers and the engine's lifetime."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+import sparsight
+from sparsight.engine.engine import Engine
+from sparsight.server import chat, status
+from sparsight.server.errors import APIError, unexpected
+from sparsight.server.service import LoadImage, Service
+from sparsight.server.settings import Settings
+from sparsight.server.validation import body_error
+
+ROUTERS = (status.router, chat.router)
+
+SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
+
+
+def create_app(engine: Engine, name: str, settings: Settings, load_image: LoadImage) -> FastAPI:
+    """The application over an engine, which it steps, and closes when it ends.
+
+    Args:
+        engine: the engine; nobody else uses it.
+        name: what clients call the model.
+        settings: the limits.
+        load_image: turns the URL of an image into the image, or raises APIError.
+    """
+    service = Service(engine, name, settings, load_image)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    app = FastAPI(title="Sparsight", version=sparsight.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(APIError, _api_error)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    # Middleware goes here; the last one added is the outermost.
+    return app
+
+
+def _api_error(_: Request, error: Any) -> Response:
+    return error.response()
+
+
+def _malformed(_: Request, error: Any) -> Response:
+    return body_error(error.errors(), error.body).response()
+
+
+def _http_error(_: Request, error: Any) -> Response:
+    response = APIError(error.status_code, SENTENCES.get(error.status_code, "The request is wrong.")).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _unexpected(_: Request, error: Exception) -> Response:
+    return unexpected().response()

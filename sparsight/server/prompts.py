@@ -1,0 +1,101 @@
+"""From the messages of a request to the model's inputs: checks on the event loop, the processor in worker threads."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL.Image import Image
+from transformers import PreTrainedModel
+
+from sparsight.models.images import ImageError
+from sparsight.models.inputs import apply_chat_template, check_image, special_tokens
+from sparsight.models.loading import Checkpoint
+from sparsight.server.errors import APIError
+from sparsight.server.settings import Settings
+
+WORKERS = 2
+
+Inputs = Mapping[str, Any]
+
+
+class Prompts:
+    """Prepares the inputs of one model.
+
+    Args:
+        model: the model; only its config is used.
+        processor: its processor.
+        settings: the limits.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, settings: Settings) -> None:
+        self.checkpoint = Checkpoint(str(model.name_or_path), model.config, processor)
+        config = model.config.get_text_config(decoder=True)
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.vocabulary = int(config.vocab_size)
+        self._settings = settings
+        self._special = sorted(special_tokens(self.checkpoint))
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="sparsight-prompts")
+
+    def close(self) -> None:
+        """Prepare no more."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def check_texts(self, texts: Mapping[str, str]) -> None:
+        """Raise APIError if texts, by the names of their fields, are too long or spell a special token."""
+        if sum(map(len, texts.values())) > self._settings.max_text:
+            raise APIError(400, f"The request's texts must have at most {self._settings.max_text:,} characters in all.")
+        for field, text in texts.items():
+            for token in self._special:
+                if token in text:
+                    message = f"{field} must not spell {token!r}, which is a special token of the model."
+                    raise APIError(400, message, param=field)
+
+    async def from_messages(self, messages: Sequence[Mapping[str, Any]]) -> Inputs:
+        """Inputs of a conversation in the processor's chat format, with PIL images.
+
+        Raises:
+            APIError: the model takes no conversations, or the processor refuses this one.
+        """
+        if not self.checkpoint.processor.chat_template:
+            raise APIError(400, "The model has no chat template: use /v1/completions.", param="messages")
+        return await self._run(self._conversation, messages)
+
+    async def from_text(self, text: str) -> Inputs:
+        """Inputs of a text without a chat template."""
+        tokenizer = self.checkpoint.processor.tokenizer
+        return await self._run(lambda: tokenizer(text, return_tensors="pt"))
+
+    def from_tokens(self, tokens: Sequence[int]) -> Inputs:
+        """Inputs of token ids.
+
+        Raises:
+            APIError: the model does not have one of them, or it is a special token.
+        """
+        special = set(self.checkpoint.processor.tokenizer.convert_tokens_to_ids(self._special))
+        for token in tokens:
+            if token >= self.vocabulary or token in special:
+                message = f"prompt must not have the token {token}: it is a special token, or none of the model's."
+                raise APIError(400, message, param="prompt")
+        ids = torch.tensor([list(tokens)])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Inputs:
+        parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+        for part in parts:
+            if isinstance(part.get("image"), Image):
+                check_image(self.checkpoint, part["image"])
+        return apply_chat_template(self.checkpoint.processor, [list(messages)])
+
+    async def _run(self, prepare: Callable[..., Inputs], *arguments: Any) -> Inputs:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._workers, prepare, *arguments)
+        except ImageError as error:
+            raise APIError(400, str(error), param="messages", code="invalid_image") from error
+        except TemplateError as error:
+            message = "The model's chat template refuses the conversation: its roles may have to alternate."
+            raise APIError(400, message, param="messages") from error
+        except (ValueError, TypeError) as error:
+            raise APIError(400, "The model's processor refuses the request.") from error
