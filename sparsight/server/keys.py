@@ -1,0 +1,106 @@
+"""API keys: who may send requests, and how many."""
+
+import hashlib
+import hmac
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sparsight.server.errors import APIError
+from sparsight.utils.text import printable
+
+OPEN_PATH = "/health"
+"""The only path that needs no key."""
+
+_KEY = re.compile(r"[!-~]{16,256}")
+
+
+def read_keys(path: str | Path) -> list[str]:
+    """The keys in a file: one per line; empty lines and lines that begin with ``#`` are left out.
+
+    Raises:
+        ValueError: the file cannot be read, has no key, or has one that is not 16 to 256 printable ASCII characters.
+    """
+    name = printable(path)
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read the file with API keys, {name}.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
+    for number, line in numbered:
+        if not _KEY.fullmatch(line):
+            raise ValueError(f"Line {number} of {name} must be a key of 16 to 256 ASCII characters without spaces.")
+    if not numbered:
+        raise ValueError(f"There is no API key in {name}: it has one per line.")
+    return [line for _, line in numbered]
+
+
+class KeyGuard:
+    """ASGI middleware that asks for ``Authorization: Bearer KEY`` on every path except :data:`OPEN_PATH`.
+
+    The SHA-256 of a request's key is left in ``scope["state"]["key_id"]``, as a salt for caches.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != OPEN_PATH:
+            key_id = self._identify(scope)
+            if key_id is None:
+                error = APIError(401, "The API key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key")
+                response = error.response()
+                response.headers["WWW-Authenticate"] = "Bearer"
+                await response(scope, receive, send)
+                return
+            scope.setdefault("state", {})["key_id"] = key_id
+        await self.app(scope, receive, send)
+
+    def _identify(self, scope: Scope) -> str | None:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        digest = _digest(key.strip())
+        # All of them are compared, and each in constant time.
+        known = sum(hmac.compare_digest(digest, each) for each in self._digests)
+        return digest if known and scheme.lower() == b"bearer" else None
+
+
+class RateLimit:
+    """ASGI middleware that limits the requests of each API key, or of all clients together where there are no keys.
+
+    A key may send ``per_minute`` requests at once; they come back evenly over a minute. :data:`OPEN_PATH` is free.
+    """
+
+    def __init__(self, app: ASGIApp, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.app, self.per_minute, self._clock = app, per_minute, clock
+        # Requests that a key may send now, as of a time.
+        self._buckets: dict[str | None, tuple[float, float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != OPEN_PATH:
+            wait = self._take(scope.get("state", {}).get("key_id"))
+            if wait:
+                message = f"There may be at most {self.per_minute:,} requests a minute."
+                error = APIError(
+                    429, message, kind="requests", code="rate_limit_exceeded", retry_after=math.ceil(wait)
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _take(self, key_id: str | None) -> float:
+        """Count a request; the number of seconds to wait if there may be none now."""
+        now, rate = self._clock(), self.per_minute / 60
+        left, then = self._buckets.get(key_id, (self.per_minute, now))
+        left = min(self.per_minute, left + (now - then) * rate)
+        self._buckets[key_id] = (left if left < 1 else left - 1), now
+        return max(0.0, (1 - left) / rate)
+
+
+def _digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
