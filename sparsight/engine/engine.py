@@ -198,7 +198,6 @@ class Engine:
         """Load and memory now; reading it does not wait for a step."""
         sequences, prompt = [*self._ready, *self._running, *self._alone], self._prompt
         return EngineStats(
-            waiting=len(self._waiting),
             running=len({id(each.handle) for each in sequences}) + (prompt is not None),
             kv_bytes=sum(each.kv_bytes for each in sequences),
             full_kv_bytes=sum(each.full_kv_bytes for each in sequences),

@@ -8,7 +8,6 @@ class EngineStats:
     """Load, memory and vision cache of an engine.
 
     Attributes:
-        waiting: requests whose prompt is not being processed yet.
         running: requests whose prompt is being processed, or with an answer that is being generated.
         kv_bytes: bytes of KV memory that the running answers occupy, at the longest length that each may reach.
         full_kv_bytes: bytes that the full cache would occupy for the same answers at the same length.
@@ -16,7 +15,6 @@ class EngineStats:
         vision_misses: images and videos that were encoded.
     """
 
-    waiting: int
     running: int
     kv_bytes: int
     full_kv_bytes: int

@@ -10,33 +10,35 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sparsight.server.metrics import Metrics
 from sparsight.utils.text import printable
 
 LOGGER = logging.getLogger("sparsight.access")
 
-CLIENT_LEFT = 499
-"""Logged as the status of a request whose client left before the response began (as nginx does)."""
+CLIENT_CLOSED_REQUEST = 499
+"""The status that logs have for a request whose client has gone; nobody receives it."""
 
 
 class AccessLog:
-    """Pure ASGI middleware, to be the outermost: also logs what other middleware refuses.
+    """ASGI middleware that logs every request, and counts those that get an error; the outermost sees them all.
 
     Gives each request an id, which the response has as the header ``x-request-id``. What an endpoint adds to the dict
     ``scope["state"]["log"]`` is logged with the request.
 
     Args:
         app: the application.
+        metrics: where errors are counted.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request and log it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, request_id, status = time.perf_counter(), f"req-{uuid.uuid4().hex}", CLIENT_LEFT
+        started, request_id, status = time.perf_counter(), f"req-{uuid.uuid4().hex}", CLIENT_CLOSED_REQUEST
         fields: dict[str, Any] = {}
         scope.setdefault("state", {})["log"] = fields
 
@@ -49,7 +51,12 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            status, fields["error"] = 500, "server_error"
+            raise
         finally:
+            if "error" in fields:
+                self._metrics.rejected.labels(fields["error"]).inc()
             path = printable(scope["path"])
             request = {"request_id": request_id, "method": scope["method"], "path": path, "status": status}
             seconds = round(time.perf_counter() - started, 4)

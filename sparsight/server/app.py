@@ -10,13 +10,14 @@ from starlette.exceptions import HTTPException
 
 import sparsight
 from sparsight.engine.engine import Engine
-from sparsight.server import chat, status
+from sparsight.server import chat, metrics, status
+from sparsight.server.access_log import AccessLog
 from sparsight.server.errors import APIError, unexpected
 from sparsight.server.service import LoadImage, Service
 from sparsight.server.settings import Settings
 from sparsight.server.validation import body_error
 
-ROUTERS = (status.router, chat.router)
+ROUTERS = (status.router, metrics.router, chat.router)
 
 SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
 
@@ -47,6 +48,7 @@ def create_app(engine: Engine, name: str, settings: Settings, load_image: LoadIm
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
     # Middleware goes here; the last one added is the outermost.
+    app.add_middleware(AccessLog, metrics=service.metrics)
     return app
 
 

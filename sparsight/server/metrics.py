@@ -1,14 +1,28 @@
 """Prometheus metrics. Names and meanings are vLLM's, with the prefix ``sparsight:``; the last ones are our own."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from fastapi.responses import PlainTextResponse
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sparsight.engine.engine import Engine
 from sparsight.engine.request import Handle, Piece
+from sparsight.server.schema import ERRORS
+
+router = APIRouter()
 
 PREFIX = "sparsight:"
 
@@ -19,16 +33,25 @@ KEPT = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1)
 """Upper bounds of the histograms' buckets: seconds, and shares."""
 
 
+class Request(Protocol):
+    """A request that has not ended."""
+
+    @property
+    def queued(self) -> bool:
+        """Whether its prompt is not being processed yet."""
+
+
 class Metrics:
     """The metrics of one server, in a registry of its own.
 
     Args:
         engine: its load, memory and vision cache are read at each scrape.
+        active: the requests that have not ended.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, active: Collection[Request]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(_EngineCollector(engine, active))
         ProcessCollector(registry=self.registry)
         self.first_token = self._histogram("time_to_first_token_seconds", "Time to the first token.", FIRST_TOKEN)
         self.token = self._histogram("inter_token_latency_seconds", "Time between two tokens of an answer.", TOKEN)
@@ -42,10 +65,6 @@ class Metrics:
         self.rejected = self._counter("request_rejected", "Requests that got an error, by its code.", "reason")
         self.kept = self._histogram("kept_ratio", "Share of a prompt's KV entries that were kept.", KEPT)
 
-    def exposition(self) -> bytes:
-        """All metrics in Prometheus's text format."""
-        return generate_latest(self.registry)
-
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, text, registry=self.registry, buckets=buckets)
 
@@ -54,67 +73,73 @@ class Metrics:
 
 
 class Observation:
-    """Measures one request.
+    """Measures one request, from now on.
 
     Args:
         metrics: where the measurements go.
-        handle: the request.
-        arrived: when the request arrived, by ``time.perf_counter``.
     """
 
-    def __init__(self, metrics: Metrics, handle: Handle, arrived: float) -> None:
-        self._metrics, self._handle, self._arrived = metrics, handle, arrived
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics, self._arrived = metrics, time.perf_counter()
         self._newest: dict[int, float] = {}
 
-    def piece(self, piece: Piece) -> None:
-        """Record a piece at the time it arrives."""
-        if piece.token is None:
-            return
+    def pieces(self, handle: Handle, pieces: Sequence[Piece]) -> None:
+        """Record the arrival of pieces."""
         metrics, now = self._metrics, time.perf_counter()
-        if not self._newest:
-            metrics.first_token.observe(now - self._arrived)
-            if self._handle.admitted is not None:
-                metrics.prefill.observe(now - self._handle.admitted)
-        elif piece.answer in self._newest:
-            metrics.token.observe(now - self._newest[piece.answer])
-        metrics.generation_tokens.inc()
-        self._newest[piece.answer] = now
+        for piece in pieces:
+            if piece.token is None:
+                continue
+            if not self._newest:
+                metrics.first_token.observe(now - self._arrived)
+                metrics.prefill.observe(now - (handle.admitted or now))
+            elif piece.answer in self._newest:
+                metrics.token.observe(now - self._newest[piece.answer])
+            self._newest[piece.answer] = now
+            metrics.generation_tokens.inc()
 
-    def end(self) -> None:
-        """Record the end of the request."""
-        metrics, handle = self._metrics, self._handle
-        answers = handle.completions
-        for answer in answers:
-            metrics.success.labels(answer.finish_reason).inc()
-        if handle.error is not None:
-            metrics.success.labels("error").inc()
+    def end(self, handle: Handle, number: int, prompt_tokens: int) -> list[str]:
+        """Record the end of a request with a number of answers; returns why each of them ended."""
+        metrics, answers = self._metrics, handle.completions
+        reasons = [answer.finish_reason for answer in answers]
+        reasons += ["aborted" if handle.error is None else "error"] * (number - len(reasons))
+        for reason in reasons:
+            metrics.success.labels(reason).inc()
         metrics.latency.observe(time.perf_counter() - self._arrived)
         if handle.admitted is not None:
             metrics.queue.observe(handle.admitted - self._arrived)
+            metrics.prompt_tokens.inc(prompt_tokens)
         if answers:
-            report, entries = answers[0].report, answers[0].report.kept_per_layer()
+            entries = answers[0].report.kept_per_layer()
             metrics.decode.observe(max(answer.decode_seconds for answer in answers))
-            metrics.prompt_tokens.inc(report.prompt_tokens[0])
-            metrics.kept.observe(sum(entries) / len(entries) / report.prompt_tokens[0])
+            metrics.kept.observe(sum(entries) / len(entries) / prompt_tokens)
+        return reasons
 
 
 class _EngineCollector(Collector):
-    """Reads an engine at each scrape."""
+    """Reads the state of the engine and the queue at each scrape."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, active: Collection[Request]) -> None:
+        self._engine, self._active = engine, active
 
     def collect(self) -> Iterator[Metric]:
         stats, size = self._engine.stats, self._engine.kv_bytes
+        waiting = sum(request.queued for request in self._active)
         gauges = {
             "num_requests_running": (stats.running, "Requests that are being processed."),
-            "num_requests_waiting": (stats.waiting, "Requests that wait for their prefill."),
+            "num_requests_waiting": (waiting, "Requests that wait for their prefill."),
             "kv_cache_usage_perc": (stats.kv_bytes / size, "Share of the KV memory that is taken; 1 is all of it."),
-            "kv_bytes": (stats.kv_bytes, "KV memory taken by running answers at the longest length they may reach."),
-            "full_kv_bytes": (stats.full_kv_bytes, "KV memory that the full cache would take for the same answers."),
             "kv_memory_bytes": (size, "KV memory of the engine."),
+            "kv_bytes": (stats.kv_bytes, "KV memory of running answers, at the longest that each may become."),
+            "full_kv_bytes": (stats.full_kv_bytes, "KV memory of the same answers with the full cache."),
         }
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, text, value)
         yield CounterMetricFamily(PREFIX + "vision_cache_hits", "Images encoded before.", stats.vision_hits)
         yield CounterMetricFamily(PREFIX + "vision_cache_misses", "Images that were encoded.", stats.vision_misses)
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
+async def metrics(request: HTTPRequest) -> Response:
+    """Metrics in Prometheus's text format."""
+    own: Metrics = request.app.state.service.metrics
+    return Response(generate_latest(own.registry), media_type=CONTENT_TYPE_LATEST)

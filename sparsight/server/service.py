@@ -15,6 +15,7 @@ from sparsight.engine.request import Completion, OutOfMemoryError, Piece, Reques
 from sparsight.engine.sampling import SamplingParams
 from sparsight.server.engine_loop import EngineLoop, Stream, logger
 from sparsight.server.errors import APIError
+from sparsight.server.metrics import Metrics, Observation
 from sparsight.server.prompts import Inputs, Prompts
 from sparsight.server.settings import Settings
 
@@ -42,6 +43,7 @@ class Service:
         self.draining = False
         self.created = int(time.time())
         self.active: set[Generation] = set()
+        self.metrics = Metrics(engine, self.active)
 
     @property
     def waiting(self) -> int:
@@ -86,6 +88,7 @@ class Generation:
         recipe: how its prompt is compressed, once it has begun.
         prompt_tokens: length of its prompt.
         new_tokens: tokens generated so far, all answers together.
+        log: what the access log says of the request.
         end_token_ids: tokens that end an answer and have no text.
     """
 
@@ -98,6 +101,8 @@ class Generation:
         self.recipe = service.engine.recipe
         self.prompt_tokens = self.new_tokens = 0
         self.end_token_ids: frozenset[int] = frozenset()
+        self.log: dict[str, Any] = {}
+        self._observation = Observation(service.metrics)
         service.active.add(self)
 
     async def begin(self, inputs: Inputs, recipe: Recipe, longest: int | None, sampling: Mapping[str, Any]) -> None:
@@ -140,6 +145,7 @@ class Generation:
         if not pieces and any(each.finish_reason == "aborted" for each in self._stream.completions):
             raise stopping()
         self.new_tokens += sum(piece.token is not None for piece in pieces)
+        self._observation.pieces(self._stream.handle, pieces)
         return pieces
 
     async def finish(self) -> list[Completion]:
@@ -158,6 +164,11 @@ class Generation:
         assert self._stream is not None
         return self._stream.completions
 
+    @property
+    def queued(self) -> bool:
+        """Whether its prompt is not being processed yet."""
+        return self._stream is None or self._stream.handle.admitted is None
+
     def abort(self) -> None:
         """End the request where it is."""
         if self._stream is not None and not self._stream.done:
@@ -167,6 +178,10 @@ class Generation:
         """Give the place back; a request that has not ended is aborted."""
         self.abort()
         self._service.active.discard(self)
+        if self._stream is not None:
+            reasons = self._observation.end(self._stream.handle, self.params.n, self.prompt_tokens)
+            self.log |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
+            self.log |= {"finish_reason": ",".join(dict.fromkeys(reasons))}
 
     def _longest(self, requested: int | None) -> int:
         limit, context = self._service.settings.max_new_tokens, self._service.prompts.context

@@ -16,6 +16,7 @@ class Settings:
         max_text: characters of all texts of a request together.
         kept_requests: finished requests of which the entries kept can be looked up.
         drain_seconds: time that running requests have to finish after a signal to stop.
+        log_prompts: whether the access log has the texts of requests.
     """
 
     max_queue: int = 128
@@ -26,3 +27,4 @@ class Settings:
     max_text: int = 2**20
     kept_requests: int = 64
     drain_seconds: float = 30.0
+    log_prompts: bool = False

@@ -173,7 +173,9 @@ def test_a_server_gets_the_conversation_and_the_key(
 
 def test_errors_of_a_server_are_one_sentence_each(talk: Callable[..., Any], serve: Callable[..., Server]) -> None:
     refusal = {"error": {"message": "The queue is full.\x1b[2J"}}
-    server = serve([(503, [refusal]), (500, ["<html>"]), (200, [refusal]), (200, ["{}"]), (307, []), (200, pieces("ok"))])
+    server = serve(
+        [(503, [refusal]), (500, ["<html>"]), (200, [refusal]), (200, ["{}"]), (307, []), (200, pieces("ok"))]
+    )
     code, out, err = talk(["Hi"] * 6, "--url", server.url)
     assert (code, out) == (1, ["ok"])
     assert err == [

@@ -3,23 +3,23 @@
 from sparsight.engine.stats import EngineStats
 from tests.engine.requests import Ask, add, engine
 
-IDLE = EngineStats(waiting=0, running=0, kv_bytes=0, full_kv_bytes=0, vision_hits=0, vision_misses=0)
+IDLE = EngineStats(running=0, kv_bytes=0, full_kv_bytes=0, vision_hits=0, vision_misses=0)
 
 
-def test_requests_wait_run_and_leave():
+def test_requests_run_and_leave():
     with engine() as running:
         assert running.stats == IDLE
         two, one = add(running, "llava", Ask(tokens=3), n=2), add(running, "llava", Ask(tokens=3))
         assert two.admitted is None
-        assert (running.stats.waiting, running.stats.running) == (2, 0)
+        assert running.stats.running == 0
         running.step()
-        assert (running.stats.waiting, running.stats.running) == (1, 1)
+        assert running.stats.running == 1
         assert two.admitted is not None and one.admitted is None
         while not one.started:
             running.step()
         assert one.admitted > two.admitted
         running.run()
-        assert running.stats == EngineStats(0, 0, 0, 0, vision_hits=1, vision_misses=1)
+        assert running.stats == EngineStats(0, 0, 0, vision_hits=1, vision_misses=1)
 
 
 def test_bytes_are_those_of_the_pool_and_of_the_full_cache_at_the_same_length():
