@@ -56,9 +56,7 @@ def main(
     ] = Settings.max_text,
     kept_requests: Annotated[
         int,
-        typer.Option(
-            help="Newest requests of which the entries kept can be looked up.", min=0, rich_help_panel=LIMITS
-        ),
+        typer.Option(help="Newest requests of which the entries kept can be looked up.", min=0, rich_help_panel=LIMITS),
     ] = Settings.kept_requests,
     drain_seconds: Annotated[
         float,
@@ -84,6 +82,7 @@ def main(
     from sparsight.models.loading import load
     from sparsight.server.access_log import configure_logging
     from sparsight.server.app import create_app
+    from sparsight.server.images import ImageLoader
     from sparsight.server.run import bind, run
 
     recipe = recipe_from_options(model, method, budget, heads)
@@ -96,7 +95,8 @@ def main(
             loaded, processor, recipe, kv_memory=kv_memory, max_running=max_concurrent, prefill_bound=prefill_bound
         )
         name = served_name(model)
-        app = create_app(engine, name, settings, load_image)
+        images = ImageLoader(max_bytes=2**24, max_pixels=2**25, seconds=10, max_decoded=2**28)
+        app = create_app(engine, name, settings, images)
 
         def announce() -> None:
             terminal.print(f"Serving {name} at {url}/v1. Ask it:", soft_wrap=True)

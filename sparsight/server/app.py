@@ -10,34 +10,36 @@ from starlette.exceptions import HTTPException
 
 import sparsight
 from sparsight.engine.engine import Engine
-from sparsight.server import chat, metrics, status
+from sparsight.server import chat, completions, metrics, status
 from sparsight.server.access_log import AccessLog
 from sparsight.server.errors import APIError, unexpected
-from sparsight.server.service import LoadImage, Service
+from sparsight.server.images import ImageLoader
+from sparsight.server.service import Service
 from sparsight.server.settings import Settings
 from sparsight.server.validation import body_error
 
-ROUTERS = (status.router, metrics.router, chat.router)
+ROUTERS = (status.router, metrics.router, chat.router, completions.router)
 
 SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
 
 
-def create_app(engine: Engine, name: str, settings: Settings, load_image: LoadImage) -> FastAPI:
+def create_app(engine: Engine, name: str, settings: Settings, images: ImageLoader) -> FastAPI:
     """The application over an engine, which it steps, and closes when it ends.
 
     Args:
         engine: the engine; nobody else uses it.
         name: what clients call the model.
         settings: the limits.
-        load_image: turns the URL of an image into the image, or raises APIError.
+        images: opens the images of requests; the application closes it.
     """
-    service = Service(engine, name, settings, load_image)
+    service = Service(engine, name, settings, images)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
         service.stop()
+        images.close()
 
     app = FastAPI(title="Sparsight", version=sparsight.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service

@@ -97,7 +97,9 @@ class Fetcher:
         """
         match = _LINK.fullmatch(link) if len(link) <= MAX_LINK else None
         if not match:
-            raise refusal(f"A link to an image must be like https://example.com/a.png, with {MAX_LINK:,} characters at most.")
+            raise refusal(
+                f"A link to an image must be like https://example.com/a.png, with {MAX_LINK:,} characters at most."
+            )
         host = match[1].lower()
         if not any(f".{host}".endswith(each) if each[0] == "." else host == each for each in self.domains):
             raise refusal("Images from this domain are not allowed.")

@@ -53,7 +53,9 @@ class KeyGuard:
         if scope["type"] == "http" and scope["path"] != OPEN_PATH:
             key_id = self._identify(scope)
             if key_id is None:
-                error = APIError(401, "The API key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key")
+                error = APIError(
+                    401, "The API key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key"
+                )
                 response = error.response()
                 response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, send)
@@ -86,9 +88,7 @@ class RateLimit:
             wait = self._take(scope.get("state", {}).get("key_id"))
             if wait:
                 message = f"There may be at most {self.per_minute:,} requests a minute."
-                error = APIError(
-                    429, message, kind="requests", code="rate_limit_exceeded", retry_after=math.ceil(wait)
-                )
+                error = APIError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=math.ceil(wait))
                 await error.response()(scope, receive, send)
                 return
         await self.app(scope, receive, send)

@@ -66,7 +66,8 @@ class Prompts:
     async def from_text(self, text: str) -> Inputs:
         """Inputs of a text without a chat template."""
         tokenizer = self.checkpoint.processor.tokenizer
-        return await self._run(lambda: tokenizer(text, return_tensors="pt"))
+        inputs = await self._run(lambda: tokenizer(text, return_tensors="pt"))
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
     def from_tokens(self, tokens: Sequence[int]) -> Inputs:
         """Inputs of token ids.

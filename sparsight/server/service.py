@@ -3,10 +3,8 @@
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from PIL.Image import Image
 
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.admission import most_bytes
@@ -15,14 +13,14 @@ from sparsight.engine.request import Completion, OutOfMemoryError, Piece, Reques
 from sparsight.engine.sampling import SamplingParams
 from sparsight.server.engine_loop import EngineLoop, Stream, logger
 from sparsight.server.errors import APIError
+from sparsight.server.images import ImageLoader
 from sparsight.server.metrics import Metrics, Observation
 from sparsight.server.prompts import Inputs, Prompts
+from sparsight.server.schema import SamplingBody
 from sparsight.server.settings import Settings
 
 RETRY_SECONDS = 1
 """After which a client that was rejected may try again."""
-
-LoadImage = Callable[[str], Awaitable[Image]]
 
 
 class Service:
@@ -32,11 +30,11 @@ class Service:
         engine: the engine; the service steps and closes it.
         name: what the model is called.
         settings: the limits.
-        load_image: turns the URL of an image into the image.
+        images: opens the images of requests.
     """
 
-    def __init__(self, engine: Engine, name: str, settings: Settings, load_image: LoadImage) -> None:
-        self.engine, self.name, self.settings, self.load_image = engine, name, settings, load_image
+    def __init__(self, engine: Engine, name: str, settings: Settings, images: ImageLoader) -> None:
+        self.engine, self.name, self.settings, self.images = engine, name, settings, images
         self.loop = EngineLoop(engine)
         self.prompts = Prompts(engine.model, engine.processor, settings)
         self.generation_config: Any = engine.model.generation_config
@@ -67,6 +65,19 @@ class Service:
         """Raise APIError unless the server has this model."""
         if name != self.name:
             raise APIError(404, f"The model must be {self.name!r}.", param="model", code="model_not_found")
+
+    def check_sampling(self, body: SamplingBody, longest: int | None) -> None:
+        """Raise APIError if a value exceeds a limit of the server or the model."""
+        most, vocabulary = self.settings.max_answers, self.prompts.vocabulary
+        if body.n is not None and body.n > most:
+            raise APIError(400, f"n must be at most {most}.", param="n")
+        if longest is not None and longest > self.settings.max_new_tokens:
+            name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+            raise APIError(400, f"{name} must be at most {self.settings.max_new_tokens}.", param=name)
+        if body.logit_bias and max(map(int, body.logit_bias)) >= vocabulary:
+            raise APIError(400, f"logit_bias must have token ids below {vocabulary}.", param="logit_bias")
+        if body.stream_options is not None and not body.stream:
+            raise APIError(400, "stream_options needs stream.", param="stream_options")
 
     def start(self) -> None:
         """Start to generate; called on the event loop."""

@@ -1,7 +1,6 @@
 """A server that really runs: the shipped model on a free port, in a thread of its own."""
 
 import base64
-import io
 import socket
 import threading
 import time
@@ -12,10 +11,10 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
-from PIL import Image
 
 import sparsight
 from sparsight.server.app import create_app
+from sparsight.server.images import ImageLoader
 from sparsight.server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +31,6 @@ def asking(text: str = QUESTION, url: str | None = None) -> list[dict[str, Any]]
     """The messages of a question about the receipt."""
     image = {"type": "image_url", "image_url": {"url": url or data_url()}}
     return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
-
-
-async def load_image(url: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
 
 
 class RunningServer:
@@ -64,11 +59,15 @@ class RunningServer:
         return openai.OpenAI(**settings, _strict_response_validation=True)
 
 
+def image_loader() -> ImageLoader:
+    return ImageLoader(max_bytes=2**24, max_pixels=2**25, seconds=10, max_decoded=2**28)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     model, processor = sparsight.load()
     engine = sparsight.Engine(model, processor, kv_memory=2**28)
-    with RunningServer(create_app(engine, MODEL, Settings(), load_image)) as running:
+    with RunningServer(create_app(engine, MODEL, Settings(), image_loader())) as running:
         yield running
 
 

@@ -18,7 +18,7 @@ from sparsight.server.app import create_app
 from sparsight.server.metrics import Metrics, Observation
 from sparsight.server.settings import Settings
 from tests.engine.requests import Ask, add, engine
-from tests.server.conftest import MODEL, RunningServer, asking, load_image
+from tests.server.conftest import MODEL, RunningServer, asking, image_loader
 
 SECONDS = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time",
            "request_prefill_time", "request_decode_time")  # fmt: skip
@@ -53,7 +53,7 @@ def fresh() -> Iterator[RunningServer]:
     """A server of which nothing has been requested."""
     model, processor = sparsight.load()
     settings = Settings(max_answers=2)
-    with RunningServer(create_app(sparsight.Engine(model, processor), MODEL, settings, load_image)) as running:
+    with RunningServer(create_app(sparsight.Engine(model, processor), MODEL, settings, image_loader())) as running:
         yield running
 
 
@@ -176,7 +176,7 @@ def test_a_client_that_leaves_is_logged(fresh: RunningServer, lines: list[dict[s
 
 def test_prompts_are_logged_if_the_operator_wants_them(lines: list[dict[str, Any]]) -> None:
     model, processor = sparsight.load()
-    app = create_app(sparsight.Engine(model, processor), MODEL, Settings(log_prompts=True), load_image)
+    app = create_app(sparsight.Engine(model, processor), MODEL, Settings(log_prompts=True), image_loader())
     with RunningServer(app) as running:
         running.client().chat.completions.create(model=MODEL, messages=asking("How much is JO?"), max_tokens=1)
     assert lines[0]["prompt"] == ["How much is JO?"]
