@@ -36,7 +36,9 @@ router = APIRouter()
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation with images, completely or as a stream."""
     service: Service = request.app.state.service
-    _check(service, body)
+    texts = _check(service, body)
+    if service.settings.log_prompts:
+        request.state.log["prompt"] = list(texts.values())
     recipe = body.chosen_recipe(service.engine.recipe)
     generation = service.accept("chatcmpl", key_of(request))
     answers = _ChatAnswers(service, body, generation)
@@ -53,8 +55,12 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     return await respond(request, generation, begin(), answers.complete, answers.events() if body.stream else None)
 
 
-def _check(service: Service, body: ChatRequest) -> None:
-    """Raise APIError if the request exceeds a limit, or its fields do not go together."""
+def _check(service: Service, body: ChatRequest) -> dict[str, str]:
+    """The texts of a request by the names of their fields.
+
+    Raises:
+        APIError: the request exceeds a limit, or its fields do not go together.
+    """
     settings = service.settings
     service.check_model(body.model)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -76,6 +82,7 @@ def _check(service: Service, body: ChatRequest) -> None:
             parts = enumerate(message.content)
             texts |= {f"{field}[{index}].text": part.text for index, part in parts if not isinstance(part, ImagePart)}
     service.prompts.check_texts(texts)
+    return texts
 
 
 def _image_urls(messages: Iterable[Message]) -> list[str]:
