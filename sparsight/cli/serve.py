@@ -13,7 +13,7 @@ from sparsight.cli import options
 from sparsight.cli.terminal import console
 from sparsight.server.settings import Settings
 
-LIMITS = "Limits"
+LIMITS, ACCESS = "Limits", "Access"
 
 BUNDLED_NAME = "sparsight-reader"
 """What clients call the bundled model."""
@@ -33,6 +33,23 @@ def main(
         float,
         typer.Option(help="Bytes for compressed KV caches, or a fraction of free memory.", rich_help_panel=LIMITS),
     ] = 0.5,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with API keys, one per line; requests need one of them. None by default.",
+            metavar="FILE",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    allow_image_urls: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Domain that images may be fetched from over https; .example.com has its subdomains too. Repeat the "
+            "option for more. None by default.",
+            metavar="DOMAIN",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
     max_concurrent: Annotated[
         int, typer.Option(help="Answers generated at the same time.", min=1, rich_help_panel=LIMITS)
     ] = 64,
@@ -54,6 +71,53 @@ def main(
     max_text: Annotated[
         int, typer.Option(help="Characters of a request's texts.", min=1, rich_help_panel=LIMITS)
     ] = Settings.max_text,
+    max_image_bytes: Annotated[
+        int, typer.Option(help="Bytes of an encoded image.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_image_bytes,
+    max_image_pixels: Annotated[
+        int, typer.Option(help="Pixels of an image.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_image_pixels,
+    max_decoded_pixels: Annotated[
+        int, typer.Option(help="Pixels of all images in use; further images get 503.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_decoded_pixels,
+    image_seconds: Annotated[
+        float, typer.Option(help="Time to decode an image.", min=0.1, rich_help_panel=LIMITS)
+    ] = Settings.image_seconds,
+    fetch_seconds: Annotated[
+        float, typer.Option(help="Time to fetch an image from a link.", min=0.1, rich_help_panel=LIMITS)
+    ] = Settings.fetch_seconds,
+    max_body_bytes: Annotated[
+        int, typer.Option(help="Bytes of a request's body.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_body_bytes,
+    max_bodies_bytes: Annotated[
+        int,
+        typer.Option(
+            help="Bytes of all bodies that are being received; further ones get 503.", min=1, rich_help_panel=LIMITS
+        ),
+    ] = Settings.max_bodies_bytes,
+    body_seconds: Annotated[
+        float, typer.Option(help="Time for a body to arrive.", min=0.1, rich_help_panel=LIMITS)
+    ] = Settings.body_seconds,
+    max_headers: Annotated[
+        int, typer.Option(help="Headers of a request.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_headers,
+    max_header_bytes: Annotated[
+        int, typer.Option(help="Bytes of a request's headers and path.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_header_bytes,
+    header_seconds: Annotated[
+        float, typer.Option(help="Time for the headers to arrive.", min=0.1, rich_help_panel=LIMITS)
+    ] = Settings.header_seconds,
+    send_seconds: Annotated[
+        float, typer.Option(help="Time that a client may stop to read its response.", min=0.1, rich_help_panel=LIMITS)
+    ] = Settings.send_seconds,
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests a minute of each API key, or of all clients if there are no keys; any number by default.",
+            min=1,
+            rich_help_panel=LIMITS,
+        ),
+    ] = Settings.requests_per_minute,
     kept_requests: Annotated[
         int,
         typer.Option(help="Newest requests of which the entries kept can be looked up.", min=0, rich_help_panel=LIMITS),
@@ -82,10 +146,16 @@ def main(
     from sparsight.models.loading import load
     from sparsight.server.access_log import configure_logging
     from sparsight.server.app import create_app
+    from sparsight.server.fetch import Fetcher
     from sparsight.server.images import ImageLoader
-    from sparsight.server.run import bind, run
+    from sparsight.server.keys import read_keys
+    from sparsight.server.run import bind, is_loopback, run
 
     recipe = recipe_from_options(model, method, budget, heads)
+    keys = [] if api_key_file is None else read_keys(api_key_file)
+    fetcher = None
+    if allow_image_urls:
+        fetcher = Fetcher(allow_image_urls, max_bytes=max_image_bytes, seconds=fetch_seconds)
     configure_logging(json_log)
     terminal = console()
     with bind(host, port) as bound:
@@ -95,8 +165,8 @@ def main(
             loaded, processor, recipe, kv_memory=kv_memory, max_running=max_concurrent, prefill_bound=prefill_bound
         )
         name = served_name(model)
-        images = ImageLoader(max_bytes=2**24, max_pixels=2**25, seconds=10, max_decoded=2**28)
-        app = create_app(engine, name, settings, images)
+        images = ImageLoader(settings, fetcher)
+        app = create_app(engine, name, settings, images, keys, loopback=is_loopback(bound))
 
         def announce() -> None:
             terminal.print(f"Serving {name} at {url}/v1. Ask it:", soft_wrap=True)

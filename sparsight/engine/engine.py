@@ -47,6 +47,7 @@ class _Request:
     recipe: Recipe
     params: SamplingParams
     inputs: "Future[Mapping[str, Any]]"
+    keep_positions: bool
     kv_bytes: int = 0
 
 
@@ -124,6 +125,7 @@ class Engine:
         inputs: Mapping[str, Any] | None = None,
         recipe: Recipe | str | None = None,
         params: SamplingParams | None = None,
+        keep_positions: bool = False,
     ) -> Handle:
         """Give the engine a request: a question about images, a conversation, or prepared inputs.
 
@@ -134,6 +136,7 @@ class Engine:
             inputs: what the processor returned for one prompt.
             recipe: how this prompt is compressed.
             params: how the answer is sampled and what ends it; the model's own defaults if None.
+            keep_positions: give the handle the positions of the entries kept.
 
         Returns:
             A handle, whose iterator yields the answer. What is wrong with images or the prompt is raised there.
@@ -161,7 +164,7 @@ class Engine:
                 raise ValueError("The engine is closed.") from error
             raise
         # Without the lock, which is taken while a step runs.
-        self._waiting.append(_Request(handle, chosen, params, future))
+        self._waiting.append(_Request(handle, chosen, params, future, keep_positions))
         return handle
 
     def abort(self, handle: Handle) -> None:
@@ -320,6 +323,8 @@ class Engine:
     def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor) -> None:
         """Sample the first token of each answer to a prompt."""
         params = request.params
+        if request.keep_positions:
+            request.handle.kept_positions = runner.kept_positions()
         ends, tokenizer = params.end_token_ids(self._generation_config), self.processor.tokenizer
         sequences = [
             Sequence(request.handle, index, params, ends, runner, tokenizer, request.kv_bytes)

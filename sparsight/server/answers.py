@@ -7,8 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from sparsight.engine.request import Completion, Piece
+from sparsight.server.generation import Generation
 from sparsight.server.schema import SamplingBody, StreamOptions, Usage, usage_of
-from sparsight.server.service import Generation, Service
+from sparsight.server.service import Service
 
 FinishReason = Literal["stop", "length"]
 

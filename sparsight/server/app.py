@@ -1,6 +1,6 @@
 """The application: endpoints, error handlers and the engine's lifetime."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,20 +10,30 @@ from starlette.exceptions import HTTPException
 
 import sparsight
 from sparsight.engine.engine import Engine
-from sparsight.server import chat, completions, metrics, responses, status
+from sparsight.server import chat, completions, kept, metrics, responses, status
 from sparsight.server.access_log import AccessLog
 from sparsight.server.errors import APIError, unexpected
 from sparsight.server.images import ImageLoader
+from sparsight.server.keys import KeyGuard, RateLimit
+from sparsight.server.middleware import BodyLimit, HeaderLimit, LocalHost
 from sparsight.server.service import Service
 from sparsight.server.settings import Settings
 from sparsight.server.validation import body_error
 
-ROUTERS = (status.router, metrics.router, chat.router, completions.router, responses.router)
+ROUTERS = (status.router, metrics.router, chat.router, completions.router, responses.router, kept.router)
 
 SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
 
 
-def create_app(engine: Engine, name: str, settings: Settings, images: ImageLoader) -> FastAPI:
+def create_app(
+    engine: Engine,
+    name: str,
+    settings: Settings,
+    images: ImageLoader,
+    keys: Sequence[str] = (),
+    *,
+    loopback: bool = False,
+) -> FastAPI:
     """The application over an engine, which it steps, and closes when it ends.
 
     Args:
@@ -31,6 +41,8 @@ def create_app(engine: Engine, name: str, settings: Settings, images: ImageLoade
         name: what clients call the model.
         settings: the limits.
         images: opens the images of requests; the application closes it.
+        keys: API keys, one of which every request needs; none if it is empty.
+        loopback: whether only this machine can connect.
     """
     service = Service(engine, name, settings, images)
 
@@ -49,7 +61,20 @@ def create_app(engine: Engine, name: str, settings: Settings, images: ImageLoade
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
-    # Middleware goes here; the last one added is the outermost.
+    # The last one added is the outermost.
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        max_total=settings.max_bodies_bytes,
+        seconds=settings.body_seconds,
+    )
+    if settings.requests_per_minute is not None:
+        app.add_middleware(RateLimit, per_minute=settings.requests_per_minute)
+    if keys:
+        app.add_middleware(KeyGuard, keys=keys)
+    elif loopback:
+        app.add_middleware(LocalHost)
+    app.add_middleware(HeaderLimit, max_headers=settings.max_headers, max_bytes=settings.max_header_bytes)
     app.add_middleware(AccessLog, metrics=service.metrics)
     return app
 

@@ -20,9 +20,11 @@ from sparsight.server.chat_schema import (
 )
 from sparsight.server.conversation import check_messages, check_texts, load
 from sparsight.server.errors import APIError
+from sparsight.server.generation import Generation
+from sparsight.server.kept import key_of
 from sparsight.server.logprobs import token_logprob
 from sparsight.server.schema import ERRORS, STREAM
-from sparsight.server.service import Generation, Service
+from sparsight.server.service import Service
 from sparsight.server.streaming import respond
 
 router = APIRouter()
@@ -34,16 +36,16 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     service: Service = request.app.state.service
     _check(request, body)
     recipe = body.chosen_recipe(service.engine.recipe)
-    generation = service.accept("chatcmpl")
+    generation = service.accept("chatcmpl", key_of(request))
     answers = _ChatAnswers(service, body, generation)
 
     async def begin() -> None:
-        inputs = await load(service, body.messages)
+        ready = await load(service, body.messages)
         longest = body.max_tokens or body.max_completion_tokens
         sampling = body.sampling
         if body.logprobs:
             sampling["logprobs"] = body.top_logprobs or 0
-        await generation.begin(inputs, recipe, longest, sampling)
+        await generation.begin(ready, recipe, longest, sampling)
 
     return await respond(request, generation, begin(), answers.complete, answers.events() if body.stream else None)
 

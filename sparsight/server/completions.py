@@ -9,6 +9,7 @@ from sparsight.engine.request import Piece
 from sparsight.server.answers import Answers, FinishReason, finish_reason
 from sparsight.server.conversation import check_texts
 from sparsight.server.errors import APIError
+from sparsight.server.kept import key_of
 from sparsight.server.schema import ERRORS, STREAM, SamplingBody, Usage
 from sparsight.server.service import Service
 from sparsight.server.streaming import respond
@@ -64,12 +65,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     if isinstance(prompt, str):
         check_texts(request, {"prompt": prompt})
     recipe = body.chosen_recipe(service.engine.recipe)
-    generation = service.accept("cmpl")
+    generation = service.accept("cmpl", key_of(request))
     answers = _TextAnswers(service, body, generation)
 
     async def begin() -> None:
-        inputs = await prompts.from_text(prompt) if isinstance(prompt, str) else prompts.from_tokens(prompt)
-        await generation.begin(inputs, recipe, longest, body.sampling)
+        ready = await prompts.from_text(prompt) if isinstance(prompt, str) else prompts.from_tokens(prompt)
+        await generation.begin(ready, recipe, longest, body.sampling)
 
     return await respond(request, generation, begin(), answers.complete, answers.events() if body.stream else None)
 

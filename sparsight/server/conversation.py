@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request
 
 from sparsight.server.errors import APIError
-from sparsight.server.prompts import Inputs
+from sparsight.server.prompts import Prompt
 from sparsight.server.schema import ImageBody
 from sparsight.server.service import Service
 
@@ -46,8 +46,8 @@ def check_texts(request: Request, texts: dict[str, str]) -> None:
         request.state.log["prompt"] = list(texts.values())
 
 
-async def load(service: Service, messages: Sequence[Any]) -> Inputs:
-    """The model's inputs for messages that have been checked. Raises APIError."""
+async def load(service: Service, messages: Sequence[Any]) -> Prompt:
+    """The prompt of messages that have been checked. Raises APIError."""
     images = await asyncio.gather(*map(service.images.load, _links(messages)))
     return await service.prompts.from_messages(_chat(messages, iter(images)))
 

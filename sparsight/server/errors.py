@@ -6,6 +6,9 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+RETRY_SECONDS = 1
+"""After which a client that was rejected may try again."""
+
 
 class APIError(Exception):
     """What a client gets instead of an answer.
@@ -44,6 +47,8 @@ class APIError(Exception):
     def response(self) -> JSONResponse:
         """The response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return _ErrorResponse(self.code or self.kind, self.body(), self.status, headers)
 
 
@@ -63,3 +68,9 @@ class _ErrorResponse(JSONResponse):
 def unexpected() -> APIError:
     """What a client is told of a failure of our own."""
     return APIError(500, "The server failed on the request.", kind="server_error")
+
+
+def stopping() -> APIError:
+    """The answer of a server that stops."""
+    message = "The server is shutting down."
+    return APIError(503, message, kind="server_error", code="shutting_down", retry_after=RETRY_SECONDS)

@@ -25,11 +25,11 @@ class ImagePool:
     Args:
         max_pixels: largest image, read from its header before pixels are decoded.
         max_bytes: largest encoded image.
-        seconds: time to decode one image.
         max_decoded: pixels of decoded images, in use at the same time, from which on further images are rejected.
+        seconds: time to decode one image.
     """
 
-    def __init__(self, *, max_pixels: int, max_bytes: int, seconds: float, max_decoded: int) -> None:
+    def __init__(self, *, max_pixels: int, max_bytes: int, max_decoded: int, seconds: float) -> None:
         self.max_pixels, self.seconds, self.max_decoded = max_pixels, seconds, max_decoded
         # For the decoder and the conversions to RGB, and for the interpreter with its libraries.
         self._memory = 40 * max_pixels + 8 * max_bytes + 2**29
@@ -49,7 +49,7 @@ class ImagePool:
         """
         async with self._places:
             if self._decoded >= self.max_decoded:
-                message = "Too many images are being processed; try again later."
+                message = "The server is busy: too many images are in use."
                 raise APIError(503, message, kind="server_error", code="overloaded", retry_after=1)
             process = self._idle.pop() if self._idle else await self._start()
             try:

@@ -6,6 +6,7 @@ from PIL.Image import Image
 
 from sparsight.server.fetch import Fetcher
 from sparsight.server.image_pool import ImagePool, refusal
+from sparsight.server.settings import Settings
 
 _DATA = re.compile(r"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE)
 
@@ -14,18 +15,18 @@ class ImageLoader:
     """Opens the images of requests, outside of the event loop's thread. Local files are never opened.
 
     Args:
-        max_bytes: largest encoded image.
-        max_pixels: largest image, read from its header before pixels are decoded.
-        seconds: time to decode one image.
-        max_decoded: pixels of decoded images, in use at the same time, from which on further images are rejected.
+        settings: the limits.
         fetcher: fetches images from links; None if links are refused.
     """
 
-    def __init__(
-        self, *, max_bytes: int, max_pixels: int, seconds: float, max_decoded: int, fetcher: Fetcher | None = None
-    ) -> None:
-        self.max_bytes, self.fetcher = max_bytes, fetcher
-        self._pool = ImagePool(max_pixels=max_pixels, max_bytes=max_bytes, seconds=seconds, max_decoded=max_decoded)
+    def __init__(self, settings: Settings, fetcher: Fetcher | None = None) -> None:
+        self.max_bytes, self.fetcher = settings.max_image_bytes, fetcher
+        self._pool = ImagePool(
+            max_pixels=settings.max_image_pixels,
+            max_bytes=settings.max_image_bytes,
+            max_decoded=settings.max_decoded_pixels,
+            seconds=settings.image_seconds,
+        )
 
     async def load(self, url: str) -> Image:
         """The image of a data URL or of a link, as upright RGB; of an animation the first frame.

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope
 
 from sparsight.server.errors import APIError
+from sparsight.server.middleware import Guard
 from sparsight.utils.text import printable
 
 OPEN_PATH = "/health"
@@ -39,29 +40,25 @@ def read_keys(path: str | Path) -> list[str]:
     return [line for _, line in numbered]
 
 
-class KeyGuard:
-    """ASGI middleware that asks for ``Authorization: Bearer KEY`` on every path except :data:`OPEN_PATH`.
+class KeyGuard(Guard):
+    """Asks for ``Authorization: Bearer KEY`` on every path except :data:`OPEN_PATH`.
 
     The SHA-256 of a request's key is left in ``scope["state"]["key_id"]``, as a salt for caches.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app = app
+        super().__init__(app)
         self._digests = [_digest(key.encode()) for key in keys]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != OPEN_PATH:
+    async def check(self, scope: Scope, receive: Receive) -> Receive:
+        """Compare the key."""
+        if scope["path"] != OPEN_PATH:
             key_id = self._identify(scope)
             if key_id is None:
-                error = APIError(
-                    401, "The API key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key"
-                )
-                response = error.response()
-                response.headers["WWW-Authenticate"] = "Bearer"
-                await response(scope, receive, send)
-                return
+                message = "The API key is missing or wrong: send Authorization: Bearer KEY."
+                raise APIError(401, message, code="invalid_api_key")
             scope.setdefault("state", {})["key_id"] = key_id
-        await self.app(scope, receive, send)
+        return receive
 
     def _identify(self, scope: Scope) -> str | None:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -72,29 +69,28 @@ class KeyGuard:
         return digest if known and scheme.lower() == b"bearer" else None
 
 
-class RateLimit:
-    """ASGI middleware that limits the requests of each API key, or of all clients together where there are no keys.
+class RateLimit(Guard):
+    """Limits the requests of each API key, or of all clients together if there are no keys.
 
-    A key may send ``per_minute`` requests at once; they come back evenly over a minute. :data:`OPEN_PATH` is free.
+    A key may send ``per_minute`` requests at once, and gets them back evenly over a minute. :data:`OPEN_PATH` is free.
     """
 
     def __init__(self, app: ASGIApp, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.app, self.per_minute, self._clock = app, per_minute, clock
-        # Requests that a key may send now, as of a time.
+        super().__init__(app)
+        self.per_minute, self._clock = per_minute, clock
+        # Requests that a key may send, as of a time.
         self._buckets: dict[str | None, tuple[float, float]] = {}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != OPEN_PATH:
-            wait = self._take(scope.get("state", {}).get("key_id"))
-            if wait:
-                message = f"There may be at most {self.per_minute:,} requests a minute."
-                error = APIError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=math.ceil(wait))
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+    async def check(self, scope: Scope, receive: Receive) -> Receive:
+        """Count."""
+        wait = 0.0 if scope["path"] == OPEN_PATH else self._take(scope.get("state", {}).get("key_id"))
+        if wait:
+            message = f"There may be at most {self.per_minute:,} requests a minute."
+            raise APIError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=math.ceil(wait))
+        return receive
 
     def _take(self, key_id: str | None) -> float:
-        """Count a request; the number of seconds to wait if there may be none now."""
+        """Count a request, or return the seconds to wait if there may be none now."""
         now, rate = self._clock(), self.per_minute / 60
         left, then = self._buckets.get(key_id, (self.per_minute, now))
         left = min(self.per_minute, left + (now - then) * rate)

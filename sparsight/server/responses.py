@@ -7,6 +7,8 @@ from fastapi import APIRouter, Request, Response
 
 from sparsight.server.conversation import check_messages, check_texts, load
 from sparsight.server.errors import APIError
+from sparsight.server.generation import Generation
+from sparsight.server.kept import key_of
 from sparsight.server.responses_schema import (
     Event,
     Incomplete,
@@ -21,7 +23,7 @@ from sparsight.server.responses_schema import (
     UserItem,
 )
 from sparsight.server.schema import ERRORS, STREAM, usage_of
-from sparsight.server.service import Generation, Service
+from sparsight.server.service import Service
 from sparsight.server.streaming import respond
 
 router = APIRouter()
@@ -34,7 +36,7 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     messages = _check(request, body)
     default = service.engine.recipe
     recipe = default if body.sparsight is None else body.sparsight.recipe(default)
-    generation = service.accept("resp")
+    generation = service.accept("resp", key_of(request))
     answer = _Answer(service, body, generation)
 
     async def begin() -> None:

@@ -5,12 +5,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from sparsight.server.protocol import limited_protocol
 from sparsight.server.service import Service
 
 KEEP_ALIVE_SECONDS = 5
@@ -35,6 +37,11 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine can connect to a socket."""
+    return ip_address(bound.getsockname()[0]).is_loopback
+
+
 def run(app: FastAPI, bound: socket.socket, started: Callable[[], Any]) -> None:
     """Serve an application until SIGINT or SIGTERM.
 
@@ -46,9 +53,16 @@ def run(app: FastAPI, bound: socket.socket, started: Callable[[], Any]) -> None:
         bound: the socket to listen on.
         started: called when requests can be sent.
     """
-    config = uvicorn.Config(
+    _Server(server_config(app), app.state.service, started).run([bound])
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves an application."""
+    settings = app.state.service.settings
+    return uvicorn.Config(
         app,
-        http="h11",
+        http=limited_protocol(settings.header_seconds, settings.send_seconds),
+        h11_max_incomplete_event_size=settings.max_header_bytes,
         ws="none",
         log_config=None,
         access_log=False,
@@ -56,7 +70,6 @@ def run(app: FastAPI, bound: socket.socket, started: Callable[[], Any]) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
-    _Server(config, app.state.service, started).run([bound])
 
 
 class _Server(uvicorn.Server):

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from sparsight.server.access_log import CLIENT_CLOSED_REQUEST
 from sparsight.server.engine_loop import logger
 from sparsight.server.errors import APIError, unexpected
-from sparsight.server.service import Generation
+from sparsight.server.generation import Generation
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ import uvicorn
 import sparsight
 from sparsight.server.app import create_app
 from sparsight.server.images import ImageLoader
+from sparsight.server.run import server_config
 from sparsight.server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ class RunningServer:
         self.service = app.state.service
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http="h11", access_log=False))
+        self._server = uvicorn.Server(server_config(app))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
     def __enter__(self) -> "RunningServer":
@@ -60,7 +61,7 @@ class RunningServer:
 
 
 def image_loader() -> ImageLoader:
-    return ImageLoader(max_bytes=2**24, max_pixels=2**25, seconds=10, max_decoded=2**28)
+    return ImageLoader(Settings())
 
 
 @pytest.fixture(scope="session")
