@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
@@ -26,6 +27,7 @@ from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
+from sparsight.engine.stats import EngineStats
 from sparsight.engine.vision_cache import VisionCache
 from sparsight.methods import Sparsight
 from sparsight.methods import recipe as recipe_by_name
@@ -195,6 +197,18 @@ class Engine:
         return len(self._ready) + len(self._running) + len(self._alone)
 
     @property
+    def stats(self) -> EngineStats:
+        """Load and memory now; reading it does not wait for a step."""
+        sequences, prompt = [*self._ready, *self._running, *self._alone], self._prompt
+        return EngineStats(
+            running=len({id(each.handle) for each in sequences}) + (prompt is not None),
+            kv_bytes=sum(each.kv_bytes for each in sequences),
+            full_kv_bytes=sum(each.full_kv_bytes for each in sequences),
+            vision_hits=self._vision.hits,
+            vision_misses=self._vision.misses,
+        )
+
+    @property
     def busy(self) -> bool:
         """Whether there is a request that has not ended."""
         return bool(self._waiting or self._prompt or self._ready or self._running or self._alone)
@@ -279,6 +293,7 @@ class Engine:
                 if len(sequences) + number > self.max_running or taken + needed > self.kv_bytes:
                     return None
                 self._waiting.popleft()
+                request.handle.admitted = time.perf_counter()
                 inputs = to_device(inputs, self.model)
                 how = self.prefill_chunk, self._vision, self.prefill_bound
                 return request, PromptRunner(self.model, request.recipe, inputs, *how)

@@ -75,6 +75,7 @@ class Handle:
         started: whether an answer has a token.
         kept_positions: prompt positions that each KV head of a compressed layer keeps, int32 ``[H_kv, n]`` on the CPU,
             padded with -1; by number of the layer, if requested.
+        admitted: when the engine began with the prompt, by ``time.perf_counter``; None before.
     """
 
     def __init__(self, number: int, drive: Callable[["Handle"], None]) -> None:
@@ -84,6 +85,7 @@ class Handle:
         self.error: RequestError | None = None
         self.aborted = self.started = False
         self.kept_positions: dict[int, Tensor] = {}
+        self.admitted: float | None = None
 
     @property
     def done(self) -> bool:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from sparsight.server.answers import FinishReason
 from sparsight.server.logprobs import TokenLogprob
-from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, SamplingBody, Usage
+from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, ImageBody, SamplingBody, Usage
 
 
 class TextPart(Body):
@@ -23,11 +23,16 @@ class ImageURL(Body):
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Body):
+class ImagePart(ImageBody):
     """An image among texts."""
 
     type: Literal["image_url"]
     image_url: ImageURL
+
+    @property
+    def link(self) -> str:
+        """The URL."""
+        return self.image_url.url
 
 
 class UserMessage(Body):
@@ -42,7 +47,7 @@ class SystemMessage(Body):
     """What the model is to keep to."""
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"name": ()}
-    role: Literal["system"]
+    role: Literal["system", "developer"]
     content: str | list[TextPart]
 
 

@@ -14,6 +14,7 @@ from sparsight.engine.sampling import SamplingParams
 from sparsight.server.engine_loop import Stream, logger
 from sparsight.server.errors import RETRY_SECONDS, APIError, stopping
 from sparsight.server.kept import Kept
+from sparsight.server.metrics import Observation
 from sparsight.server.prompts import Grid, Prompt
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Generation:
         recipe: how its prompt is compressed, once it has begun.
         prompt_tokens: length of its prompt.
         new_tokens: tokens generated so far, all answers together.
+        log: what the access log says of the request.
         end_token_ids: tokens that end an answer and have no text.
     """
 
@@ -43,6 +45,8 @@ class Generation:
         self.recipe = service.engine.recipe
         self.prompt_tokens = self.new_tokens = 0
         self.end_token_ids: frozenset[int] = frozenset()
+        self.log: dict[str, Any] = {}
+        self._observation = Observation(service.metrics)
         service.active.add(self)
 
     async def begin(self, prompt: Prompt, recipe: Recipe, longest: int | None, sampling: Mapping[str, Any]) -> None:
@@ -90,6 +94,7 @@ class Generation:
             report, positions = self.completions[0].report, self._stream.handle.kept_positions
             self._service.kept.add(self.id, Kept(self._key_id, report, self._grids, positions))
         self.new_tokens += sum(piece.token is not None for piece in pieces)
+        self._observation.pieces(self._stream.handle, pieces)
         return pieces
 
     async def finish(self) -> list[Completion]:
@@ -108,6 +113,11 @@ class Generation:
         assert self._stream is not None
         return self._stream.completions
 
+    @property
+    def queued(self) -> bool:
+        """Whether its prompt is not being processed yet."""
+        return self._stream is None or self._stream.handle.admitted is None
+
     def abort(self) -> None:
         """End the request where it is."""
         if self._stream is not None and not self._stream.done:
@@ -117,6 +127,10 @@ class Generation:
         """Give the place back; a request that has not ended is aborted."""
         self.abort()
         self._service.active.discard(self)
+        if self._stream is not None:
+            reasons = self._observation.end(self._stream.handle, self.params.n, self.prompt_tokens)
+            self.log |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
+            self.log |= {"finish_reason": ",".join(dict.fromkeys(reasons))}
 
     def _longest(self, requested: int | None) -> int:
         limit, context = self._service.settings.max_new_tokens, self._service.prompts.context

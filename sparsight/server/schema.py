@@ -1,6 +1,7 @@
 """Request fields and response parts that endpoints share, as OpenAI's API has them."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -38,6 +39,15 @@ class Body(BaseModel):
             for name, value in data.items()
             if name not in cls.NEUTRAL or not (value is None or value in cls.NEUTRAL[name])
         }
+
+
+class ImageBody(Body, ABC):
+    """The part of a message that is an image."""
+
+    @property
+    @abstractmethod
+    def link(self) -> str:
+        """The image's URL."""
 
 
 class Method(Body):

@@ -10,6 +10,7 @@ from sparsight.server.errors import RETRY_SECONDS, APIError, stopping
 from sparsight.server.generation import Generation
 from sparsight.server.images import ImageLoader
 from sparsight.server.kept import KeptStore
+from sparsight.server.metrics import Metrics
 from sparsight.server.prompts import Prompts
 from sparsight.server.schema import SamplingBody
 from sparsight.server.settings import Settings
@@ -34,6 +35,7 @@ class Service:
         self.draining = False
         self.created = int(time.time())
         self.active: set[Generation] = set()
+        self.metrics = Metrics(engine, self.active)
 
     @property
     def waiting(self) -> int:
