@@ -12,7 +12,6 @@ export function setPicture(chosen, index) {
   picture = chosen;
   number = index;
   canvas.hidden = !picture;
-  byId("drop-text").hidden = Boolean(picture);
   draw();
 }
 

@@ -17,7 +17,7 @@ async function update() {
   const value = (name) => values[`sparsight:${name}`] ?? 0;
   byId("running").textContent = value("num_requests_running");
   byId("waiting").textContent = value("num_requests_waiting");
-  const held = value("kv_bytes_held"), full = value("kv_bytes_full");
+  const held = value("kv_bytes"), full = value("full_kv_bytes");
   byId("held").textContent = bytes(held);
   byId("full").textContent = bytes(full);
   const most = Math.max(held, full, 1);
