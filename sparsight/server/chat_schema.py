@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from sparsight.server.answers import FinishReason
 from sparsight.server.logprobs import TokenLogprob
-from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, ImageBody, SamplingBody, Usage
+from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, ImageBody, SamplingBody, Usage, check_parts
 
 
 class TextPart(Body):
@@ -40,7 +40,7 @@ class UserMessage(Body):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"name": ()}
     role: Literal["user"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
 class SystemMessage(Body):
@@ -48,7 +48,7 @@ class SystemMessage(Body):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"name": ()}
     role: Literal["system", "developer"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class AssistantMessage(Body):
@@ -63,7 +63,7 @@ class AssistantMessage(Body):
         "tool_calls": ([],),
     }
     role: Literal["assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
@@ -89,7 +89,7 @@ class ChatRequest(SamplingBody):
         "verbosity": ("medium",),
         "web_search_options": (),
     }
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(check_parts)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
