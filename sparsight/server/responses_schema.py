@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from sparsight.server.schema import Body, CacheUsage, Count, ImageBody, Method
+from sparsight.server.schema import Body, CacheUsage, Count, ImageBody, Method, check_parts
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -44,7 +44,9 @@ class UserItem(Body):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"type": ("message",), "status": ("completed",), "phase": ()}
     role: Literal["user"]
-    content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+    content: (
+        str | Annotated[list[Annotated[InputText | InputImage, Field(discriminator="type")]], Field(fail_fast=True)]
+    )
 
 
 class SystemItem(Body):
@@ -52,7 +54,7 @@ class SystemItem(Body):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = UserItem.NEUTRAL
     role: Literal["system", "developer"]
-    content: str | list[InputText]
+    content: str | Annotated[list[InputText], Field(fail_fast=True)]
 
 
 class AnswerItem(Body):
@@ -60,7 +62,7 @@ class AnswerItem(Body):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"type": ("message",), "phase": ()}
     role: Literal["assistant"]
-    content: str | list[AnswerText]
+    content: str | Annotated[list[AnswerText], Field(fail_fast=True)]
     id: str | None = None
     status: Status | None = None
 
@@ -95,7 +97,10 @@ class ResponsesRequest(Body):
         "truncation": ("disabled",),
     }
     model: str
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1)]
+    input: Annotated[
+        Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1, fail_fast=True)],
+        BeforeValidator(check_parts),
+    ]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -18,6 +18,9 @@ MAX_STOP, MAX_STOP_LENGTH, MAX_BIASES, MAX_TOP_LOGPROBS = 4, 256, 1024, 20
 MAX_FIELDS = 64
 """Fields of an object. Errors for very many of them would take seconds, in which no other client is answered."""
 
+MAX_PARTS = 2048
+"""Messages of a request and parts of their contents: to validate more of them would stop all other clients."""
+
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -53,6 +56,15 @@ class ImageBody(Body, ABC):
     @abstractmethod
     def link(self) -> str:
         """The image's URL."""
+
+
+def check_parts(messages: Any) -> Any:
+    """Messages that have not been validated, unless there are too many of them or of their parts."""
+    if isinstance(messages, list):
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        if len(messages) + sum(len(each) for each in contents if isinstance(each, list)) > MAX_PARTS:
+            raise PydanticCustomError(OWN, f"must have at most {MAX_PARTS:,} messages and parts")
+    return messages
 
 
 class Method(Body):

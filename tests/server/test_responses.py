@@ -138,6 +138,7 @@ def test_values_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
             "input[0].content[0].text",
         ),
         ({"input": [ASKED] * 17}, "input"),
+        ({"input": [{"role": "user", "content": [{}] * 3000}]}, "input"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI, fields: Any, param: str) -> None:
