@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 FOLDER = Path(__file__).parent / "page"
 PORT = 8123
@@ -41,8 +41,9 @@ def serving() -> Iterator[str]:
 
 def shoot(browser: Browser, url: str, width: int, height: int, scheme: Literal["light", "dark"]) -> None:
     """A question about a page of 32 records, and a list whose answer breaks at 10 %."""
-    size = {"width": width, "height": height}
+    size = ViewportSize(width=width, height=height)
     page = browser.new_context(viewport=size, color_scheme=scheme, device_scale_factor=1.5).new_page()
+    page.set_default_timeout(120_000)
     page.goto(url)
     page.locator("#example-list button:nth-child(2)").click()
     page.wait_for_selector("#canvas:visible")

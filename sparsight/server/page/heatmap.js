@@ -69,8 +69,8 @@ function shade() {
       count++;
       if (byId("overlay").checked && tile.box) {
         const box = place(outside, tile, cell);
-        paint(box, ground, 0.85 * (1 - share ** 0.6));
-        paint(box, mark, 0.42 * share ** 0.6);
+        paint(box, ground, 0.85 * (1 - share ** 0.45));
+        paint(box, mark, 0.42 * share ** 0.45);
       }
     }
     // What the model does not get of the picture.
