@@ -17,6 +17,7 @@ from sparsight.cli import set_stop_signals
 
 COMMANDS = {
     "generate": "Answer a question about images with a compressed KV cache.",
+    "chat": "Chat about images with a model or a server.",
     "inspect": "Plot which image patches stay in the KV cache.",
     "batch": "Answer questions about many images.",
     "serve": "Serve a model to OpenAI's clients.",

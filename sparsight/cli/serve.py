@@ -126,6 +126,13 @@ def main(
         float,
         typer.Option(help="Time for running requests to finish after a stop signal.", min=0, rich_help_panel=LIMITS),
     ] = Settings.drain_seconds,
+    json_log: Annotated[
+        bool, typer.Option("--json-log", help="Log JSON lines.", rich_help_panel=options.OUTPUT)
+    ] = False,
+    log_prompts: Annotated[
+        bool,
+        typer.Option("--log-prompts", help="Log the texts of requests too.", rich_help_panel=options.OUTPUT),
+    ] = Settings.log_prompts,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -137,6 +144,7 @@ def main(
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.engine.engine import Engine
     from sparsight.models.loading import load
+    from sparsight.server.access_log import configure_logging
     from sparsight.server.app import create_app
     from sparsight.server.fetch import Fetcher
     from sparsight.server.images import ImageLoader
@@ -148,6 +156,7 @@ def main(
     fetcher = None
     if allow_image_urls:
         fetcher = Fetcher(allow_image_urls, max_bytes=max_image_bytes, seconds=fetch_seconds)
+    configure_logging(json_log)
     terminal = console()
     with bind(host, port) as bound:
         with terminal.status(f"Loading {options.model_name(model)}"):

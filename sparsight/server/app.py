@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 
 import sparsight
 from sparsight.engine.engine import Engine
-from sparsight.server import chat, status
+from sparsight.server import chat, completions, kept, metrics, status
+from sparsight.server.access_log import AccessLog
 from sparsight.server.errors import APIError, unexpected
 from sparsight.server.images import ImageLoader
 from sparsight.server.keys import KeyGuard, RateLimit
@@ -19,7 +20,7 @@ from sparsight.server.service import Service
 from sparsight.server.settings import Settings
 from sparsight.server.validation import body_error
 
-ROUTERS = (status.router, chat.router)
+ROUTERS = (status.router, metrics.router, chat.router, completions.router, kept.router)
 
 SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
 
@@ -74,6 +75,7 @@ def create_app(
     elif loopback:
         app.add_middleware(LocalHost)
     app.add_middleware(HeaderLimit, max_headers=settings.max_headers, max_bytes=settings.max_header_bytes)
+    app.add_middleware(AccessLog, metrics=service.metrics)
     return app
 
 

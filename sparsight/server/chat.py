@@ -1,12 +1,14 @@
 """``POST /v1/chat/completions``."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from sparsight.engine.request import Piece
 from sparsight.engine.sampling import Sampled
+from sparsight.server.answers import Answers, FinishReason, finish_reason
 from sparsight.server.chat_schema import (
     AnswerMessage,
     ChatChunk,
@@ -15,45 +17,50 @@ from sparsight.server.chat_schema import (
     Choice,
     ChunkChoice,
     Delta,
-    FinishReason,
     ImagePart,
     Logprobs,
     Message,
 )
 from sparsight.server.errors import APIError
+from sparsight.server.generation import Generation
+from sparsight.server.kept import key_of
 from sparsight.server.logprobs import token_logprob
-from sparsight.server.schema import ERRORS, StreamOptions, Usage, usage_of
-from sparsight.server.service import Generation, Service
+from sparsight.server.schema import ERRORS, STREAM
+from sparsight.server.service import Service
 from sparsight.server.streaming import respond
 
 router = APIRouter()
-
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM | ERRORS)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation with images, completely or as a stream."""
     service: Service = request.app.state.service
-    _check(service, body)
+    texts = _check(service, body)
+    if service.settings.log_prompts:
+        request.state.log["prompt"] = list(texts.values())
     recipe = body.chosen_recipe(service.engine.recipe)
-    generation = service.accept("chatcmpl")
-    answers = _Answers(service, body, generation)
+    generation = service.accept("chatcmpl", key_of(request))
+    answers = _ChatAnswers(service, body, generation)
 
     async def begin() -> None:
         images = await asyncio.gather(*map(service.images.load, _image_urls(body.messages)))
-        inputs = await service.prompts.from_messages(_chat(body.messages, iter(images)))
+        ready = await service.prompts.from_messages(_chat(body.messages, iter(images)))
         longest = body.max_tokens or body.max_completion_tokens
         sampling = body.sampling
         if body.logprobs:
             sampling["logprobs"] = body.top_logprobs or 0
-        await generation.begin(inputs, recipe, longest, sampling)
+        await generation.begin(ready, recipe, longest, sampling)
 
     return await respond(request, generation, begin(), answers.complete, answers.events() if body.stream else None)
 
 
-def _check(service: Service, body: ChatRequest) -> None:
-    """Raise APIError if the request exceeds a limit, or its fields do not go together."""
+def _check(service: Service, body: ChatRequest) -> dict[str, str]:
+    """The texts of a request by the names of their fields.
+
+    Raises:
+        APIError: the request exceeds a limit, or its fields do not go together.
+    """
     settings = service.settings
     service.check_model(body.model)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -61,7 +68,7 @@ def _check(service: Service, body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError(400, "top_logprobs needs logprobs.", param="top_logprobs")
     requested = body.max_tokens or body.max_completion_tokens
-    body.check(service.prompts.vocabulary, settings.max_answers, settings.max_new_tokens, requested)
+    service.check_sampling(body, requested)
     if len(body.messages) > settings.max_messages:
         raise APIError(400, f"messages must have at most {settings.max_messages} items.", param="messages")
     if len(_image_urls(body.messages)) > settings.max_images:
@@ -75,6 +82,7 @@ def _check(service: Service, body: ChatRequest) -> None:
             parts = enumerate(message.content)
             texts |= {f"{field}[{index}].text": part.text for index, part in parts if not isinstance(part, ImagePart)}
     service.prompts.check_texts(texts)
+    return texts
 
 
 def _image_urls(messages: Iterable[Message]) -> list[str]:
@@ -97,13 +105,12 @@ def _chat(messages: Iterable[Message], images: Any) -> list[dict[str, Any]]:
     return chat
 
 
-class _Answers:
-    """The answers to a request in OpenAI's format."""
+class _ChatAnswers(Answers):
+    """The answers to a conversation."""
 
     def __init__(self, service: Service, body: ChatRequest, generation: Generation) -> None:
-        self._body, self._generation = body, generation
-        self._tokenizer = service.engine.processor.tokenizer
-        self._common: dict[str, Any] = {"id": generation.id, "created": generation.created, "model": service.name}
+        super().__init__(service, body, generation)
+        self._has_logprobs = bool(body.logprobs)
 
     def complete(self) -> ChatCompletion:
         """All answers."""
@@ -112,55 +119,40 @@ class _Answers:
                 index=index,
                 message=AnswerMessage(content=answer.text),
                 logprobs=self._logprobs(answer.tokens),
-                finish_reason=_finish_reason(answer.finish_reason),
+                finish_reason=finish_reason(answer),
             )
-            for index, answer in enumerate(self._generation.completions)
+            for index, answer in enumerate(self.generation.completions)
         ]
-        return ChatCompletion(**self._common, choices=choices, usage=self._usage(complete=True))
+        return ChatCompletion(**self.common, choices=choices, usage=self.usage(complete=True))
 
-    async def events(self) -> AsyncIterator[ChatChunk]:
-        """The chunks of a stream."""
-        generation, options = self._generation, self._body.stream_options or StreamOptions()
-        for index in range(generation.params.n):
-            yield self._chunk(options, index, Delta(role="assistant", content=""))
-        while pieces := await generation.pieces():
-            for piece in pieces:
-                logprobs = self._logprobs([] if piece.token is None else [piece.token])
-                if piece.text or (logprobs and logprobs.content):
-                    yield self._chunk(options, piece.answer, Delta(content=piece.text), logprobs)
-        for index, answer in enumerate(generation.completions):
-            yield self._chunk(options, index, Delta(), reason=_finish_reason(answer.finish_reason))
-        if options.include_usage:
-            yield self._event([], usage=self._usage(complete=True))
+    def event(self, choices: list[Any], **usage: Any) -> ChatChunk:
+        """An event with what is new of some answers."""
+        return ChatChunk(**self.common, object="chat.completion.chunk", choices=choices, **usage)
 
-    def _chunk(
-        self,
-        options: StreamOptions,
-        index: int,
-        delta: Delta,
-        logprobs: Logprobs | None = None,
-        reason: FinishReason | None = None,
-    ) -> ChatChunk:
-        choices = [ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)]
-        if not options.include_usage:
-            return self._event(choices)
-        return self._event(choices, usage=self._usage() if options.continuous_usage_stats else None)
+    def opening(self, index: int) -> ChunkChoice:
+        """The role."""
+        return _chunk(index, Delta(role="assistant", content=""))
 
-    def _event(self, choices: list[ChunkChoice], **usage: Any) -> ChatChunk:
-        return ChatChunk(**self._common, object="chat.completion.chunk", choices=choices, **usage)
+    def piece(self, piece: Piece) -> ChunkChoice | None:
+        """New text or new log-probabilities."""
+        logprobs = self._logprobs([] if piece.token is None else [piece.token])
+        if not piece.text and not (logprobs and logprobs.content):
+            return None
+        return _chunk(piece.answer, Delta(content=piece.text), logprobs)
 
-    def _usage(self, complete: bool = False) -> Usage:
-        generation = self._generation
-        answer = generation.completions[0] if complete else None
-        return usage_of(generation.prompt_tokens, generation.new_tokens, answer)
+    def closing(self, index: int, reason: FinishReason) -> ChunkChoice:
+        """Why the answer has ended."""
+        return _chunk(index, Delta(), reason=reason)
 
     def _logprobs(self, tokens: Iterable[Sampled]) -> Logprobs | None:
         """Log-probabilities of tokens with a text, if they were requested."""
-        if not self._body.logprobs:
+        if not self._has_logprobs:
             return None
-        shown = [token for token in tokens if token.token_id not in self._generation.end_token_ids]
-        return Logprobs(content=[token_logprob(self._tokenizer, token) for token in shown])
+        shown = [token for token in tokens if token.token_id not in self.generation.end_token_ids]
+        return Logprobs(content=[token_logprob(self.tokenizer, token) for token in shown])
 
 
-def _finish_reason(reason: str) -> FinishReason:
-    return "length" if reason == "length" else "stop"
+def _chunk(
+    index: int, delta: Delta, logprobs: Logprobs | None = None, reason: FinishReason | None = None
+) -> ChunkChoice:
+    return ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)

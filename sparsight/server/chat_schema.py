@@ -4,10 +4,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from sparsight.server.answers import FinishReason
 from sparsight.server.logprobs import TokenLogprob
 from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, SamplingBody, Usage
-
-FinishReason = Literal["stop", "length"]
 
 
 class TextPart(Body):

@@ -93,13 +93,10 @@ class EngineLoop:
         self._thread.join()
         self.engine.close()
 
-    def submit(self, inputs: Mapping[str, Any], recipe: Recipe, params: SamplingParams) -> Stream:
-        """Give the engine a request. It never waits for a step.
-
-        Raises:
-            ValueError: as :meth:`sparsight.Engine.add`.
-        """
-        stream = Stream(self.engine.add(inputs=inputs, recipe=recipe, params=params))
+    def submit(self, inputs: Mapping[str, Any], recipe: Recipe, params: SamplingParams, keep_positions: bool) -> Stream:
+        """Give the engine a request, as :meth:`sparsight.Engine.add` does. It never waits for a step."""
+        handle = self.engine.add(inputs=inputs, recipe=recipe, params=params, keep_positions=keep_positions)
+        stream = Stream(handle)
         with self._changed:
             self._streams.append(stream)
             self._changed.notify()

@@ -3,15 +3,18 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from PIL.Image import Image
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsight.models.families import FAMILIES
 from sparsight.models.images import ImageError
 from sparsight.models.inputs import apply_chat_template, check_image, special_tokens
+from sparsight.models.layouts import find_tiles
 from sparsight.models.loading import Checkpoint
 from sparsight.server.errors import APIError
 from sparsight.server.settings import Settings
@@ -19,6 +22,39 @@ from sparsight.server.settings import Settings
 WORKERS = 2
 
 Inputs = Mapping[str, Any]
+
+
+class Grid(NamedTuple):
+    """A rectangle of an image that the model encodes as a grid of vision tokens.
+
+    Attributes:
+        name: the image, or the scale of the image.
+        width: in pixels, as the model gets them.
+        height: in pixels.
+        positions: of the vision tokens in the prompt, int64 ``[rows, columns]``.
+    """
+
+    name: str
+    width: int
+    height: int
+    positions: Tensor
+
+
+class Prompt(NamedTuple):
+    """What the model gets of a request.
+
+    Attributes:
+        inputs: what the processor returned.
+        grids: of its images; empty where the layout is not known.
+    """
+
+    inputs: Inputs
+    grids: Sequence[Grid] = ()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return int(self.inputs["input_ids"].shape[1])
 
 
 class Prompts:
@@ -53,7 +89,7 @@ class Prompts:
                     message = f"{field} must not spell {token!r}, which is a special token of the model."
                     raise APIError(400, message, param=field)
 
-    async def from_messages(self, messages: Sequence[Mapping[str, Any]]) -> Inputs:
+    async def from_messages(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         """Inputs of a conversation in the processor's chat format, with PIL images.
 
         Raises:
@@ -63,12 +99,12 @@ class Prompts:
             raise APIError(400, "The model has no chat template: use /v1/completions.", param="messages")
         return await self._run(self._conversation, messages)
 
-    async def from_text(self, text: str) -> Inputs:
+    async def from_text(self, text: str) -> Prompt:
         """Inputs of a text without a chat template."""
         tokenizer = self.checkpoint.processor.tokenizer
-        return await self._run(lambda: tokenizer(text, return_tensors="pt"))
+        return await self._run(lambda: _of_tokens(tokenizer(text)["input_ids"]))
 
-    def from_tokens(self, tokens: Sequence[int]) -> Inputs:
+    def from_tokens(self, tokens: Sequence[int]) -> Prompt:
         """Inputs of token ids.
 
         Raises:
@@ -79,17 +115,27 @@ class Prompts:
             if token >= self.vocabulary or token in special:
                 message = f"prompt must not have the token {token}: it is a special token, or none of the model's."
                 raise APIError(400, message, param="prompt")
-        ids = torch.tensor([list(tokens)])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return _of_tokens(tokens)
 
-    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Inputs:
+    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
         for part in parts:
             if isinstance(part.get("image"), Image):
                 check_image(self.checkpoint, part["image"])
-        return apply_chat_template(self.checkpoint.processor, [list(messages)])
+        inputs = apply_chat_template(self.checkpoint.processor, [list(messages)])
+        return Prompt(inputs, self._grids(inputs))
 
-    async def _run(self, prepare: Callable[..., Inputs], *arguments: Any) -> Inputs:
+    def _grids(self, inputs: Inputs) -> list[Grid]:
+        family = FAMILIES.get(self.checkpoint.config.model_type)
+        if family is None or inputs.get("pixel_values") is None:
+            return []
+        try:
+            tiles = find_tiles(family.layout, self.checkpoint.config, inputs)
+        except ValueError:
+            return []
+        return [Grid(tile.name, tile.pixels.shape[1], tile.pixels.shape[0], tile.tokens) for tile in tiles]
+
+    async def _run(self, prepare: Callable[..., Prompt], *arguments: Any) -> Prompt:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._workers, prepare, *arguments)
         except ImageError as error:
@@ -99,3 +145,8 @@ class Prompts:
             raise APIError(400, message, param="messages") from error
         except (ValueError, TypeError) as error:
             raise APIError(400, "The model's processor refuses the request.") from error
+
+
+def _of_tokens(tokens: Sequence[int]) -> Prompt:
+    ids = torch.tensor([list(tokens)])
+    return Prompt({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -107,18 +107,6 @@ class SamplingBody(Body):
         """How the prompt is compressed."""
         return default if self.sparsight is None else self.sparsight.recipe(default)
 
-    def check(self, vocabulary: int, max_answers: int, max_new_tokens: int, requested: int | None) -> None:
-        """Raise APIError if a value exceeds a limit of the server or the model."""
-        if self.n is not None and self.n > max_answers:
-            raise APIError(400, f"n must be at most {max_answers}.", param="n")
-        if requested is not None and requested > max_new_tokens:
-            name = "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
-            raise APIError(400, f"{name} must be at most {max_new_tokens}.", param=name)
-        if self.logit_bias and max(map(int, self.logit_bias)) >= vocabulary:
-            raise APIError(400, f"logit_bias must have token ids below {vocabulary}.", param="logit_bias")
-        if self.stream_options is not None and not self.stream:
-            raise APIError(400, "stream_options needs stream.", param="stream_options")
-
 
 class CacheUsage(BaseModel):
     """What the KV cache held of the prompt, for each answer.
@@ -175,3 +163,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorBody, "description": "The server cannot answer now."},
 }
 """Responses that every endpoint may have."""
+
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+"""The other response of endpoints that can stream."""

@@ -1,28 +1,23 @@
-"""Requests from their acceptance to their end, whichever endpoint they came to."""
+"""What the endpoints share."""
 
-import math
 import time
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
-from sparsight.compression.recipe import Recipe
-from sparsight.engine.admission import most_bytes
 from sparsight.engine.engine import Engine
-from sparsight.engine.request import Completion, OutOfMemoryError, Piece, RequestError
-from sparsight.engine.sampling import SamplingParams
-from sparsight.server.engine_loop import EngineLoop, Stream, logger
-from sparsight.server.errors import APIError
+from sparsight.server.engine_loop import EngineLoop
+from sparsight.server.errors import RETRY_SECONDS, APIError, stopping
+from sparsight.server.generation import Generation
 from sparsight.server.images import ImageLoader
-from sparsight.server.prompts import Inputs, Prompts
+from sparsight.server.kept import KeptStore
+from sparsight.server.metrics import Metrics
+from sparsight.server.prompts import Prompts
+from sparsight.server.schema import SamplingBody
 from sparsight.server.settings import Settings
-
-RETRY_SECONDS = 1
-"""After which a client that was rejected may try again."""
 
 
 class Service:
-    """What the endpoints share: the engine's loop, the limits and the requests that have not ended.
+    """The engine's loop, the limits and the requests that have not ended.
 
     Args:
         engine: the engine; the service steps and closes it.
@@ -36,17 +31,23 @@ class Service:
         self.loop = EngineLoop(engine)
         self.prompts = Prompts(engine.model, engine.processor, settings)
         self.generation_config: Any = engine.model.generation_config
+        self.kept = KeptStore(settings.kept_requests)
         self.draining = False
         self.created = int(time.time())
         self.active: set[Generation] = set()
+        self.metrics = Metrics(engine, self.active)
 
     @property
     def waiting(self) -> int:
         """Requests without a token so far."""
         return sum(not each.started for each in self.active)
 
-    def accept(self, prefix: str) -> "Generation":
-        """A place for a request whose id has a prefix. The caller closes it.
+    def accept(self, prefix: str, key_id: str | None) -> Generation:
+        """A place for a request, which the caller closes.
+
+        Args:
+            prefix: what the request's id begins with.
+            key_id: of the API key that it came with.
 
         Raises:
             APIError: the server stops, or too many requests wait.
@@ -56,12 +57,25 @@ class Service:
         if self.waiting >= self.settings.max_queue:
             message = f"The server is busy: {self.settings.max_queue} requests are waiting."
             raise APIError(503, message, kind="server_error", code="overloaded", retry_after=RETRY_SECONDS)
-        return Generation(self, f"{prefix}-{uuid.uuid4().hex}")
+        return Generation(self, f"{prefix}-{uuid.uuid4().hex}", key_id)
 
     def check_model(self, name: str) -> None:
         """Raise APIError unless the server has this model."""
         if name != self.name:
             raise APIError(404, f"The model must be {self.name!r}.", param="model", code="model_not_found")
+
+    def check_sampling(self, body: SamplingBody, longest: int | None) -> None:
+        """Raise APIError if a value exceeds a limit of the server or the model."""
+        most, vocabulary = min(self.settings.max_answers, self.engine.max_running), self.prompts.vocabulary
+        if body.n is not None and body.n > most:
+            raise APIError(400, f"n must be at most {most}.", param="n")
+        if longest is not None and longest > self.settings.max_new_tokens:
+            name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+            raise APIError(400, f"{name} must be at most {self.settings.max_new_tokens}.", param=name)
+        if body.logit_bias and max(map(int, body.logit_bias)) >= vocabulary:
+            raise APIError(400, f"logit_bias must have token ids below {vocabulary}.", param="logit_bias")
+        if body.stream_options is not None and not body.stream:
+            raise APIError(400, "stream_options needs stream.", param="stream_options")
 
     def start(self) -> None:
         """Start to generate; called on the event loop."""
@@ -71,137 +85,3 @@ class Service:
         """End all requests."""
         self.prompts.close()
         self.loop.stop()
-
-
-class Generation:
-    """One request: a place in the queue, then in the engine.
-
-    Attributes:
-        id: what the response is called.
-        created: seconds since the epoch.
-        params: how it is sampled, once it has begun.
-        recipe: how its prompt is compressed, once it has begun.
-        prompt_tokens: length of its prompt.
-        new_tokens: tokens generated so far, all answers together.
-        end_token_ids: tokens that end an answer and have no text.
-    """
-
-    def __init__(self, service: Service, id: str) -> None:
-        self._service, self.id = service, id
-        self._stream: Stream | None = None
-        self.created = int(time.time())
-        self.started = False
-        self.params = SamplingParams()
-        self.recipe = service.engine.recipe
-        self.prompt_tokens = self.new_tokens = 0
-        self.end_token_ids: frozenset[int] = frozenset()
-        service.active.add(self)
-
-    async def begin(self, inputs: Inputs, recipe: Recipe, longest: int | None, sampling: Mapping[str, Any]) -> None:
-        """Give the request to the engine and wait for its first token.
-
-        Args:
-            inputs: the prompt.
-            recipe: how the prompt is compressed.
-            longest: most tokens of an answer; as many as the limit and the model's context allow if None.
-            sampling: further arguments of :class:`SamplingParams`, in place of the model's own.
-
-        Raises:
-            APIError: the request does not fit, or it failed.
-        """
-        service = self._service
-        self.prompt_tokens, self.recipe = int(inputs["input_ids"].shape[1]), recipe
-        longest = self._longest(longest)
-        self.params = SamplingParams.from_generation_config(
-            service.generation_config, max_new_tokens=longest, **sampling
-        )
-        self.end_token_ids = self.params.end_token_ids(service.generation_config)
-        self._check_memory()
-        self._stream = service.loop.submit(inputs, recipe, self.params)
-        await self._stream.arrival()
-        self.started = True
-        if self._stream.handle.error is not None and not self._stream.handle.started:
-            raise _failure(self._stream.handle.error)
-
-    async def pieces(self) -> list[Piece]:
-        """What was generated since the last call; empty at the end.
-
-        Raises:
-            APIError: the request failed, or was ended by the server.
-        """
-        assert self._stream is not None
-        try:
-            pieces = await self._stream.next()
-        except RequestError as error:
-            raise _failure(error) from error
-        if not pieces and any(each.finish_reason == "aborted" for each in self._stream.completions):
-            raise stopping()
-        self.new_tokens += sum(piece.token is not None for piece in pieces)
-        return pieces
-
-    async def finish(self) -> list[Completion]:
-        """The complete answers.
-
-        Raises:
-            APIError: as :meth:`pieces`.
-        """
-        while await self.pieces():
-            pass
-        return self.completions
-
-    @property
-    def completions(self) -> list[Completion]:
-        """The complete answers, in order."""
-        assert self._stream is not None
-        return self._stream.completions
-
-    def abort(self) -> None:
-        """End the request where it is."""
-        if self._stream is not None and not self._stream.done:
-            self._service.loop.abort(self._stream)
-
-    def close(self) -> None:
-        """Give the place back; a request that has not ended is aborted."""
-        self.abort()
-        self._service.active.discard(self)
-
-    def _longest(self, requested: int | None) -> int:
-        limit, context = self._service.settings.max_new_tokens, self._service.prompts.context
-        room = math.inf if context is None else context - self.prompt_tokens
-        if room < (requested or 1):
-            message = (
-                f"The prompt has {self.prompt_tokens:,} tokens and the answer may have {requested or 1:,}, but the "
-                f"model's context has {context:,}."
-            )
-            raise APIError(400, message, param="messages", code="context_length_exceeded")
-        return int(min(limit, room)) if requested is None else requested
-
-    def _check_memory(self) -> None:
-        engine = self._service.engine
-        config = engine.model.config.get_text_config(decoder=True)
-        sizes = self.prompt_tokens, self.params.max_new_tokens
-        if most_bytes(config, engine.model.dtype, self.recipe, *sizes) * self.params.n > engine.kv_bytes:
-            message = (
-                "The request needs more KV memory than the server has: ask for a shorter answer, fewer answers or a "
-                "smaller budget."
-            )
-            raise APIError(400, message, code="kv_memory_exceeded")
-
-
-def stopping() -> APIError:
-    """The answer of a server that stops."""
-    message = "The server is shutting down."
-    return APIError(503, message, kind="server_error", code="shutting_down", retry_after=RETRY_SECONDS)
-
-
-def _failure(error: RequestError) -> APIError:
-    """What a client is told of a request that failed."""
-    if isinstance(error, OutOfMemoryError):
-        message = "The server has not enough memory for the request now."
-        return APIError(503, message, kind="server_error", code="out_of_memory", retry_after=RETRY_SECONDS)
-    if isinstance(error.__cause__, ValueError):
-        return APIError(400, "The request cannot be processed with this model and method.")
-    if error.__cause__ is None:
-        return stopping()
-    logger.error("A request failed.", exc_info=error.__cause__)
-    return APIError(500, "The model failed on the request.", kind="server_error")

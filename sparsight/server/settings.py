@@ -29,6 +29,7 @@ class Settings:
         requests_per_minute: requests of one API key, or of all clients if there are no keys; None for any number.
         kept_requests: finished requests of which the entries kept can be looked up.
         drain_seconds: time that running requests have to finish after a signal to stop.
+        log_prompts: whether the access log has the texts of requests.
     """
 
     max_queue: int = 128
@@ -52,3 +53,4 @@ class Settings:
     requests_per_minute: int | None = None
     kept_requests: int = 64
     drain_seconds: float = 30.0
+    log_prompts: bool = False

@@ -5,9 +5,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from sparsight.server.errors import APIError
+from sparsight.server.errors import APIError, stopping
 from sparsight.server.schema import ERRORS
-from sparsight.server.service import Service, stopping
+from sparsight.server.service import Service
 
 router = APIRouter()
 

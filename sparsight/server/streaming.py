@@ -9,14 +9,12 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from sparsight.server.access_log import CLIENT_CLOSED_REQUEST
 from sparsight.server.engine_loop import logger
 from sparsight.server.errors import APIError, unexpected
-from sparsight.server.service import Generation
+from sparsight.server.generation import Generation
 
 T = TypeVar("T")
-
-CLIENT_CLOSED_REQUEST = 499
-"""The status that logs have for a request whose client has gone; nobody receives it."""
 
 DONE = "data: [DONE]\n\n"
 
@@ -44,6 +42,7 @@ async def respond(
     Raises:
         APIError: the request fails before anything is sent.
     """
+    generation.log = request.state.log
     try:
         await _unless_disconnected(request, beginning)
         if events is not None:
@@ -106,7 +105,8 @@ class EventStream(StreamingResponse):
 async def _encoded(events: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
     try:
         async for event in events:
-            yield f"data: {event.model_dump_json(exclude_unset=True)}\n\n"
+            name = getattr(event, "type", None)
+            yield f"event: {name}\n" * (name is not None) + f"data: {event.model_dump_json(exclude_unset=True)}\n\n"
     except Exception as error:
         if not isinstance(error, APIError):
             logger.exception("A stream failed.")

@@ -60,12 +60,15 @@ class RunningServer:
         return openai.OpenAI(**settings, _strict_response_validation=True)
 
 
+def image_loader() -> ImageLoader:
+    return ImageLoader(Settings())
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     model, processor = sparsight.load()
     engine = sparsight.Engine(model, processor, kv_memory=2**28)
-    images = ImageLoader(Settings())
-    with RunningServer(create_app(engine, MODEL, Settings(), images)) as running:
+    with RunningServer(create_app(engine, MODEL, Settings(), image_loader())) as running:
         yield running
 
 
