@@ -35,8 +35,8 @@ class ImageLoader:
             APIError: the URL or the image is refused (400), or too many images are in use (503).
         """
         if start := _DATA.match(url):
-            # Four characters of base64 are three bytes; the last may be padding.
-            if len(url) - start.end() > 4 * -(-self.max_bytes // 3):
+            # Four characters of base64 are three bytes, except for the padding.
+            if (len(url) - start.end()) // 4 * 3 - url.count("=", -2) > self.max_bytes:
                 raise refusal(f"An image may have at most {self.max_bytes:,} bytes.")
             return await self.pool.decode(url[start.end() :].encode("ascii", "replace"), encoded=True)
         if self.fetcher is None:

@@ -129,7 +129,8 @@ def test_a_text_that_inflates_is_not_inflated() -> None:
 def test_bytes_are_counted_before_they_are_decoded() -> None:
     sentence = "An image may have at most 1,000 bytes."
     # Decoded, it would not be base64.
-    assert refused("data:image/png;base64," + "!" * 1337, max_image_bytes=1000) == sentence
+    assert refused("data:image/png;base64," + "!" * 1340, max_image_bytes=1000) == sentence
+    assert refused(data_url(bytes(1001)), max_image_bytes=1000) == sentence
     assert refused(data_url(bytes(1000)), max_image_bytes=1000) == UNKNOWN_FORMAT
 
 
