@@ -2,11 +2,16 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from sparsight.server.answers import FinishReason
 from sparsight.server.logprobs import TokenLogprob
 from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, SamplingBody, Usage
+from sparsight.server.validation import OWN
+
+MAX_PARTS = 2048
+"""Messages of a request and parts of their contents: to validate more of them would stop all other clients."""
 
 
 class TextPart(Body):
@@ -35,7 +40,7 @@ class UserMessage(Body):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"name": ()}
     role: Literal["user"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
 class SystemMessage(Body):
@@ -43,7 +48,7 @@ class SystemMessage(Body):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"name": ()}
     role: Literal["system"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class AssistantMessage(Body):
@@ -58,7 +63,7 @@ class AssistantMessage(Body):
         "tool_calls": ([],),
     }
     role: Literal["assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
@@ -84,10 +89,19 @@ class ChatRequest(SamplingBody):
         "verbosity": ("medium",),
         "web_search_options": (),
     }
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _few(cls, messages: Any) -> Any:
+        if isinstance(messages, list):
+            contents = [message.get("content") for message in messages if isinstance(message, dict)]
+            if len(messages) + sum(len(each) for each in contents if isinstance(each, list)) > MAX_PARTS:
+                raise PydanticCustomError(OWN, f"must have at most {MAX_PARTS:,} messages and parts")
+        return messages
 
 
 class Logprobs(BaseModel):

@@ -20,13 +20,14 @@ DEFAULT_MAX_TOKENS = 16
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
+SOME = Field(min_length=1, fail_fast=True)
 
 
 class CompletionRequest(SamplingBody):
     """A text, or the ids of its tokens, that the model continues."""
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",)}
-    prompt: Text | Annotated[list[Text] | list[TokenId], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], SOME] | Annotated[list[TokenId], SOME]
 
 
 class CompletionChoice(BaseModel):

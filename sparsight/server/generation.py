@@ -63,7 +63,7 @@ class Generation:
         """
         service = self._service
         self.prompt_tokens, self.recipe = prompt.length, recipe
-        longest = self._longest(longest)
+        longest = self._longest(longest, prompt.field)
         self.params = SamplingParams.from_generation_config(
             service.generation_config, max_new_tokens=longest, **sampling
         )
@@ -132,7 +132,7 @@ class Generation:
             self.log |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
             self.log |= {"finish_reason": ",".join(dict.fromkeys(reasons))}
 
-    def _longest(self, requested: int | None) -> int:
+    def _longest(self, requested: int | None, field: str) -> int:
         limit, context = self._service.settings.max_new_tokens, self._service.prompts.context
         room = math.inf if context is None else context - self.prompt_tokens
         if room < (requested or 1):
@@ -140,7 +140,7 @@ class Generation:
                 f"The prompt has {self.prompt_tokens:,} tokens and the answer may have {requested or 1:,}, but the "
                 f"model's context has {context:,}."
             )
-            raise APIError(400, message, param="messages", code="context_length_exceeded")
+            raise APIError(400, message, param=field, code="context_length_exceeded")
         return int(min(limit, room)) if requested is None else requested
 
     def _check_memory(self) -> None:

@@ -46,10 +46,12 @@ class Prompt(NamedTuple):
     Attributes:
         inputs: what the processor returned.
         grids: of its images; empty where the layout is not known.
+        field: of the request that it is from.
     """
 
     inputs: Inputs
     grids: Sequence[Grid] = ()
+    field: str = "messages"
 
     @property
     def length(self) -> int:
@@ -149,4 +151,4 @@ class Prompts:
 
 def _of_tokens(tokens: Sequence[int]) -> Prompt:
     ids = torch.tensor([list(tokens)])
-    return Prompt({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return Prompt({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, field="prompt")

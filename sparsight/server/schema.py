@@ -14,6 +14,9 @@ from sparsight.server.validation import OWN
 
 MAX_STOP, MAX_STOP_LENGTH, MAX_BIASES, MAX_TOP_LOGPROBS = 4, 256, 1024, 20
 
+MAX_FIELDS = 64
+"""Fields of an object. Errors for very many of them would take seconds, in which no other client is answered."""
+
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -33,6 +36,8 @@ class Body(BaseModel):
     def _without_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:
+            raise PydanticCustomError(OWN, "has too many fields")
         return {
             name: value
             for name, value in data.items()
@@ -74,7 +79,7 @@ class SamplingBody(Body):
     model: str
     max_tokens: Count | None = None
     n: Count | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -87,11 +92,14 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     sparsight: Method | None = None
 
-    @field_validator("logit_bias")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if bias is not None and not all(token.isdecimal() and token.isascii() and len(token) < 10 for token in bias):
-            raise PydanticCustomError(OWN, "must map token ids to numbers")
+    def _token_ids(cls, bias: Any) -> Any:
+        if isinstance(bias, dict):
+            if len(bias) > MAX_BIASES:
+                raise PydanticCustomError(OWN, f"must have at most {MAX_BIASES} items")
+            if not all(token.isdecimal() and token.isascii() and len(token) < 10 for token in bias):
+                raise PydanticCustomError(OWN, "must map token ids to numbers")
         return bias
 
     @property

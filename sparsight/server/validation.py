@@ -32,6 +32,10 @@ SENTENCES = {
 }
 """By the type of pydantic's error; its context fills the gaps."""
 
+_MISSING = object()
+
+Path = tuple[str | int, ...]
+
 OWN = "sparsight"
 """Type of errors whose message is one of our own sentences, which follows the name of the field."""
 
@@ -42,34 +46,57 @@ def body_error(errors: Sequence[Mapping[str, Any]], body: Any) -> APIError:
         return APIError(400, "The body is not valid JSON.")
     fields = [_field(error, body) for error in errors]
     field = max(fields, key=len)
-    # A field that may be one of several types has an error for each.
-    wrong = [_sentence(error) for error, other in zip(errors, fields, strict=True) if other == field]
+    found = [error for error, other in zip(errors, fields, strict=True) if other == field]
+    # A field that may be of several types has an error for each: those of the type that it has say more.
+    found = [error for error in found if not error["type"].endswith("_type")] or found
     name = _name(field)
-    return APIError(400, f"{name or 'The body'} {' or '.join(dict.fromkeys(wrong))}.", param=name or None)
+    sentences = " or ".join(dict.fromkeys(map(_sentence, found)))
+    return APIError(400, f"{name or 'The body'} {sentences}.", param=name or None)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
     if error["type"] == OWN:
         return str(error["msg"])
-    return SENTENCES.get(error["type"], "is not valid").format(**error.get("ctx", {}))
+    context = error.get("ctx", {})
+    # Limits of numbers are floats without need.
+    context = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
+    return SENTENCES.get(error["type"], "is not valid").format(**context)
 
 
-def _field(error: Mapping[str, Any], body: Any) -> list[str | int]:
-    """The keys and indices of a field. Pydantic's location also has the types of unions, which the body has not."""
-    location = list(error["loc"][1:])
-    field, value = [], body
-    for part in location:
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
-            field.append(part)
-            value = value[part]
-    if error["type"] == "missing" and location:
-        field.append(location[-1])
+def _field(error: Mapping[str, Any], body: Any) -> Path:
+    """The keys and indices of a field."""
+    location = error["loc"][1:]
+    if error["type"] == "missing":
+        return (*_path(location[:-1], body)[1], *location[-1:])
+    field = _path(location, body)[1]
     if error["type"].startswith("union_tag"):
-        field.append(str(error["ctx"]["discriminator"]).strip("'"))
+        return (*field, error["ctx"]["discriminator"].strip("'"))
     return field
 
 
-def _name(field: Sequence[str | int]) -> str:
+def _path(location: Path, value: Any) -> tuple[bool, Path]:
+    """The part of pydantic's location that is in a body; it also has the types of unions.
+
+    Returns:
+        Whether its last part is, and the keys and indices.
+    """
+    if not location:
+        return False, ()
+    first, rest = location[0], location[1:]
+    without = _path(rest, value)
+    if isinstance(value, dict):
+        value = value.get(first, _MISSING)
+    elif isinstance(value, list) and isinstance(first, int) and first < len(value):
+        value = value[first]
+    else:
+        value = _MISSING
+    if value is _MISSING:
+        return without
+    ends, path = _path(rest, value)
+    return max((ends or not rest, (first, *path)), without, key=lambda each: (each[0], len(each[1])))
+
+
+def _name(field: Path) -> str:
     """The field as a path such as ``messages[0].content``."""
     name = ""
     for part in field:

@@ -56,8 +56,13 @@ class RunningServer:
         self._thread.join()
 
     def client(self, **options: Any) -> openai.OpenAI:
-        settings = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | options
-        return openai.OpenAI(**settings, _strict_response_validation=True)
+        settings = {
+            "base_url": f"{self.url}/v1",
+            "api_key": "none",
+            "max_retries": 0,
+            "_strict_response_validation": True,
+        }
+        return openai.OpenAI(**(settings | options))
 
 
 def image_loader() -> ImageLoader:
