@@ -125,7 +125,7 @@ class Fetcher:
             body = bytearray()
             while not isinstance(event := connection.next_event(), h11.EndOfMessage):
                 if event is h11.NEED_DATA:
-                    connection.receive_data(await reader.read(2**16))
+                    connection.receive_data(await reader.read(2**14))
                 elif isinstance(event, h11.Response):
                     self._check(event)
                 elif isinstance(event, h11.Data):
