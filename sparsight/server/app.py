@@ -59,7 +59,7 @@ def create_app(
         service.start()
         yield
         service.stop()
-        images.close()
+        await images.close()
 
     app = FastAPI(title="Sparsight", version=sparsight.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service

@@ -1,6 +1,7 @@
 """Decoding untrusted images in worker processes, with limits on pixels, memory and time."""
 
 import asyncio
+import os
 import sys
 import weakref
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -13,7 +14,7 @@ from sparsight.models.images import MAX_RATIO
 from sparsight.server.errors import APIError
 from sparsight.server.image_worker import FORMATS, IMAGE, READY, RESULT
 
-WORKERS = 2
+WORKERS = max(2, min(8, (os.cpu_count() or 1) // 2))
 """Images that are decoded at the same time."""
 
 START_SECONDS = 60
@@ -34,7 +35,7 @@ class ImagePool:
         # For the decoder and the conversions to RGB, and for the interpreter with its libraries.
         self._memory = 40 * max_pixels + 8 * max_bytes + 2**29
         self._places = asyncio.Semaphore(WORKERS)
-        self._idle: list[Process] = []
+        self.idle: list[Process] = []
         self._decoded = 0
 
     async def decode(self, data: bytes, *, encoded: bool = False) -> Image.Image:
@@ -51,18 +52,18 @@ class ImagePool:
             if self._decoded >= self.max_decoded:
                 message = "The server is busy: too many images are in use."
                 raise APIError(503, message, kind="server_error", code="overloaded", retry_after=1)
-            process = self._idle.pop() if self._idle else await self._start()
+            process = await self._worker()
             try:
                 with anyio.fail_after(self.seconds):
                     width, height, content = await _exchange(process, data, encoded)
             except BaseException as error:
-                _kill(process)
+                await _end(process)
                 if isinstance(error, TimeoutError):
                     raise refusal("An image takes too long to decode.") from error
                 if isinstance(error, OSError | asyncio.IncompleteReadError):
                     raise self._refused("damaged picture") from error
                 raise
-            self._idle.append(process)
+            self.idle.append(process)
         if not width:
             raise self._refused(content.decode())
         image = await asyncio.to_thread(Image.frombytes, "RGB", (width, height), content)
@@ -70,10 +71,18 @@ class ImagePool:
         weakref.finalize(image, self._release, width * height)
         return image
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the processes."""
-        while self._idle:
-            _kill(self._idle.pop())
+        while self.idle:
+            await _end(self.idle.pop())
+
+    async def _worker(self) -> Process:
+        while self.idle:
+            process = self.idle.pop()
+            # None as long as it runs.
+            if process.returncode is None:
+                return process
+        return await self._start()
 
     async def _start(self) -> Process:
         command = sys.executable, "-m", "sparsight.server.image_worker", str(self.max_pixels), str(self._memory)
@@ -83,7 +92,7 @@ class ImagePool:
             with anyio.fail_after(START_SECONDS):
                 await process.stdout.readexactly(len(READY))
         except BaseException:
-            _kill(process)
+            await _end(process)
             raise
         return process
 
@@ -111,9 +120,12 @@ async def _exchange(process: Process, data: bytes, encoded: bool) -> tuple[int, 
     return width, height, await process.stdout.readexactly(3 * width * height if width else height)
 
 
-def _kill(process: Process) -> None:
+async def _end(process: Process) -> None:
     with suppress(ProcessLookupError):
         process.kill()
+    # Also for a request that is being cancelled.
+    with anyio.CancelScope(shield=True):
+        await process.wait()
 
 
 def refusal(message: str) -> APIError:

@@ -8,7 +8,7 @@ from sparsight.server.fetch import Fetcher
 from sparsight.server.image_pool import ImagePool, refusal
 from sparsight.server.settings import Settings
 
-_DATA = re.compile(r"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE)
+_DATA = re.compile(r"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE | re.ASCII)
 
 
 class ImageLoader:
@@ -21,7 +21,7 @@ class ImageLoader:
 
     def __init__(self, settings: Settings, fetcher: Fetcher | None = None) -> None:
         self.max_bytes, self.fetcher = settings.max_image_bytes, fetcher
-        self._pool = ImagePool(
+        self.pool = ImagePool(
             max_pixels=settings.max_image_pixels,
             max_bytes=settings.max_image_bytes,
             max_decoded=settings.max_decoded_pixels,
@@ -35,14 +35,14 @@ class ImageLoader:
             APIError: the URL or the image is refused (400), or too many images are in use (503).
         """
         if start := _DATA.match(url):
-            # Four characters of base64 are three bytes; the last may be padding.
-            if len(url) - start.end() > 4 * -(-self.max_bytes // 3):
+            # Four characters of base64 are three bytes, except for the padding.
+            if (len(url) - start.end()) // 4 * 3 - url.count("=", -2) > self.max_bytes:
                 raise refusal(f"An image may have at most {self.max_bytes:,} bytes.")
-            return await self._pool.decode(url[start.end() :].encode("ascii", "replace"), encoded=True)
+            return await self.pool.decode(url[start.end() :].encode("ascii", "replace"), encoded=True)
         if self.fetcher is None:
             raise refusal("An image must be a data URL, data:image/png;base64,... for example; links are not fetched.")
-        return await self._pool.decode(await self.fetcher.fetch(url))
+        return await self.pool.decode(await self.fetcher.fetch(url))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the processes that decode images."""
-        self._pool.close()
+        await self.pool.close()

@@ -5,7 +5,7 @@ import hmac
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope
@@ -28,7 +28,7 @@ def read_keys(path: str | Path) -> list[str]:
     """
     name = printable(path)
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read the file with API keys, {name}.") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
@@ -53,15 +53,16 @@ class KeyGuard(Guard):
     async def check(self, scope: Scope, receive: Receive) -> Receive:
         """Compare the key."""
         if not is_open(scope):
-            key_id = self._identify(scope)
+            key_id = self.identify(scope["headers"])
             if key_id is None:
                 message = "The API key is missing or wrong: send Authorization: Bearer KEY."
                 raise APIError(401, message, code="invalid_api_key")
             scope.setdefault("state", {})["key_id"] = key_id
         return receive
 
-    def _identify(self, scope: Scope) -> str | None:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
+    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+        """The digest of the key in a request's headers; None if there is no valid one."""
+        given = [value for name, value in headers if name == b"authorization"]
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
         digest = _digest(key.strip())
         # All of them are compared, and each in constant time.

@@ -73,7 +73,7 @@ def image_loader() -> ImageLoader:
 def server() -> Iterator[RunningServer]:
     model, processor = sparsight.load()
     engine = sparsight.Engine(model, processor, kv_memory=2**28)
-    with RunningServer(create_app(engine, MODEL, Settings(), image_loader())) as running:
+    with RunningServer(create_app(engine, MODEL, Settings(), image_loader(), loopback=True)) as running:
         yield running
 
 
