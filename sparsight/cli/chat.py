@@ -35,7 +35,7 @@ def main(
         str | None, typer.Option(help="Talk to this server instead of a model in this process.", metavar="URL")
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="The first line of this file is the server's API key.", metavar="FILE")
+        Path | None, typer.Option(help="File whose first key is the server's API key.", metavar="FILE")
     ] = None,
     max_new_tokens: options.MaxNewTokens = 500,
     method: Annotated[
@@ -186,11 +186,12 @@ def _number(text: str) -> float:
 
 
 def _read_key(file: Path) -> str:
-    """The first line of a file."""
+    """The first line of a file that is neither empty nor a comment, as in the file of the server."""
     try:
-        key = file.read_text().partition("\n")[0].strip()
+        lines = [line.strip() for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read the API key from {printable(file)}.") from error
-    if not key:
-        raise ValueError(f"The first line of {printable(file)} is not an API key.")
-    return key
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"There is no API key in {printable(file)}.")
+    return keys[0]

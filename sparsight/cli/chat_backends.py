@@ -106,7 +106,11 @@ class ServerBackend:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._max_new_tokens = max_new_tokens
-        self._model = json.loads(b"".join(self._request("/v1/models")))["data"][0]["id"]
+        models = b"".join(self._request("/v1/models"))
+        try:
+            self._model = json.loads(models)["data"][0]["id"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{printable(self._url)} has no model: it must be a server with OpenAI's API.") from error
         self._chosen: dict[str, Any] = {}
         self.report = ""
 
@@ -129,17 +133,17 @@ class ServerBackend:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         body |= {"sparsight": self._chosen} if self._chosen else {}
         for line in self._request("/v1/chat/completions", json.dumps(body).encode()):
-            data = line.decode().strip().removeprefix("data: ")
-            if data == "[DONE]":
+            name, _, data = line.strip().partition(b": ")
+            if name == b"data" and data == b"[DONE]":
                 return
-            event = json.loads(data) if data else {}
+            event = json.loads(data) if name == b"data" else {}
             if "error" in event:
                 raise ValueError(str(event["error"]["message"]))
             for choice in event.get("choices", []):
                 yield choice["delta"].get("content") or ""
             if event.get("usage"):
                 self.report = _report(event["usage"])
-        raise ValueError(f"The answer of {self._url} ended too early.")
+        raise ValueError(f"The answer of {printable(self._url)} ended too early.")
 
     def _request(self, path: str, body: bytes | None = None) -> Iterator[bytes]:
         """The lines of a response."""
@@ -175,7 +179,9 @@ def _refusal(error: HTTPError) -> str:
 
 def _report(usage: Mapping[str, Any]) -> str:
     """What a server's ``usage`` says about the KV cache, in the words of :class:`~sparsight.Report`."""
-    cache, prompt = usage["sparsight"], usage["prompt_tokens"]
+    cache, prompt = usage.get("sparsight"), usage["prompt_tokens"]
+    if cache is None:
+        return "The server says nothing about its cache."
     share = cache["kv_bytes"] / max(cache["full_kv_bytes"], 1)
     return (
         f"{cache['method']} at {cache['budget']:.1%}: {prompt} prompt tokens\n"

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 import sparsight
 from sparsight.engine.engine import Engine
-from sparsight.server import chat, completions, kept, metrics, status
+from sparsight.server import chat, completions, kept, metrics, responses, status
 from sparsight.server.access_log import AccessLog
 from sparsight.server.errors import APIError, unexpected
 from sparsight.server.images import ImageLoader
@@ -20,7 +20,7 @@ from sparsight.server.service import Service
 from sparsight.server.settings import Settings
 from sparsight.server.validation import body_error
 
-ROUTERS = (status.router, metrics.router, chat.router, completions.router, kept.router)
+ROUTERS = (status.router, metrics.router, chat.router, completions.router, responses.router, kept.router)
 
 SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
 

@@ -1,6 +1,5 @@
 """``POST /v1/chat/completions``."""
 
-import asyncio
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,10 +16,9 @@ from sparsight.server.chat_schema import (
     Choice,
     ChunkChoice,
     Delta,
-    ImagePart,
     Logprobs,
-    Message,
 )
+from sparsight.server.conversation import check_messages, check_texts, load
 from sparsight.server.errors import APIError
 from sparsight.server.generation import Generation
 from sparsight.server.kept import key_of
@@ -36,16 +34,13 @@ router = APIRouter()
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation with images, completely or as a stream."""
     service: Service = request.app.state.service
-    texts = _check(service, body)
-    if service.settings.log_prompts:
-        request.state.log["prompt"] = list(texts.values())
+    _check(request, body)
     recipe = body.chosen_recipe(service.engine.recipe)
     generation = service.accept("chatcmpl", key_of(request))
     answers = _ChatAnswers(service, body, generation)
 
     async def begin() -> None:
-        images = await asyncio.gather(*map(service.images.load, _image_urls(body.messages)))
-        ready = await service.prompts.from_messages(_chat(body.messages, iter(images)))
+        ready = await load(service, body.messages)
         longest = body.max_tokens or body.max_completion_tokens
         sampling = body.sampling
         if body.logprobs:
@@ -55,13 +50,9 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     return await respond(request, generation, begin(), answers.complete, answers.events() if body.stream else None)
 
 
-def _check(service: Service, body: ChatRequest) -> dict[str, str]:
-    """The texts of a request by the names of their fields.
-
-    Raises:
-        APIError: the request exceeds a limit, or its fields do not go together.
-    """
-    settings = service.settings
+def _check(request: Request, body: ChatRequest) -> None:
+    """Raise APIError if the request exceeds a limit, or its fields do not go together."""
+    service: Service = request.app.state.service
     service.check_model(body.model)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise APIError(400, "max_tokens and max_completion_tokens exclude each other.", param="max_tokens")
@@ -69,40 +60,7 @@ def _check(service: Service, body: ChatRequest) -> dict[str, str]:
         raise APIError(400, "top_logprobs needs logprobs.", param="top_logprobs")
     requested = body.max_tokens or body.max_completion_tokens
     service.check_sampling(body, requested)
-    if len(body.messages) > settings.max_messages:
-        raise APIError(400, f"messages must have at most {settings.max_messages} items.", param="messages")
-    if len(_image_urls(body.messages)) > settings.max_images:
-        raise APIError(400, f"messages must have at most {settings.max_images} images.", param="messages")
-    texts = {}
-    for number, message in enumerate(body.messages):
-        field = f"messages[{number}].content"
-        if isinstance(message.content, str):
-            texts[field] = message.content
-        else:
-            parts = enumerate(message.content)
-            texts |= {f"{field}[{index}].text": part.text for index, part in parts if not isinstance(part, ImagePart)}
-    service.prompts.check_texts(texts)
-    return texts
-
-
-def _image_urls(messages: Iterable[Message]) -> list[str]:
-    parts = [part for message in messages if not isinstance(message.content, str) for part in message.content]
-    return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-
-
-def _chat(messages: Iterable[Message], images: Any) -> list[dict[str, Any]]:
-    """Messages in the processor's chat format, with the images in their order."""
-    chat = []
-    for message in messages:
-        content = [message.content] if isinstance(message.content, str) else message.content
-        parts: list[dict[str, Any]] = []
-        for part in content:
-            if isinstance(part, ImagePart):
-                parts.append({"type": "image", "image": next(images)})
-            else:
-                parts.append({"type": "text", "text": part if isinstance(part, str) else part.text})
-        chat.append({"role": message.role, "content": parts})
-    return chat
+    check_texts(request, check_messages(service, body.messages, "messages"))
 
 
 class _ChatAnswers(Answers):

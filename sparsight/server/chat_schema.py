@@ -2,16 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, Field
 
 from sparsight.server.answers import FinishReason
 from sparsight.server.logprobs import TokenLogprob
-from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, SamplingBody, Usage
-from sparsight.server.validation import OWN
-
-MAX_PARTS = 2048
-"""Messages of a request and parts of their contents: to validate more of them would stop all other clients."""
+from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, ImageBody, SamplingBody, Usage, check_parts
 
 
 class TextPart(Body):
@@ -28,11 +23,16 @@ class ImageURL(Body):
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Body):
+class ImagePart(ImageBody):
     """An image among texts."""
 
     type: Literal["image_url"]
     image_url: ImageURL
+
+    @property
+    def link(self) -> str:
+        """The URL."""
+        return self.image_url.url
 
 
 class UserMessage(Body):
@@ -47,7 +47,7 @@ class SystemMessage(Body):
     """What the model is to keep to."""
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"name": ()}
-    role: Literal["system"]
+    role: Literal["system", "developer"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
@@ -89,19 +89,10 @@ class ChatRequest(SamplingBody):
         "verbosity": ("medium",),
         "web_search_options": (),
     }
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(check_parts)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _few(cls, messages: Any) -> Any:
-        if isinstance(messages, list):
-            contents = [message.get("content") for message in messages if isinstance(message, dict)]
-            if len(messages) + sum(len(each) for each in contents if isinstance(each, list)) > MAX_PARTS:
-                raise PydanticCustomError(OWN, f"must have at most {MAX_PARTS:,} messages and parts")
-        return messages
 
 
 class Logprobs(BaseModel):

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from sparsight.engine.request import Piece
 from sparsight.server.answers import Answers, FinishReason, finish_reason
+from sparsight.server.conversation import check_texts
 from sparsight.server.errors import APIError
 from sparsight.server.kept import key_of
 from sparsight.server.schema import ERRORS, STREAM, SamplingBody, Usage
@@ -63,7 +64,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             raise APIError(400, "prompt must be one text, or the tokens of one.", param="prompt")
         prompt = prompt[0]
     if isinstance(prompt, str):
-        prompts.check_texts({"prompt": prompt})
+        check_texts(request, {"prompt": prompt})
     recipe = body.chosen_recipe(service.engine.recipe)
     generation = service.accept("cmpl", key_of(request))
     answers = _TextAnswers(service, body, generation)

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Names and meanings are vLLM's, with the prefix ``sparsight:``; the last ones are our own."""
+"""Prometheus metrics: vLLM's names with the prefix ``sparsight:``, and what compression makes of the KV memory."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence

@@ -1,6 +1,7 @@
 """Request fields and response parts that endpoints share, as OpenAI's API has them."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,6 +17,9 @@ MAX_STOP, MAX_STOP_LENGTH, MAX_BIASES, MAX_TOP_LOGPROBS = 4, 256, 1024, 20
 
 MAX_FIELDS = 64
 """Fields of an object. Errors for very many of them would take seconds, in which no other client is answered."""
+
+MAX_PARTS = 2048
+"""Messages of a request and parts of their contents: to validate more of them would stop all other clients."""
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -43,6 +47,24 @@ class Body(BaseModel):
             for name, value in data.items()
             if name not in cls.NEUTRAL or not (value is None or value in cls.NEUTRAL[name])
         }
+
+
+class ImageBody(Body, ABC):
+    """The part of a message that is an image."""
+
+    @property
+    @abstractmethod
+    def link(self) -> str:
+        """The image's URL."""
+
+
+def check_parts(messages: Any) -> Any:
+    """Messages that have not been validated, unless there are too many of them or of their parts."""
+    if isinstance(messages, list):
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        if len(messages) + sum(len(each) for each in contents if isinstance(each, list)) > MAX_PARTS:
+            raise PydanticCustomError(OWN, f"must have at most {MAX_PARTS:,} messages and parts")
+    return messages
 
 
 class Method(Body):

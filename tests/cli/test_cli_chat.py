@@ -151,7 +151,7 @@ def test_a_server_gets_the_conversation_and_the_key(
     talk: Callable[..., Any], serve: Callable[..., Server], tmp_path: Path
 ) -> None:
     server = serve([(200, pieces("46", "1")), (200, pieces("332"))])
-    (tmp_path / "key").write_text("secret\n")
+    (tmp_path / "key").write_text("# of the server\nsecret\n")
     lines = [f"/image {RECEIPT}", "How much is JU?", "/method snapkv", "How much is JO?", "/report"]
     code, out, err = talk(lines, "--url", server.url + "/v1/", "--api-key-file", tmp_path / "key")
     assert (code, err) == (0, [])
@@ -186,6 +186,25 @@ def test_errors_of_a_server_are_one_sentence_each(talk: Callable[..., Any], serv
         "The server answered with status 307.",
     ]
     assert all(len(body["messages"]) == 1 for body in server.bodies)
+
+
+def test_what_is_not_a_server_of_the_api_is_refused(run: Callable[..., Any]) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": []}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        code, out, err = run("chat", "--url", url)
+        server.shutdown()
+    assert (code, out) == (2, "")
+    assert err == f"Error: {url} has no model: it must be a server with OpenAI's API.\n"
 
 
 def test_a_server_that_is_not_there_ends_the_chat_in_one_sentence(run: Callable[..., Any], tmp_path: Path) -> None:

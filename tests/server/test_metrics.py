@@ -38,6 +38,13 @@ def scrape(server: RunningServer) -> dict[str, float]:
     }
 
 
+def wait_for(lines: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Lines of the log, which are written after the response has been sent."""
+    while len(lines) < count:
+        time.sleep(0.01)
+    return lines
+
+
 class Difference:
     """What has been added to the metrics of a server since it was made."""
 
@@ -152,7 +159,7 @@ def test_each_request_is_one_line_without_its_content(fresh: RunningServer, line
     response = client.chat.completions.with_raw_response.create(model=MODEL, messages=asking())
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("a\x1b[31m b")
-    answered, missing = lines
+    answered, missing = wait_for(lines, 2)
     assert answered["request_id"] == response.headers["x-request-id"]
     assert {name: answered[name] for name in ("level", "method", "path", "status")} == {
         "level": "INFO", "method": "POST", "path": "/v1/chat/completions", "status": 200,
@@ -169,9 +176,19 @@ def test_a_client_that_leaves_is_logged(fresh: RunningServer, lines: list[dict[s
     client = fresh.client(timeout=0.3)
     with pytest.raises(openai.APITimeoutError):
         client.chat.completions.create(model=MODEL, messages=asking(), max_tokens=1000, extra_body={"ignore_eos": True})
-    while not lines:
-        time.sleep(0.01)
+    wait_for(lines, 1)
     assert (lines[0]["status"], lines[0].get("finish_reason", "aborted")) == (499, "aborted")
+
+
+def test_a_stream_that_its_client_leaves_is_no_error(fresh: RunningServer, lines: list[dict[str, Any]]) -> None:
+    stream = fresh.client().chat.completions.create(
+        model=MODEL, messages=asking(), stream=True, max_tokens=1000, extra_body={"ignore_eos": True}
+    )
+    next(stream)
+    stream.close()
+    wait_for(lines, 1)
+    assert (lines[0]["status"], lines[0]["finish_reason"], lines[0].get("error")) == (200, "aborted", None)
+    assert 0 < lines[0]["completion_tokens"] < 1000
 
 
 def test_prompts_are_logged_if_the_operator_wants_them(lines: list[dict[str, Any]]) -> None:
