@@ -300,6 +300,26 @@ def test_links_in_texts_are_not_fetched(guarded: RunningServer, plays: Attacker)
 # Images
 
 
+def test_responses_have_the_same_doors(guarded: RunningServer, plays: Attacker) -> None:
+    def respond_to(url: str, text: str = QUESTION, **fields: Any) -> Response:
+        parts = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": text}]
+        body = {"model": MODEL, "input": [{"role": "user", "content": parts}]} | fields
+        return send(guarded, "POST", "/v1/responses", body)
+
+    for url in (
+        "/etc/passwd",
+        f"http://{DOMAIN}/a.png",
+        data_url(SVG),
+        data_url(png(1, 100_000)),
+        data_url(bytes(500_001)),
+    ):
+        message(respond_to(url))
+    assert "<image>" in message(respond_to(LINK, "<image>"))
+    assert "max_output_tokens" in message(respond_to(LINK, max_output_tokens=10**9))
+    assert not plays.lookups
+    assert respond_to(LINK)[0] == 200
+
+
 def test_formats_that_are_not_accepted(guarded: RunningServer) -> None:
     for format in ("EPS", "BMP", "TIFF", "PDF", "ICO"):
         url = data_url(encoded(Image.new("RGB", (32, 32)), format))
