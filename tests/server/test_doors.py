@@ -211,6 +211,9 @@ def test_pages_of_other_domains_cannot_use_a_server_without_keys(server: Running
     # What a page may send to another domain without a permission, which is never given.
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         message(send(server, "POST", CHAT, body, headers=[("Content-Type", content_type)]))
+    with connect(server, f"Content-Length: {len(json.dumps(body))}") as client:
+        client.sendall(json.dumps(body).encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
     message(send(server, "OPTIONS", CHAT, headers=[("Origin", "http://evil.example")]), 405)
 
 
