@@ -15,7 +15,6 @@ from sparsight.server.images import ImageLoader
 from sparsight.server.settings import Settings
 from tests.engine.requests import Ask, break_once, engine, inputs_of, recipe_of
 from tests.server.conftest import MODEL, RunningServer, asking
-from tests.support.models import model
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +117,3 @@ def test_an_error_of_the_engine_ends_all_requests(monkeypatch, caplog):
 
     asyncio.run(main())
     assert "ZeroDivisionError" in caplog.text
-
-
-def test_positions_are_handed_over_if_requested():
-    ask = Ask()
-    cache = sparsight.CompressedCache(model("llava"), recipe_of("llava", ask), inputs_of("llava", ask))
-    model("llava")(**inputs_of("llava", ask), past_key_values=cache)
-    with engine() as running:
-        params = sparsight.SamplingParams(max_new_tokens=3)
-        fields = {"inputs": inputs_of("llava", ask), "recipe": recipe_of("llava", ask), "params": params}
-        handles = [running.add(**fields, keep_positions=keep) for keep in (True, False)]
-        running.run()
-    assert handles[1].kept_positions == {}
-    assert list(handles[0].kept_positions) == cache.report().layers
-    for layer, positions in handles[0].kept_positions.items():
-        assert positions.tolist() == cache.kept_positions(layer)[0].tolist()
-    pieces = handles[0].take()
-    assert [piece.token.token_id for piece in pieces if piece.token] == handles[0].completions[0].token_ids
-    assert handles[0].take() == []

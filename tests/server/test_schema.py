@@ -44,6 +44,7 @@ OPERATIONS = [
     ("/v1/completions", "POST"),
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
+    ("/v1/responses", "POST"),
     ("/v1/sparsight/kept/{id}", "GET"),
 ]
 
