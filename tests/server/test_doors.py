@@ -202,6 +202,8 @@ def test_logs_have_no_keys_questions_and_images(guarded: RunningServer, caplog: 
         ask(guarded)
         ask(guarded, "data:image/png;base64,AAAA")
         send(guarded, "GET", "/v1/models", key="a wrong key that is logged")
+        # A request is logged after its response, and before the next request.
+        send(guarded, "GET", "/health")
     lines = [JsonFormatter().format(record) for record in caplog.records]
     assert sum('"status": 401' in line for line in lines) == 1
     log = "".join(lines)
