@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
@@ -26,6 +27,7 @@ from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
+from sparsight.engine.stats import EngineStats
 from sparsight.engine.vision_cache import VisionCache
 from sparsight.methods import Sparsight
 from sparsight.methods import recipe as recipe_by_name
@@ -45,6 +47,7 @@ class _Request:
     recipe: Recipe
     params: SamplingParams
     inputs: "Future[Mapping[str, Any]]"
+    keep_positions: bool
     kv_bytes: int = 0
 
 
@@ -122,6 +125,7 @@ class Engine:
         inputs: Mapping[str, Any] | None = None,
         recipe: Recipe | str | None = None,
         params: SamplingParams | None = None,
+        keep_positions: bool = False,
     ) -> Handle:
         """Give the engine a request: a question about images, a conversation, or prepared inputs.
 
@@ -132,6 +136,7 @@ class Engine:
             inputs: what the processor returned for one prompt.
             recipe: how this prompt is compressed.
             params: how the answer is sampled and what ends it; the model's own defaults if None.
+            keep_positions: give the handle the positions of the entries kept.
 
         Returns:
             A handle, whose iterator yields the answer. What is wrong with images or the prompt is raised there.
@@ -159,7 +164,7 @@ class Engine:
                 raise ValueError("The engine is closed.") from error
             raise
         # Without the lock, which is taken while a step runs.
-        self._waiting.append(_Request(handle, chosen, params, future))
+        self._waiting.append(_Request(handle, chosen, params, future, keep_positions))
         return handle
 
     def abort(self, handle: Handle) -> None:
@@ -190,6 +195,18 @@ class Engine:
     def running(self) -> int:
         """Answers that are being generated."""
         return len(self._ready) + len(self._running) + len(self._alone)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Load and memory now; reading it does not wait for a step."""
+        sequences, prompt = [*self._ready, *self._running, *self._alone], self._prompt
+        return EngineStats(
+            running=len({id(each.handle) for each in sequences}) + (prompt is not None),
+            kv_bytes=sum(each.kv_bytes for each in sequences),
+            full_kv_bytes=sum(each.full_kv_bytes for each in sequences),
+            vision_hits=self._vision.hits,
+            vision_misses=self._vision.misses,
+        )
 
     @property
     def busy(self) -> bool:
@@ -276,6 +293,7 @@ class Engine:
                 if len(sequences) + number > self.max_running or taken + needed > self.kv_bytes:
                     return None
                 self._waiting.popleft()
+                request.handle.admitted = time.perf_counter()
                 inputs = to_device(inputs, self.model)
                 how = self.prefill_chunk, self._vision, self.prefill_bound
                 return request, PromptRunner(self.model, request.recipe, inputs, *how)
@@ -305,6 +323,8 @@ class Engine:
     def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor) -> None:
         """Sample the first token of each answer to a prompt."""
         params = request.params
+        if request.keep_positions:
+            request.handle.kept_positions = runner.kept_positions()
         ends, tokenizer = params.end_token_ids(self._generation_config), self.processor.tokenizer
         sequences = [
             Sequence(request.handle, index, params, ends, runner, tokenizer, request.kv_bytes)

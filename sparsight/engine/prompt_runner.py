@@ -68,6 +68,10 @@ class PromptRunner:
         """What the cache kept of the prompt."""
         return self.cache.report()
 
+    def kept_positions(self) -> dict[int, Tensor]:
+        """Positions that each KV head keeps, int32 ``[H_kv, n]`` on the CPU, by number of the compressed layer."""
+        return {layer: self.cache.kept_positions(layer)[0].int().cpu() for layer in self.report.layers}
+
     @torch.no_grad()
     def step(self) -> Tensor | None:
         """Run the next chunk; logits ``[1, V]`` of the answer's first token after the last one."""

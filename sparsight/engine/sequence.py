@@ -53,6 +53,12 @@ class Sequence:
         """The newest token, which the model has not processed."""
         return self.tokens[-1].token_id
 
+    @property
+    def full_kv_bytes(self) -> int:
+        """Memory that the full cache would occupy at the answer's longest length."""
+        seen = self.report.tokens_seen
+        return self.report.full_bytes * (seen + self.params.max_new_tokens - 1) // seen
+
     def append(self, token: Sampled | Exception) -> None:
         """Take a new token, and end where it ends the answer. Raises what was returned in place of a token."""
         if isinstance(token, Exception):

@@ -59,11 +59,15 @@ class VisionCache:
     Args:
         model: the model.
         max_bytes: bytes that may be kept, on the model's device.
+
+    Attributes:
+        hits: images and videos whose features were in the cache.
+        misses: images and videos that were encoded.
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
         self.model, self.max_bytes = model, max_bytes
-        self.nbytes = 0
+        self.nbytes = self.hits = self.misses = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         # The same for all images.
         self._visual_indicator_features: Tensor | None = None
@@ -101,6 +105,9 @@ class VisionCache:
         keys = [_key(encoder.__name__, image) for image in images]
         entries = {key: entry for key in keys if (entry := self._get(key)) is not None}
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in entries}
+        with self._lock:
+            self.hits += len(keys) - len(missing)
+            self.misses += len(missing)
         if missing:
             for key, entry in zip(missing, self._run(encoder, list(missing.values()), sizes), strict=True):
                 entries[key] = entry

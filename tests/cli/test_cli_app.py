@@ -104,7 +104,7 @@ def test_every_command_has_help(run: Run, monkeypatch: pytest.MonkeyPatch, name:
     code, out, err = run(name, "-h")
     assert (code, err) == (0, "")
     assert f" {name} [OPTIONS]" in out
-    assert "--json" in out
+    assert "--json" in out or name == "chat"
     undocumented = [param.name for param in load(name).params if not param.help]
     assert undocumented == []
 
