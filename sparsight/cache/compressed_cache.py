@@ -171,7 +171,7 @@ class CompressedCache(Cache):
         mask = prompt.valid_mask.to(tokens.device)
         return {
             **{name: each for name, each in arguments.items() if name != "input_ids"},
-            **transcript.arguments(first.seen),
+            **transcript.arguments(first.seen, tokens.device),
             "attention_mask": mask,
         }
 

@@ -47,7 +47,7 @@ class Transcript:
         self._parts = [part.select(index) for part in self._parts]
 
     def add(self, inputs: LanguageInputs, first: int) -> None:
-        """Add what the language part is given for the tokens from ``first`` on; many are kept in host memory."""
+        """Add what the language part is given for the tokens from ``first`` on; those of a prompt go to host memory."""
         # Tokens of an answer can be taken back.
         while self._total > first:
             self._total -= self._parts.pop().embeddings.shape[1]
@@ -92,14 +92,13 @@ class Transcript:
             turn = replace(turn, grids=tuple(lines))
         return turn
 
-    def arguments(self, start: int) -> dict[str, Any]:
+    def arguments(self, start: int, device: torch.device) -> dict[str, Any]:
         """Arguments of the language part for all tokens from ``start`` on."""
         assert self._returned is not None
         (inputs,) = self._parts
-        self._parts = [inputs.to("cpu")]
-        total = inputs.embeddings.shape[1]
         self._returned = (self._returned - start).clamp(min=0)
-        return inputs.reordered(torch.arange(start, total).expand(len(inputs.embeddings), -1)).arguments()
+        tokens = torch.arange(start, inputs.embeddings.shape[1]).expand(len(inputs.embeddings), -1)
+        return inputs.reordered(tokens).to(device).arguments()
 
     def restrict(self, output: Any) -> None:
         """Remove from the language part's output the tokens that the model did not ask for."""
