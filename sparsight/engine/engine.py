@@ -17,16 +17,20 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsight.cache.compressed_cache import check_keep
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.engine.admission import most_bytes
 from sparsight.engine.positions import decode_positions
+from sparsight.engine.prefix_files import PrefixFiles
+from sparsight.engine.prefix_memory import PrefixMemory
 from sparsight.engine.preparation import Preparation, to_device
 from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
+from sparsight.engine.session import Session
 from sparsight.engine.stats import EngineStats
 from sparsight.engine.vision_cache import VisionCache
 from sparsight.methods import Sparsight
@@ -40,6 +44,7 @@ class _Request:
     """A request that waits for its prefill.
 
     Attributes:
+        salt: only prompts of the same salt are reused.
         kv_bytes: the most memory that each of its answers may hold, once its inputs are known.
     """
 
@@ -48,6 +53,7 @@ class _Request:
     params: SamplingParams
     inputs: "Future[Mapping[str, Any]]"
     keep_positions: bool
+    salt: str
     kv_bytes: int = 0
 
 
@@ -74,9 +80,13 @@ class Engine:
         prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
         vision_bytes: bytes of vision features that are kept for images that come again.
+        host_memory: bytes of full keys and values that are kept in host memory, so that a prompt that begins like an
+            earlier one, with the same system prompt, images or turns, is computed from where they differ.
+        prefix_dir: folder where such prompts are kept between runs, in as many bytes of files as ``host_memory``.
 
     Raises:
-        ValueError: an argument is out of range, or there is no such method.
+        ValueError: an argument is out of range, there is no such method, the model's prompts cannot be continued in
+            host memory, or the folder cannot be used.
     """
 
     def __init__(
@@ -90,6 +100,8 @@ class Engine:
         prefill_chunk: int | None = 512,
         prefill_bound: float | None = None,
         vision_bytes: int = 2**28,
+        host_memory: int = 0,
+        prefix_dir: str | Path | None = None,
     ) -> None:
         checks.count("max_running", max_running, least=1)
         if prefill_chunk is not None:
@@ -100,10 +112,11 @@ class Engine:
             raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
         self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * memory.available_bytes(model.device))
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
+        self._vision = VisionCache(model, vision_bytes)
+        self.prefixes = self._prefix_memory(host_memory, prefix_dir)
         self._generation_config: Any = model.generation_config
         self._preparation = Preparation(model, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
-        self._vision = VisionCache(model, vision_bytes)
         self._lock = threading.Lock()
         self._closed = False
         self._waiting: deque[_Request] = deque()
@@ -113,6 +126,21 @@ class Engine:
         self._ready: list[Sequence] = []
         self._running: list[Sequence] = []
         self._alone: list[Sequence] = []
+
+    def _prefix_memory(self, max_bytes: int, folder: str | Path | None) -> PrefixMemory | None:
+        checks.count("host_memory", max_bytes)
+        if not max_bytes:
+            if folder is not None:
+                raise ValueError("prefix_dir needs host_memory: give both.")
+            return None
+        if self.prefill_bound is not None:
+            raise ValueError("host_memory does not go with prefill_bound: leave one of them out.")
+        check_keep(self.model)
+        if folder is None:
+            return PrefixMemory(max_bytes)
+        files = PrefixFiles(Path(folder), max_bytes, self.model)
+        self._vision.learn(files.image_tokens)
+        return PrefixMemory(max_bytes, files)
 
     # Requests
 
@@ -126,6 +154,7 @@ class Engine:
         recipe: Recipe | str | None = None,
         params: SamplingParams | None = None,
         keep_positions: bool = False,
+        salt: str = "",
     ) -> Handle:
         """Give the engine a request: a question about images, a conversation, or prepared inputs.
 
@@ -137,6 +166,7 @@ class Engine:
             recipe: how this prompt is compressed.
             params: how the answer is sampled and what ends it; the model's own defaults if None.
             keep_positions: give the handle the positions of the entries kept.
+            salt: with ``host_memory``, only prompts of the same salt are reused.
 
         Returns:
             A handle, whose iterator yields the answer. What is wrong with images or the prompt is raised there.
@@ -164,8 +194,12 @@ class Engine:
                 raise ValueError("The engine is closed.") from error
             raise
         # Without the lock, which is taken while a step runs.
-        self._waiting.append(_Request(handle, chosen, params, future, keep_positions))
+        self._waiting.append(_Request(handle, chosen, params, future, keep_positions, salt))
         return handle
+
+    def session(self, images: Several[Image | str | Path] = (), **request: Any) -> Session:
+        """A conversation about some images; ``request`` are further arguments of :meth:`add` for all questions."""
+        return Session(self, images, **request)
 
     def abort(self, handle: Handle) -> None:
         """End a request: its answers are cut off where they are, and its memory is free after the next step."""
@@ -177,6 +211,8 @@ class Engine:
         with self._lock:
             self._drop_aborted()
         self._preparation.close()
+        if self.prefixes is not None:
+            self.prefixes.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -295,7 +331,7 @@ class Engine:
                 self._waiting.popleft()
                 request.handle.admitted = time.perf_counter()
                 inputs = to_device(inputs, self.model)
-                how = self.prefill_chunk, self._vision, self.prefill_bound
+                how = self.prefill_chunk, self._vision, self.prefill_bound, self.prefixes, request.salt
                 return request, PromptRunner(self.model, request.recipe, inputs, *how)
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
@@ -315,6 +351,7 @@ class Engine:
             logits = runner.step()
             if logits is not None:
                 self._prompt = None
+                runner.remember()
                 self._begin(request, runner, logits)
         except Exception as error:
             self._prompt = None

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from sparsight.attention.interface import is_causal, visible
 from sparsight.attention.rope import Rope
 from sparsight.cache import CompressedCache
+from sparsight.cache.language_inputs import LanguageInputs
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.prefill import Prefill, fitted
-from sparsight.cache.replay import LanguageInputs, replay
+from sparsight.cache.replay import replay
 from sparsight.compression import Allocate, Reconstruction, Score
 from sparsight.compression.recipe import Recipe
 from sparsight.methods import Full, with_instructions
