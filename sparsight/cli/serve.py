@@ -23,7 +23,7 @@ REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
 def main(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", metavar="ADDRESS")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any that is free.", min=0, max=65535)] = 8000,
     model: options.Model = options.DEFAULT_MODEL,
     method: options.Method = "sparsight",
     budget: options.Budget = None,
@@ -172,7 +172,7 @@ def main(
             terminal.print(f"Serving {name} at {url}/v1. Ask it:", soft_wrap=True)
             terminal.print(example(url, name), soft_wrap=True)
 
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
         run(app, bound, announce)
 
 

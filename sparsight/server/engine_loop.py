@@ -14,6 +14,10 @@ from sparsight.engine.sampling import SamplingParams
 logger = logging.getLogger("sparsight.server")
 
 
+class EngineError(RequestError):
+    """The engine failed, and with it all requests."""
+
+
 class Stream:
     """The pieces of one request, for one reader on the event loop.
 
@@ -120,7 +124,7 @@ class EngineLoop:
                 logger.exception("The engine failed.")
                 self.failed = self._stopping = True
                 for stream in self._streams:
-                    stream.handle.fail(RequestError("The engine failed."))
+                    stream.handle.fail(EngineError("The engine failed."))
             self._publish()
 
     def _publish(self) -> None:

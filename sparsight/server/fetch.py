@@ -20,7 +20,7 @@ _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _HOST = rf"(?:{_LABEL}\.)+[a-z][a-z0-9-]{{0,61}}[a-z0-9]"
 """A domain in ASCII; its last part begins with a letter, which no spelling of an IPv4 address does."""
 _DOMAIN = re.compile(rf"\.?{_HOST}")
-_LINK = re.compile(rf"https://({_HOST})(/[a-z0-9._~!$&'()*+,;=:@/?%-]*)?", re.IGNORECASE)
+_LINK = re.compile(rf"https://({_HOST})(/[a-z0-9._~!$&'()*+,;=:@/?%-]*)?", re.IGNORECASE | re.ASCII)
 """A link without a port, a user and a fragment, in the characters of RFC 3986."""
 
 MAX_LINK = 4096

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.admission import most_bytes
-from sparsight.engine.request import Completion, OutOfMemoryError, Piece, RequestError
+from sparsight.engine.request import Completion, Handle, OutOfMemoryError, Piece, RequestError
 from sparsight.engine.sampling import SamplingParams
-from sparsight.server.engine_loop import Stream, logger
+from sparsight.server.engine_loop import EngineError, Stream, logger
 from sparsight.server.errors import RETRY_SECONDS, APIError, stopping
 from sparsight.server.kept import Kept
 from sparsight.server.metrics import Observation
@@ -75,7 +75,7 @@ class Generation:
         await self._stream.arrival()
         self.started = True
         if self._stream.handle.error is not None and not self._stream.handle.started:
-            raise _failure(self._stream.handle.error)
+            raise _failure(self._stream.handle)
 
     async def pieces(self) -> list[Piece]:
         """What was generated since the last call; empty at the end.
@@ -87,7 +87,7 @@ class Generation:
         try:
             pieces = await self._stream.next()
         except RequestError as error:
-            raise _failure(error) from error
+            raise _failure(self._stream.handle) from error
         if not pieces and any(each.finish_reason == "aborted" for each in self._stream.completions):
             raise stopping()
         if not pieces and self._stream.handle.kept_positions:
@@ -155,14 +155,17 @@ class Generation:
             raise APIError(400, message, code="kv_memory_exceeded")
 
 
-def _failure(error: RequestError) -> APIError:
+def _failure(handle: Handle) -> APIError:
     """What a client is told of a request that failed."""
+    error = handle.error
+    cause = None if error is None else error.__cause__
     if isinstance(error, OutOfMemoryError):
         message = "The server has not enough memory for the request now."
         return APIError(503, message, kind="server_error", code="out_of_memory", retry_after=RETRY_SECONDS)
-    if isinstance(error.__cause__, ValueError):
+    # Recipes and prompts are checked when the engine begins with them.
+    if isinstance(cause, ValueError) and not handle.started:
         return APIError(400, "The request cannot be processed with this model and method.")
-    if error.__cause__ is None:
+    if cause is None and not isinstance(error, EngineError):
         return stopping()
-    logger.error("A request failed.", exc_info=error.__cause__)
+    logger.error("A request failed.", exc_info=cause)
     return APIError(500, "The model failed on the request.", kind="server_error")

@@ -1,6 +1,7 @@
 """Decoding untrusted images in worker processes, with limits on pixels, memory and time."""
 
 import asyncio
+import os
 import sys
 import weakref
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -13,7 +14,7 @@ from sparsight.models.images import MAX_RATIO
 from sparsight.server.errors import APIError
 from sparsight.server.image_worker import FORMATS, IMAGE, READY, RESULT
 
-WORKERS = 2
+WORKERS = max(2, min(8, (os.cpu_count() or 1) // 2))
 """Images that are decoded at the same time."""
 
 START_SECONDS = 60

@@ -8,7 +8,7 @@ from sparsight.server.fetch import Fetcher
 from sparsight.server.image_pool import ImagePool, refusal
 from sparsight.server.settings import Settings
 
-_DATA = re.compile(r"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE)
+_DATA = re.compile(r"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE | re.ASCII)
 
 
 class ImageLoader:

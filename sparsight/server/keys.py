@@ -28,7 +28,7 @@ def read_keys(path: str | Path) -> list[str]:
     """
     name = printable(path)
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read the file with API keys, {name}.") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]

@@ -47,7 +47,7 @@ class HeaderLimit(Guard):
     async def check(self, scope: Scope, receive: Receive) -> Receive:
         """Count."""
         headers = scope["headers"]
-        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
         size += sum(len(name) + len(value) for name, value in headers)
         if len(headers) > self.max_headers or size > self.max_bytes:
             message = f"A request may have at most {self.max_headers} headers and {self.max_bytes:,} bytes of them."

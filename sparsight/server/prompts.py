@@ -75,6 +75,7 @@ class Prompts:
         self.vocabulary = int(config.vocab_size)
         self._settings = settings
         self._special = sorted(special_tokens(self.checkpoint))
+        self._special_ids = frozenset(processor.tokenizer.convert_tokens_to_ids(self._special))
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="sparsight-prompts")
 
     def close(self) -> None:
@@ -110,13 +111,11 @@ class Prompts:
         """Inputs of token ids.
 
         Raises:
-            APIError: the model does not have one of them, or it is a special token.
+            APIError: the model does not have one of them, or one is a special token.
         """
-        special = set(self.checkpoint.processor.tokenizer.convert_tokens_to_ids(self._special))
-        for token in tokens:
-            if token >= self.vocabulary or token in special:
-                message = f"prompt must not have the token {token}: it is a special token, or none of the model's."
-                raise APIError(400, message, param="prompt")
+        if max(tokens) >= self.vocabulary or not self._special_ids.isdisjoint(tokens):
+            message = f"prompt must have token ids below {self.vocabulary}, none of them of a special token."
+            raise APIError(400, message, param="prompt")
         return _of_tokens(tokens)
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:

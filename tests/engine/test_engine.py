@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from PIL import Image
 
 import sparsight
-from sparsight import RECIPES, Engine, RequestError, SamplingParams
+from sparsight import RECIPES, CompressedCache, Engine, RequestError, SamplingParams
 from tests.engine.requests import (
     PROMPTS,
     TINY_BUDGET,
@@ -615,3 +615,27 @@ def test_answers_are_read_asynchronously():
     with engine() as running:
         assert asyncio.run(everything()) == [generated("llava", ask) for ask in asks]
         check_empty(running)
+
+
+def test_positions_of_the_entries_kept_are_handed_over_if_requested():
+    recipe, inputs = recipe_of("llava", SHORT), inputs_of("llava", SHORT)
+    cache = CompressedCache(model("llava"), recipe, inputs)
+    with torch.no_grad():
+        model("llava")(**inputs, past_key_values=cache)
+    with engine() as running:
+        first, second = (running.add(inputs=inputs, recipe=recipe, keep_positions=keep) for keep in (True, False))
+        running.run()
+    assert second.kept_positions == {}
+    assert list(first.kept_positions) == cache.report().layers
+    for layer, positions in first.kept_positions.items():
+        assert positions.tolist() == cache.kept_positions(layer)[0].tolist()
+
+
+def test_pieces_can_be_taken_without_work():
+    with engine() as running:
+        handle = add(running, "llava", SHORT)
+        assert handle.take() == [] and running.busy
+        running.run()
+        taken = [piece.token.token_id for piece in handle.take() if piece.token]
+    assert taken == handle.completions[0].token_ids == alone("llava", SHORT)[0][0]
+    assert handle.take() == []

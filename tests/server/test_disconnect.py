@@ -1,8 +1,12 @@
 """A client that goes gives its place in the engine back, whether its answer is streamed or not."""
 
+import asyncio
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from random import Random
 
 import httpx
 import pytest
@@ -76,8 +80,6 @@ def test_before_the_answer_begins(server, monkeypatch):
     gone, started = [], threading.Event()
 
     async def load(url):
-        import asyncio
-
         started.set()
         try:
             await asyncio.sleep(60)
@@ -97,3 +99,32 @@ def test_half_a_request(server):
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
     wait_until(lambda: not server.service.active)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_many_clients_of_which_some_go(server):
+    """All that stay get the right answer, and nothing is held in the end."""
+    questions = ["How much is JU?", "How much is KM?", "Read the list."]
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        path = "/v1/chat/completions"
+        bodies = {text: {"model": MODEL, "messages": asking(text), "max_tokens": 60} for text in questions}
+        expected = {
+            text: client.post(path, json=body).json()["choices"][0]["message"]["content"]
+            for text, body in bodies.items()
+        }
+        assert expected["How much is JU?"] == "461"
+        random = Random(7)
+        chosen = [(random.choice(questions), random.random() < 0.2, random.random()) for _ in range(60)]
+
+        def send(text, goes, patience):
+            if not goes:
+                return client.post(path, json=bodies[text]).json()["choices"][0]["message"]["content"]
+            with suppress(httpx.ReadTimeout):
+                client.post(path, json=bodies[text], timeout=httpx.Timeout(60, read=patience))
+            return None
+
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda each: send(*each), chosen))
+    for (text, goes, _), answer in zip(chosen, answers, strict=True):
+        assert goes or answer == expected[text]
+    wait_until(lambda: not server.service.active and not server.service.engine.busy)
+    assert server.service.engine.stats.kv_bytes == 0

@@ -7,11 +7,13 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import pytest
 from PIL import Image
 
@@ -22,6 +24,7 @@ from sparsight.server.settings import Settings
 from tests.server.attacker import DOMAIN, PUBLIC, Attacker, answering, respond
 from tests.server.conftest import MODEL, QUESTION, RECEIPT, RunningServer, asking
 from tests.server.crafted import SVG, data_url, encoded, png, scan_bomb, text_bomb
+from tests.server.test_middleware import answer as call
 
 KEYS = ("the-key-of-the-first-client", "the-key-of-the-second-client")
 CHAT = "/v1/chat/completions"
@@ -167,6 +170,24 @@ def test_a_websocket_needs_a_key(guarded: RunningServer) -> None:
 def test_a_key_is_not_read_from_elsewhere(guarded: RunningServer) -> None:
     places = [("X-API-Key", KEYS[0]), ("Cookie", f"key={KEYS[0]}"), ("Proxy-Authorization", f"Bearer {KEYS[0]}")]
     assert send(guarded, "GET", f"/v1/models?key={KEYS[0]}", key=None, headers=places)[0] == 401
+
+
+def test_the_client_of_openai_understands_a_missing_key(guarded: RunningServer) -> None:
+    assert [each.id for each in guarded.client(api_key=KEYS[1]).models.list()] == [MODEL]
+    with pytest.raises(openai.AuthenticationError, match="The API key is missing or wrong"):
+        guarded.client(api_key="wrong").models.list()
+
+
+def test_requests_are_counted_by_key(guarded: RunningServer) -> None:
+    settings = Settings(requests_per_minute=2)
+    app = create_app(guarded.service.engine, MODEL, settings, ImageLoader(settings), KEYS)
+
+    async def statuses(key: str) -> list[int]:
+        return [(await call(app, (), "/v1/models", authorization=f"Bearer {key}"))[0] for _ in range(3)]
+
+    assert asyncio.run(statuses(KEYS[0])) == [200, 200, 429]
+    assert asyncio.run(statuses(KEYS[1])) == [200, 200, 429]
+    assert asyncio.run(statuses("wrong")) == [401, 401, 401]
 
 
 def test_what_a_request_kept_is_for_its_own_key(guarded: RunningServer) -> None:
@@ -452,9 +473,11 @@ def test_errors_of_the_router_have_the_shape_of_all_errors(guarded: RunningServe
 
 
 def healthy_while(server: RunningServer, body: Any, times: int = 5) -> Response:
-    """The response to a request during which /health answered several times, one after the other."""
+    """The response to a request, after whose body was read /health answered several times, one after the other."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(send, server, "POST", CHAT, body)
+        while not (server.service.active or pending.done()):
+            time.sleep(0.001)
         for _ in range(times):
             assert send(server, "GET", "/health", key=None) == (200, {"status": "ok"})
             assert not pending.done()

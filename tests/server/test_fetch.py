@@ -91,6 +91,8 @@ def test_every_framing_of_a_body_is_read(response: Handler) -> None:
         "https://[::1]/",
         "https://localhost/",
         "https://\u24d4xample.com/",
+        "https://image\u017f.example.com/",
+        f"https://{DOMAIN}/\u212a",
         "https://images\u3002example\u3002com/",
         "https:///images.example.com/",
         "https://",

@@ -73,6 +73,7 @@ def test_the_first_frame_of_an_animation_is_taken() -> None:
         "\\\\example.com\\a.png",
         "data:text/html;base64,AAAA",
         "data:image/png,AAAA",
+        "data:\u0131mage/png;base64,AAAA",
         "data:image/png;charset=utf-8;base64,AAAA",
         "data:image/png;base64",
         " data:image/png;base64,AAAA",

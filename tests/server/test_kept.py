@@ -23,7 +23,7 @@ def test_patches_are_those_of_the_cache(server, client, stream):
     answer = client.chat.completions.create(
         model=MODEL, messages=asking(), stream=stream, extra_body={"sparsight": {"method": "vl-cache", "budget": 0.2}}
     )
-    id = list(answer)[0].id if stream else answer.id
+    id = {each.id for each in answer}.pop() if stream else answer.id
     response = kept(server, id)
     assert response.status_code == 200 and len(response.content) < 2**15
     body = response.json()

@@ -56,7 +56,7 @@ async def answer(
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     scope = {
         "type": "http",
-        "method": "POST",
+        "method": "GET",
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
