@@ -76,12 +76,17 @@ class CompressedCache(Cache):
         if max_new_tokens is not None:
             checks.count("max_new_tokens", max_new_tokens, least=1)
         check_recipe(recipe)
+        if max_new_tokens is not None and recipe.decode.recalls:
+            raise ValueError(
+                f"Decode rule {recipe.decode.kind!r} reads the full cache while it decodes, so its steps cannot be "
+                "captured or compiled: leave max_new_tokens out."
+            )
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
         language = language_part(model)
         name = str(model.name_or_path)
         self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
-        grids = isinstance(getattr(recipe.score, "pool", 1), tuple)
+        grids = any(isinstance(getattr(part, "pool", 1), tuple) for part in (recipe.score, recipe.decode))
         prompt = locate(model.config, inputs, grids=grids, frames=recipe.score.needs_frames)
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None

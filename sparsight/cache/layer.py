@@ -1,5 +1,6 @@
 """One layer of the cache, as transformers sees it: first the prompt, then the entries that stay."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -13,7 +14,9 @@ from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
+from sparsight.cache.prompt_recall import PromptRecall, begin_recall
 from sparsight.cache.step_metadata import StepMetadata
+from sparsight.compression import Recall
 from sparsight.compression.allocate import KeepRatio
 from sparsight.compression.eviction import EvictionState, fitted
 from sparsight.compression.recipe import Recipe
@@ -34,6 +37,7 @@ class CompressedLayer(CacheLayerMixin):
         kept: how many prompt entries each row of the store kept.
         exact: whether every token of the prompt attended to all of those before it.
         cut_short: whether the prefill's bound left fewer entries than were planned.
+        recalls: for each sequence, what fetches entries of its prompt back, if the decode rule does.
     """
 
     is_sliding = False
@@ -62,6 +66,7 @@ class CompressedLayer(CacheLayerMixin):
         self.kept: list[int] = []
         self.record_past = False
         self.exact, self.cut_short = True, False
+        self.recalls: list[PromptRecall] = []
         # Some models ask whether their prompt's prefix has been seen.
         self.is_initialized = False
 
@@ -116,6 +121,9 @@ class CompressedLayer(CacheLayerMixin):
         self.store, self.kept, self.cut_short = compact(prefill, ratios)
         self.exact = prefill.exact
         self.eviction = begin_eviction(prefill, ratios, self.store)
+        if isinstance(self.recipe.decode, Recall):
+            kept = self.store.by_head(self.kept)
+            self.recalls = [begin_recall(prefill, sequence, own) for sequence, own in enumerate(kept)]
         self._begin_decoding()
 
     def _begin_decoding(self) -> None:
@@ -166,6 +174,7 @@ class CompressedLayer(CacheLayerMixin):
             key, value = key.detach(), value.detach()
         if key.shape[2] == 1:
             self._write(key, value)
+            self._recall(query, scaling)
         else:
             # Of a new turn, the last token attends to every other except padding.
             mask = _recent_mask(attention_mask)
@@ -191,6 +200,12 @@ class CompressedLayer(CacheLayerMixin):
         if self.recipe.decode.tracks_attention:
             # What took the place of an entry does not inherit its score.
             state.scores.scatter_(1, step.slots[self._index][:, None], 0)
+
+    def _recall(self, query: Tensor, scaling: float | None) -> None:
+        """Let the decode rule fetch entries of the prompts for the newest tokens, queries ``[B, H, 1, D]``."""
+        store, _ = self._decoding()
+        for sequence, recall in enumerate(self.recalls):
+            recall.step(query[sequence, :, 0], scaling, store.flat(), store.starts[store.rows_of(sequence)])
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Append the entries of a new turn, bool ``valid`` ``[B, q]`` excludes padding."""
@@ -277,6 +292,7 @@ class CompressedLayer(CacheLayerMixin):
             self.store.select(index)
             self.kept = [self.kept[row] for row in rows.tolist()]
             self.eviction = self.eviction.select(rows.to(self.store.held.device))
+            self.recalls = [copy.copy(self.recalls[sequence]) for sequence in index.tolist() if self.recalls]
             self._begin_decoding()
 
     @property
@@ -319,7 +335,7 @@ class CompressedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes that the layer's tensors occupy."""
         if self.store is not None:
-            return self.store.nbytes
+            return self.store.nbytes + sum(recall.nbytes for recall in self.recalls)
         return 0 if self.prefill is None else self.prefill.nbytes
 
     @property
