@@ -1,4 +1,4 @@
-"""Recall while decoding: the newest query ranks a prompt, and what ranks first replaces the entries that a layer holds."""
+"""Recall while decoding: the newest query ranks a prompt, and what ranks first takes the place of other entries."""
 
 import copy
 from collections.abc import Sequence
