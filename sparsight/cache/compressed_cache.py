@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsight.attention.interface import is_causal, mark, override_attention, visible
 from sparsight.attention.rope import Rope, Rotation, newest_valid, rotary_positions
 from sparsight.cache.bounded_prefill import check_bound
+from sparsight.cache.host_copy import HostCopy
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.language_hook import LanguageHook
 from sparsight.cache.layer import CompressedLayer
@@ -22,6 +23,7 @@ from sparsight.cache.report import Report
 from sparsight.compression import Reconstruction, VisualHeads
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.methods import with_instructions, with_shipped_scores
+from sparsight.models.families import family_of
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
 
@@ -57,12 +59,17 @@ class CompressedCache(Cache):
             prompt. The result is the same except in layers for which more was planned. A prompt in chunks
             (``prefill_chunk_size``) is cut after each chunk, which is approximate. The report says where either
             happened.
+        keep: ``"host"`` keeps the full keys and values of the prompt in host memory.
+
+    Attributes:
+        host: with ``keep="host"`` a :class:`~sparsight.cache.host_copy.HostCopy` of each sequence, once the prompt is
+            complete; otherwise empty.
 
     Raises:
         ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a batch
             of prompts (see :func:`sparsight.models.prompt.locate`), ``max_new_tokens`` is not a positive
-            number, the bound is no number of at least 1, or the recipe merges or
-            repeats the prompt and there is a bound.
+            number, the bound is no number of at least 1, the recipe merges or repeats the prompt and there is a
+            bound, or ``keep`` does not go with the model or the other arguments.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class CompressedCache(Cache):
         inputs: Mapping[str, Any],
         max_new_tokens: int | None = None,
         prefill_bound: float | None = None,
+        keep: str | None = None,
     ) -> None:
         if max_new_tokens is not None:
             checks.count("max_new_tokens", max_new_tokens, least=1)
@@ -95,11 +103,15 @@ class CompressedCache(Cache):
             layers[index], first = layer, first or layer
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+        self._model_name = type(model).__name__
         if not self.compressed:
             raise ValueError(f"{type(model).__name__} has no layer to compress: none of them is plain full attention.")
         if isinstance(recipe.allocate, VisualHeads):
             recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
-        self._model_name = type(model).__name__
+        if keep is not None:
+            checks.one_of("keep", keep, ("host",))
+            self._check_keep(model, max_new_tokens, prefill_bound)
+        self.keep = keep
         self._attention_override = override_attention(language.config)
         self._language_hook = LanguageHook(language) if self.needs_tokens else None
         self._located = prompt
@@ -129,9 +141,26 @@ class CompressedCache(Cache):
             replay(inputs, self.layers, prefills, self.prompt, score)
             self._compact()
 
+    def _check_keep(self, model: PreTrainedModel, max_new_tokens: int | None, bound: float | None) -> None:
+        """Raise ValueError unless the full prompt can be kept in host memory and a new turn can go back to it."""
+        family = family_of(model.config)
+        if len(self.compressed) < len(self.layers):
+            raise ValueError(
+                f"{self._model_name} has layers with a sliding window or linear attention, which cannot go back to "
+                "earlier tokens: leave keep out."
+            )
+        if family is not None and not family.chunked_prefill:
+            raise ValueError(
+                f"{self._model_name} cannot process a prompt in parts, as a new turn does: leave keep out."
+            )
+        for name, value in {"max_new_tokens": max_new_tokens, "prefill_bound": bound}.items():
+            if value is not None:
+                raise ValueError(f"keep='host' does not go with {name}: leave one of them out.")
+
     def _start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
         self.prompt = prompt
+        self.host: list[HostCopy] = []
         self._unattended = False
         self._causal = True
         self._sparsity: list[list[float]] | None = None
@@ -253,7 +282,11 @@ class CompressedCache(Cache):
         """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
         self._rope = self._inputs = None
+        if self.keep:
+            self.host = [HostCopy() for _ in self.prompt.spans]
         for layer, ratios in zip(self.compressed, plan.ratios, strict=True):
+            for sequence, copied in enumerate(self.host):
+                copied.add_layer(*layer.full_states(sequence))
             layer.compact(ratios)
         if self.recipe.allocate.threshold is not None:
             self._sparsity = plan.sparsity
@@ -290,6 +323,7 @@ class CompressedCache(Cache):
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         sequences = index.tolist()
         self.prompt = self.prompt.select(sequences)
+        self.host = [self.host[sequence] for sequence in sequences if self.host]
         if self._sparsity is not None:
             self._sparsity = [[layer[sequence] for sequence in sequences] for layer in self._sparsity]
         for layer in self.layers:
@@ -372,6 +406,7 @@ class CompressedCache(Cache):
             entry_bytes=sum(layer.entry_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
+            host_bytes=sum(copied.nbytes for copied in set(self.host)),
         )
 
 

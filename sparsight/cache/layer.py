@@ -114,6 +114,11 @@ class CompressedLayer(CacheLayerMixin):
             prefill.cut(query, scaling)
         return output
 
+    def full_states(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[H_kv, T, D]`` of the valid tokens of a complete prompt, before it is compacted."""
+        assert self.prefill is not None
+        return self.prefill.entries(sequence)[:2]
+
     def compact(self, ratios: Sequence[KeepRatio]) -> None:
         """Keep ``ratios[b]`` of each sequence's prompt, and free the rest."""
         assert self.prefill is not None
