@@ -54,12 +54,13 @@ class CompressedCache(Cache):
         max_new_tokens: allocate static storage for this many tokens after the prompt, and after each new turn. Then
             ``generate`` compiles decoding on a GPU, as with transformers' own static cache; use
             :func:`sparsight.generate` for prompts in chunks. An answer that is continued without a new turn counts from
-            its beginning. If None, storage grows as needed.
+            its beginning. If None, or with a decode rule that recalls, storage grows as needed.
         prefill_bound: bound peak memory by cutting each layer to this multiple of the budget as soon as it has seen the
             prompt. The result is the same except in layers for which more was planned. A prompt in chunks
             (``prefill_chunk_size``) is cut after each chunk, which is approximate. The report says where either
             happened.
-        keep: ``"host"`` keeps the full keys and values of the prompt in host memory.
+        keep: ``"host"`` keeps the full keys and values of the prompt in host memory. A recipe whose decode rule recalls
+            has them there in any case.
 
     Attributes:
         host: with ``keep="host"`` a :class:`~sparsight.cache.host_copy.HostCopy` of each sequence, once the prompt is
@@ -84,11 +85,6 @@ class CompressedCache(Cache):
         if max_new_tokens is not None:
             checks.count("max_new_tokens", max_new_tokens, least=1)
         check_recipe(recipe)
-        if max_new_tokens is not None and recipe.decode.recalls:
-            raise ValueError(
-                f"Decode rule {recipe.decode.kind!r} reads the full cache while it decodes, so its steps cannot be "
-                "captured or compiled: leave max_new_tokens out."
-            )
         if prefill_bound is not None:
             check_bound(prefill_bound, recipe)
         language = language_part(model)
@@ -98,8 +94,10 @@ class CompressedCache(Cache):
         prompt = locate(model.config, inputs, grids=grids, frames=recipe.score.needs_frames)
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None
+        # Steps that read the host cannot be captured or compiled.
+        capacity = None if recipe.decode.recalls else max_new_tokens
         for index in compressible(language.config):
-            layer = CompressedLayer(recipe, prompt, max_new_tokens, prefill_bound, first)
+            layer = CompressedLayer(recipe, prompt, capacity, prefill_bound, first)
             layers[index], first = layer, first or layer
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
@@ -282,12 +280,12 @@ class CompressedCache(Cache):
         """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
         self._rope = self._inputs = None
-        if self.keep:
+        if self.keep or self.recipe.decode.recalls:
             self.host = [HostCopy() for _ in self.prompt.spans]
-        for layer, ratios in zip(self.compressed, plan.ratios, strict=True):
+        for index, (layer, ratios) in enumerate(zip(self.compressed, plan.ratios, strict=True)):
             for sequence, copied in enumerate(self.host):
                 copied.add_layer(*layer.full_states(sequence))
-            layer.compact(ratios)
+            layer.compact(ratios, [partial(copied.states, index) for copied in self.host])
         if self.recipe.allocate.threshold is not None:
             self._sparsity = plan.sparsity
         self._gather()

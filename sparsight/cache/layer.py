@@ -1,6 +1,5 @@
 """One layer of the cache, as transformers sees it: first the prompt, then the entries that stay."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -14,9 +13,8 @@ from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
-from sparsight.cache.prompt_recall import PromptRecall, begin_recall
+from sparsight.cache.prompt_recall import FullStates, PromptRecall, begin_recall
 from sparsight.cache.step_metadata import StepMetadata
-from sparsight.compression import Recall
 from sparsight.compression.allocate import KeepRatio
 from sparsight.compression.eviction import EvictionState, fitted
 from sparsight.compression.recipe import Recipe
@@ -119,16 +117,14 @@ class CompressedLayer(CacheLayerMixin):
         assert self.prefill is not None
         return self.prefill.entries(sequence)[:2]
 
-    def compact(self, ratios: Sequence[KeepRatio]) -> None:
-        """Keep ``ratios[b]`` of each sequence's prompt, and free the rest."""
+    def compact(self, ratios: Sequence[KeepRatio], full: Sequence[FullStates] = ()) -> None:
+        """Keep ``ratios[b]`` of each sequence's prompt, and free the rest; ``full`` is for decode rules that recall."""
         assert self.prefill is not None
         prefill, self.prefill, self.earlier = self.prefill, None, []
         self.store, self.kept, self.cut_short = compact(prefill, ratios)
         self.exact = prefill.exact
         self.eviction = begin_eviction(prefill, ratios, self.store)
-        if isinstance(self.recipe.decode, Recall):
-            kept = self.store.by_head(self.kept)
-            self.recalls = [begin_recall(prefill, sequence, own) for sequence, own in enumerate(kept)]
+        self.recalls = begin_recall(prefill, self.store.by_head(self.kept), full) if self.recipe.decode.recalls else []
         self._begin_decoding()
 
     def _begin_decoding(self) -> None:
@@ -210,7 +206,8 @@ class CompressedLayer(CacheLayerMixin):
         """Let the decode rule fetch entries of the prompts for the newest tokens, queries ``[B, H, 1, D]``."""
         store, _ = self._decoding()
         for sequence, recall in enumerate(self.recalls):
-            recall.step(query[sequence, :, 0], scaling, store.flat(), store.starts[store.rows_of(sequence)])
+            if recall.is_due(self.seen - 1):
+                recall.fetch(query[sequence, :, 0], scaling, store.flat(), store.starts[store.rows_of(sequence)])
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Append the entries of a new turn, bool ``valid`` ``[B, q]`` excludes padding."""
@@ -297,7 +294,7 @@ class CompressedLayer(CacheLayerMixin):
             self.store.select(index)
             self.kept = [self.kept[row] for row in rows.tolist()]
             self.eviction = self.eviction.select(rows.to(self.store.held.device))
-            self.recalls = [copy.copy(self.recalls[sequence]) for sequence in index.tolist() if self.recalls]
+            self.recalls = [self.recalls[sequence] for sequence in index.tolist() if self.recalls]
             self._begin_decoding()
 
     @property

@@ -1,7 +1,6 @@
 """Recall while decoding: the newest query ranks a prompt, and what ranks first takes the place of other entries."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from sparsight.compression import Recall
 from sparsight.compression.reduce import Reduce
 from sparsight.compression.score import Grids
 
+FullStates = Callable[[], tuple[Tensor, Tensor]]
+"""Returns the keys ``[H_kv, T, D]`` and values ``[H_kv, T, D_v]`` of a full prompt, in host memory."""
+
 
 class PromptRecall:
     """The full prompt of one sequence in one layer, from which its decode rule fetches entries.
@@ -18,44 +20,48 @@ class PromptRecall:
     Args:
         rule: when it does, and how positions are ranked.
         reduce: how the entries held are chosen from the ranking.
-        keys: ``[H_kv, T, D]``, where the full cache is.
-        values: ``[H_kv, T, D_v]``.
+        full: returns the full keys and values in host memory.
+        keys: the full keys ``[H_kv, T, D]``, on the device of the entries held.
         grids: positions of the images' patches in the sequence.
         first: the position of the sequence's first token.
+        answer: the position of the first token after the prompt.
         kept: entries of the prompt that each KV head holds, in its first slots.
-        device: where the entries held are.
     """
 
     def __init__(
         self,
         rule: Recall,
         reduce: Reduce,
+        full: FullStates,
         keys: Tensor,
-        values: Tensor,
         grids: Grids,
         first: int,
+        answer: int,
         kept: Sequence[int],
-        device: torch.device,
     ) -> None:
-        self.rule, self.reduce, self.first, self.kept = rule, reduce, first, list(kept)
-        self.keys, self.values = keys, values
-        self.grids = [grid.to(device if rule.index.resident else keys.device) for grid in grids]
-        self.index = rule.index.build(keys.to(device) if rule.index.resident else keys)
-        self.tokens = 0
+        self.rule, self.reduce, self.first, self.answer, self.kept = rule, reduce, first, answer, kept
+        self._full = full
+        self._index = rule.index.build(keys) if rule.index.resident else None
+        # Where positions are ranked.
+        self.grids = [grid.to("cpu" if self._index is None else keys.device) for grid in grids]
 
     def __deepcopy__(self, memo: dict) -> "PromptRecall":
-        """The prompt does not change, so copies share it."""
-        return copy.copy(self)
+        """The same object, which does not change."""
+        return self
 
     @property
     def nbytes(self) -> int:
         """Bytes of the index that are resident."""
-        return sum(each.nbytes for each in self.index) if self.rule.index.resident else 0
+        return sum(each.nbytes for each in self._index or ())
 
-    def step(
+    def is_due(self, position: int) -> bool:
+        """Whether the token at ``position`` recalls."""
+        return (position - self.answer) % self.rule.every == 0
+
+    def fetch(
         self, query: Tensor, scaling: float | None, storage: tuple[Tensor, Tensor, Tensor], starts: Tensor
     ) -> None:
-        """Count a token, whose queries are ``[H, D]``, and fetch what it attends to if it is time.
+        """Hold what a token's queries attend to.
 
         Args:
             query: ``[H, D]``.
@@ -63,23 +69,22 @@ class PromptRecall:
             storage: keys ``[slots, D]``, values ``[slots, D_v]`` and positions ``[slots]``, written in place.
             starts: int64 ``[H_kv]``, the first slot of each KV head.
         """
-        due = self.tokens % self.rule.every == 0
-        self.tokens += 1
-        if due:
-            self._exchange(self.chosen(query, scaling or query.shape[-1] ** -0.5), storage, starts)
+        self._exchange(self.chosen(query, scaling or query.shape[-1] ** -0.5), storage, starts)
 
     @torch.no_grad()
     def chosen(self, query: Tensor, scaling: float) -> Tensor:
-        """The positions that a query ``[H, D]`` has each KV head hold, bool ``[H_kv, T]`` where the full cache is."""
-        heads, length, _ = self.keys.shape
-        query = query.unflatten(0, (heads, -1)).to(self.index[0].device)
-        ranking = self.rule.rank(query, self.index, length, scaling, self.grids)
-        chosen = torch.zeros(heads, length, dtype=torch.bool, device=self.keys.device)
+        """The positions that a query ``[H, D]`` has each KV head hold, bool ``[H_kv, T]`` on the CPU."""
+        keys, _ = self._full()
+        heads, length, _ = keys.shape
+        index = self._index or self.rule.index.build(keys)
+        query = query.unflatten(0, (heads, -1)).to(index[0].device)
+        ranking = self.rule.rank(query, index, length, scaling, self.grids)
+        chosen = torch.zeros(heads, length, dtype=torch.bool)
         # Heads that keep the same number are selected together.
         groups = [slice(heads)] if len(set(self.kept)) == 1 else [slice(head, head + 1) for head in range(heads)]
         for group in groups:
-            positions = self.reduce.select(ranking[group], self.kept[group.start or 0]).to(chosen.device)
-            chosen[group].scatter_(1, positions, True)
+            positions = self.reduce.select(ranking[group], self.kept[group.start or 0])
+            chosen[group].scatter_(1, positions.cpu(), True)
         return chosen
 
     @torch.no_grad()
@@ -92,22 +97,26 @@ class PromptRecall:
         # A shorter head has no entry in some of them.
         inside = slot < counts[:, None]
         held = (positions[torch.where(inside, slots, 0)].long() - self.first).masked_fill(~inside, length)
-        held = held.to(chosen.device)
+        held = held.cpu()
         stays = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], 1)
         resident = torch.zeros_like(stays).scatter_(1, held, True)[:, :length]
         # Both are in the order of the heads, and each head lacks as many as it gives up.
         head, missing = (chosen & ~resident).nonzero(as_tuple=True)
         places = slots[~stays.gather(1, held).to(slots.device)]
         device = positions.device
-        keys[places] = self.keys[head, missing].to(device)
-        values[places] = self.values[head, missing].to(device)
+        for own, full in zip((keys, values), self._full(), strict=True):
+            own[places] = full[head, missing].to(device)
         positions[places] = (missing + self.first).int().to(device)
 
 
-def begin_recall(prefill: Prefill, sequence: int, kept: Sequence[int]) -> PromptRecall:
-    """The recall of a sequence of which each KV head kept ``kept`` entries."""
-    recipe, span = prefill.recipe_of(sequence), prefill.prompt.spans[sequence]
-    assert isinstance(recipe.decode, Recall)
-    keys, values, _ = prefill.entries(sequence)
-    grids = prefill.grids(sequence, keys.device)
-    return PromptRecall(recipe.decode, recipe.reduce, keys, values, grids, span.start, kept, keys.device)
+def begin_recall(prefill: Prefill, kept: Sequence[Sequence[int]], full: Sequence[FullStates]) -> list[PromptRecall]:
+    """The recall of each sequence of a layer, of whose prompt each KV head kept ``kept[b][h]`` entries."""
+    recalls = []
+    for sequence, (span, own) in enumerate(zip(prefill.prompt.spans, kept, strict=True)):
+        recipe = prefill.recipe_of(sequence)
+        assert isinstance(recipe.decode, Recall)
+        keys, _, _ = prefill.entries(sequence)
+        grids = prefill.grids(sequence, torch.device("cpu"))
+        places = span.start, prefill.prompt.length
+        recalls.append(PromptRecall(recipe.decode, recipe.reduce, full[sequence], keys, grids, *places, own))
+    return recalls
