@@ -14,12 +14,14 @@ from sparsight.attention.rope import Rope, Rotation, newest_valid, rotary_positi
 from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.host_copy import HostCopy
 from sparsight.cache.kv_store import KVStore
-from sparsight.cache.language_hook import LanguageHook
+from sparsight.cache.language_hook import hook_language
+from sparsight.cache.language_inputs import LanguageInputs
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.plan import make_plan
-from sparsight.cache.prefill import Prefill
-from sparsight.cache.replay import LanguageInputs, replay
+from sparsight.cache.prefill import Prefill, first_query
+from sparsight.cache.replay import replay
 from sparsight.cache.report import Report
+from sparsight.cache.transcript import Transcript
 from sparsight.compression import Reconstruction, VisualHeads
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.methods import with_instructions, with_shipped_scores
@@ -91,7 +93,8 @@ class CompressedCache(Cache):
         name = str(model.name_or_path)
         self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
         grids = any(isinstance(getattr(part, "pool", 1), tuple) for part in (recipe.score, recipe.decode))
-        prompt = locate(model.config, inputs, grids=grids, frames=recipe.score.needs_frames)
+        find = {"grids": grids, "frames": recipe.score.needs_frames}
+        prompt = locate(model.config, inputs, **find)
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None
         # Steps that read the host cannot be captured or compiled.
@@ -109,9 +112,10 @@ class CompressedCache(Cache):
         if keep is not None:
             checks.one_of("keep", keep, ("host",))
             self._check_keep(model, max_new_tokens, prefill_bound)
-        self.keep = keep
+        self._transcript = None if keep is None else Transcript(model.config, find)
         self._attention_override = override_attention(language.config)
-        self._language_hook = LanguageHook(language) if self.needs_tokens else None
+        hooked = self.needs_tokens or keep is not None
+        self._language_hook = hook_language(model, language) if hooked else None
         self._located = prompt
         self._start(prompt)
 
@@ -125,14 +129,69 @@ class CompressedCache(Cache):
         """Whether the language part processes the prompt a second time."""
         return self.recipe.score.needs_replay
 
-    def begin_forward(self, language: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-        """Called before each forward pass of the language part: note its arguments while the prompt is prefilled."""
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        """Called before each forward pass of the model."""
+        if self._transcript is not None:
+            self._transcript.call = {name: each for name, each in arguments.items() if each is not self}
+
+    def begin_forward(self, language: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Called before each forward pass of the language part: note its arguments.
+
+        Returns:
+            Other arguments, if the new tokens are those of a turn that begins with tokens that were seen before.
+        """
+        changed = None if self._transcript is None else self._note(self._transcript, language, arguments)
         if self.compressed[0].store is None:
             self._language = language
-            self._arguments = {name: each for name, each in arguments.items() if each is not self}
+            self._arguments = {name: each for name, each in (changed or arguments).items() if each is not self}
+        return changed
 
-    def end_forward(self) -> None:
+    def _note(
+        self, transcript: Transcript, language: PreTrainedModel, arguments: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Add the new tokens to the transcript; other arguments, where they begin a new turn."""
+        first = self.compressed[0]
+        tokens = next(arguments[name] for name in ("inputs_embeds", "input_ids") if arguments.get(name) is not None)
+        count = tokens.shape[1]
+        positions = rotary_positions(arguments.get("position_ids"), first.seen, count, tokens.device)
+        transcript.add(LanguageInputs.of(language, arguments, positions), first.seen)
+        if first.store is None or count == 1:
+            return None
+        prompt = transcript.continued(self.prompt, count, arguments.get("attention_mask"))
+        copies = self.host
+        self._start(prompt)
+        self.resume(copies)
+        mask = prompt.valid_mask.to(tokens.device)
+        return {
+            **{name: each for name, each in arguments.items() if name != "input_ids"},
+            **transcript.arguments(first.seen),
+            "attention_mask": mask,
+        }
+
+    def resume(self, copies: Sequence[HostCopy]) -> int:
+        """Begin the prefill with tokens that were processed before.
+
+        Args:
+            copies: keys and values of the first tokens of each prompt.
+
+        Returns:
+            How many tokens, padding included, are not to be processed again: at most those before the first one whose
+            query the recipe looks at.
+        """
+        starts = [
+            min(span.start + copied.tokens, first_query(self.recipe, self.prompt, sequence))
+            for sequence, (span, copied) in enumerate(zip(self.prompt.spans, copies, strict=True))
+        ]
+        # A single token would be taken for the answer's.
+        start = max(min(*starts, self.prompt.length - 2), 0)
+        for index, layer in enumerate(self.compressed):
+            layer.resume(copies, index, start)
+        return start
+
+    def end_forward(self, output: Any) -> None:
         """Called after each forward pass of the language part: repeat the prompt, if it is complete and must be."""
+        if self._transcript is not None:
+            self._transcript.restrict(output)
         score, inputs = self.recipe.score, self._inputs
         if isinstance(score, Reconstruction) and inputs is not None and self.compressed[-1].seen >= self.prompt.length:
             prefills = {index: prefill for index, layer in enumerate(self.layers) if (prefill := _prefill_of(layer))}
@@ -247,7 +306,7 @@ class CompressedCache(Cache):
         self._rope = Rope(self._language, positions, newest_valid(self.prompt.valid_mask, first, count), self._rope)
         if self.repeats_prompt:
             inputs = LanguageInputs.of(self._language, arguments, positions)
-            self._inputs = inputs if self._inputs is None else self._inputs.then(inputs)
+            self._inputs = inputs if self._inputs is None else LanguageInputs.joined([self._inputs, inputs])
 
     def _rotation(self, module: Any) -> Rotation | None:
         """How an attention layer rotates the newest queries, for scores of those before RoPE."""
@@ -269,8 +328,10 @@ class CompressedCache(Cache):
                 "give both the same inputs, attention_mask included."
             )
 
-    def adopt(self, prefills: Sequence[Prefill]) -> None:
+    def adopt(self, prefills: Sequence[Prefill], inputs: LanguageInputs) -> None:
         """Compact a prompt that was observed elsewhere, one :class:`Prefill` a compressed layer."""
+        if self._transcript is not None:
+            self._transcript.add(inputs, 0)
         for layer, prefill in zip(self.compressed, prefills, strict=True):
             layer.prefill, layer.seen = prefill, prefill.seen
         self._compact()
@@ -280,7 +341,7 @@ class CompressedCache(Cache):
         """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
         self._rope = self._inputs = None
-        if self.keep or self.recipe.decode.recalls:
+        if self._transcript is not None or self.recipe.decode.recalls:
             self.host = [HostCopy() for _ in self.prompt.spans]
         for index, (layer, ratios) in enumerate(zip(self.compressed, plan.ratios, strict=True)):
             for sequence, copied in enumerate(self.host):
@@ -304,6 +365,14 @@ class CompressedCache(Cache):
 
     # What generation strategies ask of a cache
 
+    def activate_past_recording(self) -> None:
+        """Called before assisted generation."""
+        if self._transcript is not None:
+            raise ValueError(
+                "Assisted generation brings several tokens at a time, which counts as a new turn: leave keep out."
+            )
+        super().activate_past_recording()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by those at ``beam_idx``, in that order, for beam search."""
         self._select_sequences(beam_idx)
@@ -322,6 +391,8 @@ class CompressedCache(Cache):
         sequences = index.tolist()
         self.prompt = self.prompt.select(sequences)
         self.host = [self.host[sequence] for sequence in sequences if self.host]
+        if self._transcript is not None:
+            self._transcript.select(index)
         if self._sparsity is not None:
             self._sparsity = [[layer[sequence] for sequence in sequences] for layer in self._sparsity]
         for layer in self.layers:
@@ -336,6 +407,8 @@ class CompressedCache(Cache):
         """Forget everything: the cache waits for its prompt again."""
         super().reset()
         self._start(self._located)
+        if self._transcript is not None:
+            self._transcript.clear()
 
     # What the cache holds
 

@@ -11,6 +11,7 @@ from sparsight.attention.interface import is_plain, own_attention, visible
 from sparsight.attention.rope import Rotation
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
+from sparsight.cache.host_copy import HostCopy
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
 from sparsight.cache.prompt_recall import FullStates, PromptRecall, begin_recall
@@ -28,6 +29,7 @@ class CompressedLayer(CacheLayerMixin):
         first: the first layer of the cache, None if this is it.
         seen: tokens seen, padding included; positions follow it. With static storage :meth:`sync_lengths` updates it.
         prefill: the prompt so far, until it is compacted.
+        resumed: copies of the prompts' first tokens, and which of their layers this is, until the prefill begins.
         earlier: in the first layer of a bounded prefill, what the scores of the layers so far have left for later ones.
         store: the entries held from then on.
         eviction: which of them may go.
@@ -57,6 +59,7 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt = prompt
         self.seen = 0
         self.prefill: Prefill | None = None
+        self.resumed: tuple[Sequence[HostCopy], int] | None = None
         self.earlier: list[list[Tensor]] = [[] for _ in prompt.spans]
         self.store: KVStore | None = None
         self.eviction: EvictionState | None = None
@@ -67,6 +70,27 @@ class CompressedLayer(CacheLayerMixin):
         self.recalls: list[PromptRecall] = []
         # Some models ask whether their prompt's prefix has been seen.
         self.is_initialized = False
+
+    def resume(self, copies: Sequence[HostCopy], layer: int, seen: int) -> None:
+        """Begin the prefill with ``seen`` tokens, padding included, that were processed before.
+
+        ``copies`` have at least those of each sequence.
+        """
+        self.resumed, self.seen, self.is_initialized = (copies, layer), seen, True
+
+    def _resumed(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H_kv, n, D]`` of the tokens that were processed before, and of the new ones."""
+        if self.resumed is None:
+            return key, value
+        (copies, layer), self.resumed = self.resumed, None
+        before = self.seen - key.shape[2]
+        joined = [new.new_zeros(*new.shape[:2], self.seen, new.shape[3]) for new in (key, value)]
+        for full, new in zip(joined, (key, value), strict=True):
+            full[:, :, before:] = new
+        for sequence, (copied, span) in enumerate(zip(copies, self.prompt.spans, strict=True)):
+            for full, states in zip(joined, copied.states(layer, 0, max(before - span.start, 0)), strict=True):
+                full[sequence, :, before - states.shape[1] : before].copy_(states, non_blocking=True)
+        return joined[0], joined[1]
 
     def attend_prompt(
         self,
@@ -93,6 +117,7 @@ class CompressedLayer(CacheLayerMixin):
         if isinstance(prefill, BoundedPrefill) and prefill.remaining is not None:
             return prefill.attend_cut(query, key, value, scaling), None
         if prefill is None:
+            key, value = self._resumed(key, value)
             first = self.recipe, self.prompt, key, value
             earlier = (self.first or self).earlier
             self.prefill = prefill = (

@@ -19,6 +19,17 @@ def fitted(recipe: Recipe, prompt: Prompt, sequence: int) -> Recipe:
     return recipe.fitted(prompt.spans[sequence].length, prompt.vision_tokens[sequence])
 
 
+def first_query(recipe: Recipe, prompt: Prompt, sequence: int) -> int:
+    """The first position of a sequence whose query a recipe looks at: of earlier tokens, keys and values are enough."""
+    span, score = prompt.spans[sequence], fitted(recipe, prompt, sequence).score
+    if score.needs_replay:
+        return 0
+    queries = [score.queries(span)]
+    if recipe.allocate.threshold is not None or isinstance(recipe.allocate, TextVision):
+        queries.append(PostVision().queries(span))
+    return min(each.start for each in queries)
+
+
 class Prefill:
     """Keys and values of the prompt so far, the attention they received, and the sparsity of post-vision queries.
 
