@@ -111,7 +111,10 @@ class CompressedCache(Cache):
             recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
         if keep is not None:
             checks.one_of("keep", keep, ("host",))
-            self._check_keep(model, max_new_tokens, prefill_bound)
+            check_keep(model)
+            for name, value in {"max_new_tokens": max_new_tokens, "prefill_bound": prefill_bound}.items():
+                if value is not None:
+                    raise ValueError(f"keep='host' does not go with {name}: leave one of them out.")
         self._transcript = None if keep is None else Transcript(model.config, find)
         self._attention_override = override_attention(language.config)
         hooked = self.needs_tokens or keep is not None
@@ -197,22 +200,6 @@ class CompressedCache(Cache):
             prefills = {index: prefill for index, layer in enumerate(self.layers) if (prefill := _prefill_of(layer))}
             replay(inputs, self.layers, prefills, self.prompt, score)
             self._compact()
-
-    def _check_keep(self, model: PreTrainedModel, max_new_tokens: int | None, bound: float | None) -> None:
-        """Raise ValueError unless the full prompt can be kept in host memory and a new turn can go back to it."""
-        family = family_of(model.config)
-        if len(self.compressed) < len(self.layers):
-            raise ValueError(
-                f"{self._model_name} has layers with a sliding window or linear attention, which cannot go back to "
-                "earlier tokens: leave keep out."
-            )
-        if family is not None and not family.chunked_prefill:
-            raise ValueError(
-                f"{self._model_name} cannot process a prompt in parts, as a new turn does: leave keep out."
-            )
-        for name, value in {"max_new_tokens": max_new_tokens, "prefill_bound": bound}.items():
-            if value is not None:
-                raise ValueError(f"keep='host' does not go with {name}: leave one of them out.")
 
     def _start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
@@ -484,6 +471,20 @@ class CompressedCache(Cache):
 def compressible(config: Any) -> list[int]:
     """The layers of a language part, by its config, that hold every token: the others are bounded already."""
     return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+
+
+def check_keep(model: PreTrainedModel) -> None:
+    """Raise ValueError unless prompts can be kept in host memory and continued from there."""
+    config, family = language_part(model).config, family_of(model.config)
+    if len(compressible(config)) < len(DynamicCache(config=config).layers):
+        raise ValueError(
+            f"{type(model).__name__} has layers with a sliding window or linear attention, which cannot go back to "
+            "earlier tokens: its prompts cannot be kept in host memory."
+        )
+    if family is not None and not family.chunked_prefill:
+        raise ValueError(
+            f"{type(model).__name__} cannot process a prompt in parts: its prompts cannot be kept in host memory."
+        )
 
 
 def language_part(model: PreTrainedModel) -> PreTrainedModel:

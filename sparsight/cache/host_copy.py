@@ -1,5 +1,7 @@
 """The full keys and values of a prompt, in host memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,29 @@ class HostCopy:
         keys, values = self._layers[layer]
         return keys[:, start:stop], values[:, start:stop]
 
+    @staticmethod
+    def joined(parts: Sequence["HostCopy"]) -> "HostCopy":
+        """The tokens of several copies, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = HostCopy()
+        for layer in range(len(parts[0])):
+            keys, values = zip(*(part.states(layer) for part in parts), strict=True)
+            joined._layers.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
+        return joined
+
+    def part(self, start: int, stop: int) -> "HostCopy":
+        """The tokens ``[start, stop)``, which are views."""
+        part = HostCopy()
+        part._layers = [self.states(layer, start, stop) for layer in range(len(self))]
+        return part
+
+    def compact(self) -> "HostCopy":
+        """The same tokens in tensors that hold nothing else."""
+        compact = HostCopy()
+        compact._layers = [(_own(keys), _own(values)) for keys, values in self._layers]
+        return compact
+
     @property
     def tokens(self) -> int:
         """Number of tokens, ``T``."""
@@ -58,3 +83,10 @@ class HostCopy:
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return sum(keys.nbytes + values.nbytes for keys, values in self._layers)
+
+
+def _own(states: Tensor) -> Tensor:
+    """The same numbers in a tensor that is no view of a larger one."""
+    if states.untyped_storage().nbytes() == states.nbytes:
+        return states
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_pinned()).copy_(states)

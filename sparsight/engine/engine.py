@@ -16,11 +16,13 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsight.cache.compressed_cache import check_keep
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.engine.admission import most_bytes
 from sparsight.engine.positions import decode_positions
+from sparsight.engine.prefix_memory import PrefixMemory
 from sparsight.engine.preparation import Preparation, to_device
 from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
@@ -38,6 +40,7 @@ class _Request:
     """A request that waits for its prefill.
 
     Attributes:
+        salt: only prompts of the same salt are reused.
         kv_bytes: the most memory that each of its answers may hold, once its inputs are known.
     """
 
@@ -45,6 +48,7 @@ class _Request:
     recipe: Recipe
     params: SamplingParams
     inputs: "Future[Mapping[str, Any]]"
+    salt: str
     kv_bytes: int = 0
 
 
@@ -71,9 +75,12 @@ class Engine:
         prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
         vision_bytes: bytes of vision features that are kept for images that come again.
+        host_memory: bytes of full keys and values that are kept in host memory, so that a prompt that begins like an
+            earlier one, with the same system prompt, images or turns, is computed from where they differ.
 
     Raises:
-        ValueError: an argument is out of range, or there is no such method.
+        ValueError: an argument is out of range, there is no such method, or the model's prompts cannot be continued in
+            host memory.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Engine:
         prefill_chunk: int | None = 512,
         prefill_bound: float | None = None,
         vision_bytes: int = 2**28,
+        host_memory: int = 0,
     ) -> None:
         checks.count("max_running", max_running, least=1)
         if prefill_chunk is not None:
@@ -97,6 +105,7 @@ class Engine:
             raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
         self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * memory.available_bytes(model.device))
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
+        self.prefixes = self._prefix_memory(host_memory)
         self._generation_config: Any = model.generation_config
         self._preparation = Preparation(model, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
@@ -111,6 +120,15 @@ class Engine:
         self._running: list[Sequence] = []
         self._alone: list[Sequence] = []
 
+    def _prefix_memory(self, max_bytes: int) -> PrefixMemory | None:
+        checks.count("host_memory", max_bytes)
+        if not max_bytes:
+            return None
+        if self.prefill_bound is not None:
+            raise ValueError("host_memory does not go with prefill_bound: leave one of them out.")
+        check_keep(self.model)
+        return PrefixMemory(max_bytes)
+
     # Requests
 
     def add(
@@ -122,6 +140,7 @@ class Engine:
         inputs: Mapping[str, Any] | None = None,
         recipe: Recipe | str | None = None,
         params: SamplingParams | None = None,
+        salt: str = "",
     ) -> Handle:
         """Give the engine a request: a question about images, a conversation, or prepared inputs.
 
@@ -132,6 +151,7 @@ class Engine:
             inputs: what the processor returned for one prompt.
             recipe: how this prompt is compressed.
             params: how the answer is sampled and what ends it; the model's own defaults if None.
+            salt: with ``host_memory``, only prompts of the same salt are reused.
 
         Returns:
             A handle, whose iterator yields the answer. What is wrong with images or the prompt is raised there.
@@ -159,7 +179,7 @@ class Engine:
                 raise ValueError("The engine is closed.") from error
             raise
         # Without the lock, which is taken while a step runs.
-        self._waiting.append(_Request(handle, chosen, params, future))
+        self._waiting.append(_Request(handle, chosen, params, future, salt))
         return handle
 
     def abort(self, handle: Handle) -> None:
@@ -277,7 +297,7 @@ class Engine:
                     return None
                 self._waiting.popleft()
                 inputs = to_device(inputs, self.model)
-                how = self.prefill_chunk, self._vision, self.prefill_bound
+                how = self.prefill_chunk, self._vision, self.prefill_bound, self.prefixes, request.salt
                 return request, PromptRunner(self.model, request.recipe, inputs, *how)
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
@@ -297,6 +317,7 @@ class Engine:
             logits = runner.step()
             if logits is not None:
                 self._prompt = None
+                runner.remember()
                 self._begin(request, runner, logits)
         except Exception as error:
             self._prompt = None

@@ -41,6 +41,7 @@ class Completion:
         tokens: its tokens, the one that ended it included.
         finish_reason: ``stop`` (the model or a stop string ended it), ``length`` or ``aborted``.
         report: what the cache kept of the prompt.
+        reused_tokens: prompt tokens that were not computed, since an earlier prompt had begun with them.
         prefill_seconds: time that the engine worked on the prompt, its own and all answers'.
         decode_seconds: time from the first token to the last.
     """
@@ -49,6 +50,7 @@ class Completion:
     tokens: tuple[Sampled, ...]
     finish_reason: str
     report: Report
+    reused_tokens: int
     prefill_seconds: float
     decode_seconds: float
 

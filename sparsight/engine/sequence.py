@@ -40,6 +40,7 @@ class Sequence:
     ) -> None:
         self.handle, self.index, self.params, self.kv_bytes = handle, index, params, kv_bytes
         self.next_position, self.cache, self.report = runner.next_position, runner.cache, runner.report
+        self._reused_tokens = runner.reused_tokens
         self.sampler = Sampler(params, runner.input_ids, index)
         self.tokens: list[Sampled] = []
         self.finished: str | None = None
@@ -77,8 +78,8 @@ class Sequence:
         rest = self._stream.finish()
         if rest:
             self._push(rest, None)
-        seconds = self._prefill_seconds, time.perf_counter() - self.started
-        self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, self.report, *seconds))
+        work = self._reused_tokens, self._prefill_seconds, time.perf_counter() - self.started
+        self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, self.report, *work))
 
     def _push(self, text: str, token: Sampled | None) -> None:
         self._text += text
