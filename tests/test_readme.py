@@ -70,7 +70,15 @@ def test_the_program_of_the_readme_prints_what_the_readme_says(capsys: pytest.Ca
 
 @pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize(
-    ("page", "prints"), [("cache.md", 11), ("batch.md", 1), ("engine.md", 6), ("methods.md", 0), ("models.md", 0)]
+    ("page", "prints"),
+    [
+        ("cache.md", 11),
+        ("batch.md", 1),
+        ("engine.md", 6),
+        ("methods.md", 0),
+        ("models.md", 0),
+        ("second-tier.md", 8),
+    ],
 )
 def test_the_programs_of_a_page_print_what_their_comments_say(
     page: str, prints: int, capsys: pytest.CaptureFixture[str]

@@ -46,7 +46,8 @@ class CompressedCache(Cache):
         print(cache.report())
 
     A second ``generate`` with the same cache and more tokens continues the conversation: the entries of the new turn
-    are added uncompressed. Layers with a sliding window or linear attention are bounded already and are left unchanged.
+    are added uncompressed, or with ``keep="host"`` the conversation is compressed again. Layers with a sliding window
+    or linear attention are bounded already and are left unchanged.
 
     Args:
         model: an unmodified transformers model. While the cache lives, attention of its language part goes through
@@ -61,8 +62,10 @@ class CompressedCache(Cache):
             prompt. The result is the same except in layers for which more was planned. A prompt in chunks
             (``prefill_chunk_size``) is cut after each chunk, which is approximate. The report says where either
             happened.
-        keep: ``"host"`` keeps the full keys and values of the prompt in host memory. A recipe whose decode rule recalls
-            has them there in any case.
+        keep: ``"host"`` keeps the full keys and values of the prompt in host memory. Two tokens or more after an answer
+            are then a new turn: they attend to the full cache, and what is held afterwards is what compressing the
+            whole conversation as one prompt would have kept. A
+            recipe whose decode rule recalls has the prompt there in any case.
 
     Attributes:
         host: with ``keep="host"`` a :class:`~sparsight.cache.host_copy.HostCopy` of each sequence, once the prompt is

@@ -69,6 +69,15 @@ PrefillBound = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+HostMemory = Annotated[
+    str,
+    typer.Option(
+        help="Keep the full keys and values of prompts in this much host memory, such as 8GiB: prompts that begin with "
+        "the same text and images are computed from where they differ.",
+        metavar="SIZE",
+        rich_help_panel=METHOD,
+    ),
+]
 Heads = Annotated[
     Path | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""Parsing options that take several comma-separated values."""
+"""Parsing the text of options: lists of values, and sizes."""
 
 from collections.abc import Iterable
 
@@ -34,3 +34,22 @@ def count_list(option: str, text: str) -> list[int]:
     if counts[0] < 1:
         raise ValueError(f"{option} takes integers of at least 1 separated by commas, such as 2k,8k, not {text!r}.")
     return counts
+
+
+def byte_count(option: str, text: str) -> int:
+    """Bytes, of a number with a unit such as ``8GiB`` or ``500MB``, or without one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    number = text.strip().lower().removesuffix("b")
+    base = 1024 if number.endswith("i") else 1000
+    number = number.removesuffix("i")
+    power = "kmgt".find(number[-1:]) + 1 if number else 0
+    try:
+        count = int(float(number[:-1] if power else number) * base**power)
+    except (ValueError, OverflowError):
+        count = -1
+    if count < 0:
+        raise ValueError(f"{option} takes a number of bytes such as 8GiB or 500MB, not {text!r}.")
+    return count

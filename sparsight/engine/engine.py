@@ -28,6 +28,7 @@ from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
+from sparsight.engine.session import Session
 from sparsight.engine.vision_cache import VisionCache
 from sparsight.methods import Sparsight
 from sparsight.methods import recipe as recipe_by_name
@@ -181,6 +182,10 @@ class Engine:
         # Without the lock, which is taken while a step runs.
         self._waiting.append(_Request(handle, chosen, params, future, salt))
         return handle
+
+    def session(self, images: Several[Image | str | Path] = (), **request: Any) -> Session:
+        """A conversation about some images; ``request`` are further arguments of :meth:`add` for all questions."""
+        return Session(self, images, **request)
 
     def abort(self, handle: Handle) -> None:
         """End a request: its answers are cut off where they are, and its memory is free after the next step."""
