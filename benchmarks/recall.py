@@ -21,7 +21,6 @@ from sparsight import Recipe, Sparsight
 from sparsight.compression import BlockBounds, Exact, KeyIndex, LowRank, Recall
 from sparsight.compression.score import Window
 from sparsight.eval.collate import conversations, group_by_answer_length, tokenizer_of
-from sparsight.eval.converse import SPARE, decode
 from sparsight.eval.evaluator import FULL, end_tokens, until_end
 from sparsight.eval.metrics import exact_match, rouge_l
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
@@ -54,12 +53,20 @@ def candidates() -> list[Recipe]:
 @torch.inference_mode()
 def measure(snapshot: PrefillSnapshot, recipe: Recipe, given: Any, right: Sequence[str], processor: Any) -> list[Any]:
     """Exact match and ROUGE-L of each answer of a batch."""
-    ids, mask, length = given.inputs["input_ids"], given.inputs["attention_mask"], given.answers[0].shape[1]
-    first = snapshot.logits.argmax(-1, keepdim=True)
-    output = decode(snapshot.model, snapshot.cache(recipe), ids, mask, first, length + length // 4 + SPARE)
+    model: Any = snapshot.model
+    first, length = snapshot.logits.argmax(-1, keepdim=True), given.answers[0].shape[1]
+    ids = torch.cat([given.inputs["input_ids"], first], dim=1)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.cat([given.inputs["attention_mask"], torch.ones_like(first)], dim=1),
+        past_key_values=snapshot.cache(recipe),
+        max_new_tokens=length + length // 4,
+        do_sample=False,
+        num_beams=1,
+    )
     tokenizer = tokenizer_of(processor)
-    ends = end_tokens(snapshot.model, tokenizer)
-    tokens = [until_end(each, ends) for each in output.sequences[:, ids.shape[1] :].tolist()]
+    ends = end_tokens(model, tokenizer)
+    tokens = [until_end(each, ends) for each in output[:, ids.shape[1] - 1 :].tolist()]
     texts = [tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
     return [[exact_match(*pair), rouge_l(*pair)] for pair in zip(texts, right, strict=True)]
 

@@ -133,7 +133,7 @@ class RunningBatch(Cache):
             self.pool.free(start)
             raise
         self._rows, self._state, self._position = rows, state, position
-        recalls = [recall for layer in layers for recall in layer.recalls]
+        recalls = [layer.recalls[0] for layer in layers if layer.recalls]
         self.members.insert(place, Member(start, slots, rule, starts.tolist(), capacities.tolist(), recalls))
         self._regroup()
         return place
