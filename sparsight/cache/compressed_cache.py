@@ -64,8 +64,8 @@ class CompressedCache(Cache):
             happened.
         keep: ``"host"`` keeps the full keys and values of the prompt in host memory. Two tokens or more after an answer
             are then a new turn: they attend to the full cache, and what is held afterwards is what compressing the
-            whole conversation as one prompt would have kept. A recipe whose decode rule recalls has the prompt there in any
-            case.
+            whole conversation as one prompt would have kept. A recipe whose decode rule recalls always
+            has the prompt there.
 
     Attributes:
         host: with ``keep="host"`` a :class:`~sparsight.cache.host_copy.HostCopy` of each sequence, once the prompt is
