@@ -29,9 +29,9 @@ from sparsight.reader import model_path
 from sparsight.reader.skills import read_out
 
 BUDGETS = (0.1, 0.05)
-EVERY = (1, 2, 4, 8)
+EVERY = (1, 2, 3, 4, 8)
 INDEXES = (Exact(), LowRank(8, 4), LowRank(16, 4), LowRank(8, 8), BlockBounds(2), BlockBounds(4), BlockBounds(8))
-POOLS: Sequence[Window] = (1, (1, 3), (1, 7), (3, 3), (3, 5), (5, 5))
+POOLS: Sequence[Window] = (1, (1, 3), (1, 7), (1, 9), (1, 11), (3, 3), (3, 5), (5, 5))
 
 
 def named(budget: float, every: int, index: KeyIndex, pool: Window) -> Recipe:
@@ -45,7 +45,7 @@ def candidates() -> list[Recipe]:
     """The full cache, `sparsight` without recall, every window with one index, every index with one window."""
     plain = [replace(Sparsight(budget), name=f"{budget:.0%}, no recall") for budget in BUDGETS]
     often = product(BUDGETS, EVERY, INDEXES[:1], [(1, 5)])
-    pools = product(BUDGETS, (4, 2), INDEXES[:1], POOLS)
+    pools = product(BUDGETS, (4, 3, 2), INDEXES[:1], POOLS)
     indexes = product(BUDGETS, EVERY, INDEXES[1:], [(1, 5)])
     return [FULL, *plain, *(named(*each) for each in [*often, *pools, *indexes])]
 
