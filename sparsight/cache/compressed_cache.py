@@ -57,14 +57,15 @@ class CompressedCache(Cache):
         max_new_tokens: allocate static storage for this many tokens after the prompt, and after each new turn. Then
             ``generate`` compiles decoding on a GPU, as with transformers' own static cache; use
             :func:`sparsight.generate` for prompts in chunks. An answer that is continued without a new turn counts from
-            its beginning. If None, storage grows as needed.
+            its beginning. If None, or with a decode rule that recalls, storage grows as needed.
         prefill_bound: bound peak memory by cutting each layer to this multiple of the budget as soon as it has seen the
             prompt. The result is the same except in layers for which more was planned. A prompt in chunks
             (``prefill_chunk_size``) is cut after each chunk, which is approximate. The report says where either
             happened.
         keep: ``"host"`` keeps the full keys and values of the prompt in host memory. Two tokens or more after an answer
             are then a new turn: they attend to the full cache, and what is held afterwards is what compressing the
-            whole conversation as one prompt would have kept.
+            whole conversation as one prompt would have kept. A recipe whose decode rule recalls always
+            has the prompt there.
 
     Attributes:
         copies_prompt: whether the full keys and values of the prompt are kept in host memory.
@@ -98,12 +99,15 @@ class CompressedCache(Cache):
         language = language_part(model)
         name = str(model.name_or_path)
         self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
-        find = {"grids": isinstance(getattr(recipe.score, "pool", 1), tuple), "frames": recipe.score.needs_frames}
+        grids = any(isinstance(getattr(part, "pool", 1), tuple) for part in (recipe.score, recipe.decode))
+        find = {"grids": grids, "frames": recipe.score.needs_frames}
         prompt = locate(model.config, inputs, **find)
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None
+        # Steps that read the host cannot be captured or compiled.
+        capacity = None if recipe.decode.recalls else max_new_tokens
         for index in compressible(language.config):
-            layer = CompressedLayer(recipe, prompt, max_new_tokens, prefill_bound, first)
+            layer = CompressedLayer(recipe, prompt, capacity, prefill_bound, first)
             layers[index], first = layer, first or layer
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
@@ -118,8 +122,8 @@ class CompressedCache(Cache):
             for name, value in {"max_new_tokens": max_new_tokens, "prefill_bound": prefill_bound}.items():
                 if value is not None:
                     raise ValueError(f"keep='host' does not go with {name}: leave one of them out.")
-        self.copies_prompt = keep is not None
-        self._transcript = Transcript(model.config, find) if self.copies_prompt else None
+        self.copies_prompt = keep is not None or recipe.decode.recalls
+        self._transcript = None if keep is None else Transcript(model.config, find)
         self._attention_override = override_attention(language.config)
         hooked = self.needs_tokens or keep is not None
         self._language_hook = hook_language(model, language) if hooked else None
@@ -319,8 +323,10 @@ class CompressedCache(Cache):
                 "give both the same inputs, attention_mask included."
             )
 
-    def adopt(self, prefills: Sequence[Prefill]) -> None:
+    def adopt(self, prefills: Sequence[Prefill], inputs: LanguageInputs) -> None:
         """Compact a prompt that was observed elsewhere, one :class:`Prefill` a compressed layer."""
+        if self._transcript is not None:
+            self._transcript.add(inputs, 0)
         for layer, prefill in zip(self.compressed, prefills, strict=True):
             layer.prefill, layer.seen = prefill, prefill.seen
         self._compact()
@@ -332,10 +338,10 @@ class CompressedCache(Cache):
         self._rope = self._inputs = self._language = None
         if self.copies_prompt:
             self.host = [HostCopy() for _ in self.prompt.spans]
-        for layer, ratios in zip(self.compressed, plan.ratios, strict=True):
+        for index, (layer, ratios) in enumerate(zip(self.compressed, plan.ratios, strict=True)):
             for sequence, copied in enumerate(self.host):
                 copied.add_layer(*layer.full_states(sequence))
-            layer.compact(ratios)
+            layer.compact(ratios, [partial(copied.states, index) for copied in self.host])
         if self.recipe.allocate.threshold is not None:
             self._sparsity = plan.sparsity
         self._gather()

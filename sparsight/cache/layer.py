@@ -14,6 +14,7 @@ from sparsight.cache.compaction import begin_eviction, compact
 from sparsight.cache.host_copy import HostCopy
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
+from sparsight.cache.prompt_recall import FullStates, PromptRecall, begin_recall
 from sparsight.cache.step_metadata import StepMetadata
 from sparsight.compression.allocate import KeepRatio
 from sparsight.compression.eviction import EvictionState, fitted
@@ -36,6 +37,7 @@ class CompressedLayer(CacheLayerMixin):
         kept: how many prompt entries each row of the store kept.
         exact: whether every token of the prompt attended to all of those before it.
         cut_short: whether the prefill's bound left fewer entries than were planned.
+        recalls: for each sequence, what fetches entries of its prompt back, if the decode rule does.
     """
 
     is_sliding = False
@@ -65,6 +67,7 @@ class CompressedLayer(CacheLayerMixin):
         self.kept: list[int] = []
         self.record_past = False
         self.exact, self.cut_short = True, False
+        self.recalls: list[PromptRecall] = []
         # Some models ask whether their prompt's prefix has been seen.
         self.is_initialized = False
 
@@ -139,13 +142,14 @@ class CompressedLayer(CacheLayerMixin):
         assert self.prefill is not None
         return self.prefill.entries(sequence)[:2]
 
-    def compact(self, ratios: Sequence[KeepRatio]) -> None:
-        """Keep ``ratios[b]`` of each sequence's prompt, and free the rest."""
+    def compact(self, ratios: Sequence[KeepRatio], full: Sequence[FullStates] = ()) -> None:
+        """Keep ``ratios[b]`` of each sequence's prompt, and free the rest; ``full`` is for decode rules that recall."""
         assert self.prefill is not None
         prefill, self.prefill, self.earlier = self.prefill, None, []
         self.store, self.kept, self.cut_short = compact(prefill, ratios)
         self.exact = prefill.exact
         self.eviction = begin_eviction(prefill, ratios, self.store)
+        self.recalls = begin_recall(prefill, self.store.by_head(self.kept), full) if self.recipe.decode.recalls else []
         self._begin_decoding()
 
     def _begin_decoding(self) -> None:
@@ -196,6 +200,7 @@ class CompressedLayer(CacheLayerMixin):
             key, value = key.detach(), value.detach()
         if key.shape[2] == 1:
             self._write(key, value)
+            self._recall(query, scaling)
         else:
             # Of a new turn, the last token attends to every other except padding.
             mask = _recent_mask(attention_mask)
@@ -221,6 +226,13 @@ class CompressedLayer(CacheLayerMixin):
         if self.recipe.decode.tracks_attention:
             # What took the place of an entry does not inherit its score.
             state.scores.scatter_(1, step.slots[self._index][:, None], 0)
+
+    def _recall(self, query: Tensor, scaling: float | None) -> None:
+        """Let the decode rule fetch entries of the prompts for the newest tokens, queries ``[B, H, 1, D]``."""
+        store, _ = self._decoding()
+        for sequence, recall in enumerate(self.recalls):
+            if recall.is_due(self.seen - 1):
+                recall.fetch(query[sequence, :, 0], scaling, store.flat(), store.starts[store.rows_of(sequence)])
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Append the entries of a new turn, bool ``valid`` ``[B, q]`` excludes padding."""
@@ -307,6 +319,7 @@ class CompressedLayer(CacheLayerMixin):
             self.store.select(index)
             self.kept = [self.kept[row] for row in rows.tolist()]
             self.eviction = self.eviction.select(rows.to(self.store.held.device))
+            self.recalls = [self.recalls[sequence] for sequence in index.tolist() if self.recalls]
             self._begin_decoding()
 
     @property
@@ -349,7 +362,7 @@ class CompressedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes that the layer's tensors occupy."""
         if self.store is not None:
-            return self.store.nbytes
+            return self.store.nbytes + sum(recall.nbytes for recall in self.recalls)
         return 0 if self.prefill is None else self.prefill.nbytes
 
     @property

@@ -63,6 +63,14 @@ def main(
             help="Models without images: count the tokens of a task's passage as vision tokens.",
         ),
     ] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="host keeps the full cache in host memory: a new turn of a conversation attends to it, and what is "
+            "kept is chosen again.",
+            metavar="NAME",
+        ),
+    ] = None,
     harness: Annotated[
         str, typer.Option(help="sparsight for its own tasks, lmms-eval for public benchmarks.", metavar="NAME")
     ] = HARNESSES[0],
@@ -90,6 +98,10 @@ def main(
         raise unknown("harness", harness, HARNESSES)
     if against not in (None, "kvpress"):
         raise unknown("--against", against, ["kvpress"])
+    if keep not in (None, "host"):
+        raise unknown("--keep", keep, ["host"])
+    if keep and harness != HARNESSES[0]:
+        raise ValueError("--keep is for conversations, of which lmms-eval has none: leave it out.")
     recipes = _recipes(model, methods, budgets, heads)
     check_folder(output, "results.json", replace=True)
     try:
@@ -104,7 +116,7 @@ def main(
                 chosen = [tasks_module.task(name, known) for name in names(tasks, known)]
                 with ExitStack() as stack:
                     others = _kvpress(checkpoint, budgets, device, dtype, stack) if against else []
-                    config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision)
+                    config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision, keep)
                     report = _generated(model, checkpoint, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
         raise stopped(output) from stop
@@ -149,7 +161,7 @@ def _generated(
 
     on_progress("Loading the model", 0, config.total)
     loaded = load_model(checkpoint, device, dtype)
-    about = {**_about(model, loaded), "seed": config.seed}
+    about = {**_about(model, loaded), "seed": config.seed, "keep": config.keep}
     if checkpoint.text_only:
         # The text differs between versions of Python.
         about |= {"passage": "vision" if config.passage_as_vision else "text", "python": platform.python_version()}

@@ -30,7 +30,8 @@ def generate(
 
         tokens = sparsight.generate(model, inputs, VLCache(budget=0.1), max_new_tokens=100)
 
-    Models with sliding-window or linear attention layers, and models spread over several devices, decode without one.
+    Models with sliding-window or linear attention layers, models spread over several devices, and methods that recall
+    entries decode without one.
 
     Args:
         model: an unmodified transformers model.

@@ -54,14 +54,18 @@ class Turn:
 
 
 @torch.inference_mode()
-def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversations) -> list[Turn]:
+def converse(
+    snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversations, keep: str | None = None
+) -> list[Turn]:
     """Hold the conversations with a recipe's cache; its decode rule applies to every token.
+
+    With ``keep="host"`` a turn attends to the full cache, and the conversation so far is compressed again.
 
     Each turn is answered twice: by greedy decoding, unless answers are forced, and with the right answer forced, which
     the next turn continues.
     """
     model: Any = snapshot.model
-    cache, logits = snapshot.cache(recipe), snapshot.logits
+    cache, logits = snapshot.cache(recipe, keep), snapshot.logits
     ids, mask = conversations.inputs["input_ids"], conversations.inputs["attention_mask"]
     turns = []
     for number, answer in enumerate(conversations.answers):

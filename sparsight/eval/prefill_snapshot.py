@@ -100,13 +100,13 @@ class PrefillSnapshot:
         return [_of(recipe, prefill) for prefill in self._observed[parts]]
 
     @torch.inference_mode()
-    def cache(self, recipe: Recipe) -> CompressedCache:
-        """A recipe's cache after prefill."""
-        cache = CompressedCache(self.model, recipe, self.inputs)
+    def cache(self, recipe: Recipe, keep: str | None = None) -> CompressedCache:
+        """A recipe's cache after prefill; ``keep`` is that of :class:`~sparsight.CompressedCache`."""
+        cache = CompressedCache(self.model, recipe, self.inputs, keep=keep)
         for index, layer in enumerate(self._recorder.layers):
             if not isinstance(layer, CompressedLayer):
                 cache.layers[index] = copy.deepcopy(layer)
-        cache.adopt(self.observe(recipe))
+        cache.adopt(self.observe(recipe), self._recorder.inputs)
         return cache
 
 

@@ -21,6 +21,7 @@ from sparsight.methods.random import RandomCache
 from sparsight.methods.snapkv import SnapKV
 from sparsight.methods.sparsemm import SparseMM, with_shipped_scores
 from sparsight.methods.sparsight import Sparsight
+from sparsight.methods.sparsight_recall import SparsightRecall
 from sparsight.methods.streaming_llm import StreamingLLM
 from sparsight.methods.tgv_kv import TGVKV
 from sparsight.methods.vl_cache import VLCache
@@ -45,6 +46,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "kvzip": KVzip,
     "infinipot-v": InfiniPotV,
     "sparsight": Sparsight,
+    "sparsight-recall": SparsightRecall,
     "random": RandomCache,
     "full": Full,
 }
@@ -89,6 +91,7 @@ __all__ = [
     "SnapKV",
     "SparseMM",
     "Sparsight",
+    "SparsightRecall",
     "StreamingLLM",
     "VLCache",
     "recipe",

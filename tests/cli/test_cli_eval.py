@@ -204,6 +204,8 @@ def test_budgets_are_sorted_and_unique() -> None:
         (("--budgets", "0.1,2"), "budget must be a number in (0, 1], got 2.0."),
         (("--budgets", "0.1;0.2"), "Budgets are numbers separated by commas, such as 0.01,0.05,"),
         (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
+        (("--keep", "disk"), "Unknown --keep 'disk': Known are host."),
+        (("--keep", "host", "--harness", "lmms-eval"), "--keep is for conversations, of which lmms-eval has none"),
         (("--harness", "lmmseval"), "Unknown harness 'lmmseval': did you mean 'lmms-eval'? Known are sparsight, "),
         (
             ("--harness", "lmms-eval"),
@@ -220,6 +222,18 @@ def test_unmeasurable_options_are_refused(
     assert err.startswith(f"Error: {message}")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_conversations_with_the_full_cache_in_host_memory(run: Run, talker: str, tmp_path: Path) -> None:
+    small = ("--tasks", "conversation:2", "--methods", "vl-cache,sparsight-recall", "--budgets", "0.1", "--limit", 2)
+    code, out, _ = run("eval", "--model", talker, *small, "--keep", "host", "--json", "--output", tmp_path / "run")
+    assert code == 0
+    report = json.loads(out)
+    assert report["keep"] == "host"
+    assert [cell["method"] for cell in report["tasks"][0]["cells"]] == ["vl-cache", "sparsight-recall"]
+    code, _, err = run("eval", "--model", talker, *small, "--output", tmp_path / "run")
+    assert code == 2
+    assert "has a run with keep 'host', not None: give --output another folder" in err
 
 
 def test_a_folder_of_another_run_is_refused(run: Run, talker: str, tmp_path: Path) -> None:
