@@ -15,9 +15,11 @@ from rich.text import Text
 
 from sparsight.cli import options
 from sparsight.cli.output import check_folder
+from sparsight.cli.papers import show_paper
 from sparsight.cli.parsing import budget_list, names
 from sparsight.cli.progress import progress
 from sparsight.cli.terminal import show, stopped
+from sparsight.eval.papers import PAPERS
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
 
@@ -73,14 +75,28 @@ def main(
         str | None,
         typer.Option(help="Models without images: kvpress adds its methods on the same prompts.", metavar="NAME"),
     ] = None,
+    paper: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Only show a paper's tables ({', '.join(PAPERS)}), all or those of --model, beside the results of runs in "
+            "the folders of --output, by default runs/PAPER.",
+            metavar="NAME",
+        ),
+    ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    output: Annotated[Path, options.output("Folder of the run", "DIR", resumes=True)] = Path("runs/eval"),
+    output: Annotated[
+        Path | None, options.output("Folder of the run, by default runs/eval", "DIR", resumes=True)
+    ] = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
+    if paper is not None:
+        shown = None if model == options.DEFAULT_MODEL else model
+        show_paper(paper, shown, output or Path("runs") / paper, as_json=as_json)
+        return
     from sparsight.eval import render
     from sparsight.eval import tasks as tasks_module
     from sparsight.eval.evaluator import EvaluationConfig
@@ -91,6 +107,7 @@ def main(
     if against not in (None, "kvpress"):
         raise unknown("--against", against, ["kvpress"])
     recipes = _recipes(model, methods, budgets, heads)
+    output = output or Path("runs/eval")
     check_folder(output, "results.json", replace=True)
     try:
         with progress("Evaluating", quiet=quiet or as_json) as on_progress:

@@ -250,3 +250,38 @@ def test_a_missing_harness_says_how_to_install_it(
     assert (code, out) == (2, "")
     assert err.startswith("Error: lmms-eval cannot be used: ")
     assert err.endswith(" Install it with pip install 'sparsight[lmms-eval]'.\n")
+
+
+def test_a_papers_tables_are_shown_beside_an_empty_column(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("eval", "--paper", "tgv-kv", "--model", "llava-hf/llava-1.5-7b-hf", "--output", tmp_path)
+    assert (code, err) == (0, "")
+    assert "arXiv 2606.03075" in " ".join(out.split())
+    assert [line.split() for line in out.splitlines() if line.startswith("snapkv ")][:2] == [
+        ["snapkv", "50", "%", "17.9", "23.0", "54.1", "47.3"],
+        ["snapkv", "20", "%", "16.6", "20.5", "53.6", "44.6"],
+    ]
+    assert "Table 3, LLaVA-1.5-7B" in out and "Qwen" not in out.partition("Table 2")[2]
+    # On one line, to be copied.
+    assert out.splitlines()[-1].startswith("sparsight eval --harness lmms-eval --model llava-hf/llava-1.5-7b-hf ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_holds_a_papers_cells_with_their_source(run_json: Callable[..., Any]) -> None:
+    shown = run_json("eval", "--paper", "tgv-kv")
+    (cell,) = [
+        cell
+        for cell in shown["cells"]
+        if (cell["checkpoint"], cell["task"], cell["method"], cell["budget"])
+        == ("Qwen/Qwen3-VL-8B-Instruct", "docvqa_val", "tgv-kv", 0.05)
+    ]
+    assert (cell["value"], cell["ours"], cell["arxiv"], cell["table"]) == (88.0, None, "2606.03075", 2)
+    assert set(shown["commands"]) == {cell["checkpoint"] for cell in shown["cells"]}
+
+
+def test_unknown_papers_and_their_models_are_refused(run: Run) -> None:
+    assert (
+        run("eval", "--paper", "tgvkv")[2] == "Error: Unknown paper 'tgvkv': did you mean 'tgv-kv'? Known are tgv-kv.\n"
+    )
+    code, out, err = run("eval", "--paper", "tgv-kv", "--model", "other")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: The tables have no model 'other', only llava-hf/llava-1.5-7b-hf, ")
