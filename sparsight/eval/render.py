@@ -64,11 +64,14 @@ def budgets_of(results: Mapping[str, Any]) -> list[float]:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """A headline and a table per task: methods by budgets, each with its interval below, the best values in bold."""
+    """A headline and a table per task: methods by budgets, each with its interval below, the best values in bold.
+
+    With the full cache alone the headlines say everything and the tables are empty.
+    """
     for task in results["tasks"]:
         metric = metrics_of(task)[task["metric"]]
         full = task["full"][task["metric"]]
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(task["cells"]))
         shown.add_column("method", header_style="bold cyan")
         for budget in budgets_of(results):
             shown.add_column(f"{budget * 100:.3g} %", justify="right", header_style="bold cyan")

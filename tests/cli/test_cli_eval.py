@@ -15,6 +15,8 @@ from sparsight import RECIPES
 from sparsight.cli import eval as command
 from sparsight.cli import main
 from sparsight.cli.options import DEFAULT_MODEL
+from sparsight.eval import metrics
+from sparsight.eval.metrics import check_installed
 from sparsight.eval.result_store import CELLS, ResultStore
 from sparsight.reader import model_path
 from tests.support import tiny
@@ -84,6 +86,27 @@ def test_tables_and_the_names_of_the_files_are_printed(run: Run, talker: str, tm
     for name in ("results.json", "report.md", "report.html", "accuracy.png"):
         assert name in out
         assert (tmp_path / "run" / name).exists()
+
+
+def test_the_full_cache_alone_has_headlines_and_no_empty_tables(run: Run, talker: str, tmp_path: Path) -> None:
+    code, out, err = run("eval", "--model", talker, *SMALL, "--methods", "full", "--output", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert " ".join(out.split()).count(", full cache ") == 2
+    assert "method" not in out
+
+
+def test_a_missing_library_is_named_before_the_weights_are_loaded(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics._anls_score.cache_clear()
+    monkeypatch.setitem(sys.modules, "anls_star", None)
+    monkeypatch.setattr("sparsight.models.loading.load_model", lambda *_: pytest.fail("loaded"))
+    code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err == ("Error: ANLS needs the package anls-star, which is not installed: pip install 'sparsight[eval]'.\n")
+    # Tasks of models without images need none.
+    check_installed({"exact", "perplexity", "divergence", "held"})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_run_resumes_and_gives_the_same_results(
