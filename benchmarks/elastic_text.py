@@ -79,9 +79,8 @@ def main(
     checkpoint = load_checkpoint("smollm2", text=True)
     model = load_model(checkpoint, "cpu", "float32")
     tasks = [task(f"continuation:{words}", TEXT_TASKS)]
-    config = EvaluationConfig(tasks, variants(), limit, seed, limit, passage_as_vision)
+    config = EvaluationConfig(tasks, variants(), limit, seed, limit)
     about = {"weights": weights_digest(model), "seed": seed, "python": platform.python_version()}
-    about |= {"passage": "vision" if passage_as_vision else "text"}
     with ResultStore(output, about) as store:
         run_evaluation(config, model, checkpoint.processor, store)
         results = aggregate(config, store)
