@@ -71,9 +71,6 @@ def main(
     limit: Annotated[int, typer.Option(help="Number of passages.", min=2)] = 4,
     words: Annotated[int, typer.Option(help="Words of a passage.", min=1)] = 400,
     seed: Annotated[int, typer.Option(help="Seed of the passages.", min=0)] = 1,
-    passage_as_vision: Annotated[
-        bool, typer.Option("--passage-as-vision", help="Mark the passages as vision.")
-    ] = False,
 ) -> None:
     """Measure the variants and print a table."""
     checkpoint = load_checkpoint("smollm2", text=True)

@@ -19,7 +19,7 @@ def needs(recipe: Recipe) -> list[str]:
 
 
 def observed_queries(recipe: Recipe) -> str:
-    """The queries that are observed beside the model's own attention: ``all`` of the prompt's, the ``last``, ``none``."""
+    """Which of the prompt's queries are observed beside the model's own attention: ``all``, the ``last``, ``none``."""
     queries = recipe.score.queries(LONG)
     if queries and queries.start < LONG.post_vision:
         return "all"
