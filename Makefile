@@ -81,8 +81,9 @@ accuracy: $(VENV)/.ready
 	$(BIN)/sparsight analyze --force --limit 100 --seed 1 --output runs/analysis
 	$(BIN)/python -m benchmarks.task_prompts transcribe:4 runs/lists --limit 50 --seed 1
 	$(BIN)/sparsight analyze --force --prompts runs/lists/asked.jsonl --limit 50 --max-new-tokens 80 --output runs/analysis-lists
-	$(BIN)/python -m benchmarks.accuracy runs/accuracy runs/analysis docs/accuracy.md
+	cp runs/accuracy/results.json runs/accuracy/*.png runs/analysis/analysis.json runs/analysis/analysis.png docs/accuracy/
 	for kind in json png; do cp runs/analysis-lists/analysis.$$kind docs/accuracy/lists.$$kind; done
+	$(BIN)/python -m benchmarks.accuracy docs/accuracy.md
 
 bench-batch: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.batch measure --pages 2000 --output benchmarks/results/batch-cpu.json

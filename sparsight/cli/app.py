@@ -71,6 +71,7 @@ def _load_libraries() -> None:
 
     transformers shows no progress bars, and there is one message about an image over the limit.
     """
+    # Imported here and not by the command: a signal during the import must still end the process.
     import torch  # noqa: F401
     from PIL.Image import DecompressionBombWarning
     from transformers.utils import logging

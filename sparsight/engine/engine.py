@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.compressed_cache import check_keep
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
@@ -103,11 +104,16 @@ class Engine:
         host_memory: int = 0,
         prefix_dir: str | Path | None = None,
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"model must be a loaded transformers model, got a {type(model).__name__}.")
         checks.count("max_running", max_running, least=1)
+        checks.count("vision_bytes", vision_bytes)
         if prefill_chunk is not None:
             checks.count("prefill_chunk", prefill_chunk, least=2)
         self.model, self.processor = model, processor
         self.recipe = _recipe(recipe)
+        if prefill_bound is not None:
+            check_bound(prefill_bound, self.recipe)
         if not (isinstance(kv_memory, int | float) and 0 < kv_memory < math.inf):
             raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
         self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * memory.available_bytes(model.device))

@@ -25,34 +25,11 @@ from sparsight.methods.sparsight_recall import SparsightRecall
 from sparsight.methods.streaming_llm import StreamingLLM
 from sparsight.methods.tgv_kv import TGVKV
 from sparsight.methods.vl_cache import VLCache
+from sparsight.utils.method_names import ALIASES, METHODS
 from sparsight.utils.suggest import unknown
 
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "vl-cache": VLCache,
-    "elastic": ElasticCache,
-    "h2o": H2O,
-    "streaming-llm": StreamingLLM,
-    "snapkv": SnapKV,
-    "pyramidkv": PyramidKV,
-    "adakv": AdaKV,
-    "prefixkv": PrefixKV,
-    "look-m": LookM,
-    "aircache": AirCache,
-    "sparsemm": SparseMM,
-    "mixkv": MixKVCache,
-    "bacon": BACONCache,
-    "tgv-kv": TGVKV,
-    "expected-attention": ExpectedAttention,
-    "kvzip": KVzip,
-    "infinipot-v": InfiniPotV,
-    "sparsight": Sparsight,
-    "sparsight-recall": SparsightRecall,
-    "random": RandomCache,
-    "full": Full,
-}
-
-ALIASES = {"local": "streaming-llm"}
-"""Other names of a method in the literature."""
+RECIPES: dict[str, Callable[..., Recipe]] = {name: globals()[function] for name, function in METHODS.items()}
+"""The methods by name."""
 
 
 def recipe(name: str, **numbers: Any) -> Recipe:
@@ -71,7 +48,6 @@ def recipe(name: str, **numbers: Any) -> Recipe:
 
 
 __all__ = [
-    "ALIASES",
     "H2O",
     "RECIPES",
     "TGVKV",
