@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import sparsight
+from sparsight.server.access_log import JsonFormatter
 from sparsight.server.app import create_app
 from sparsight.server.images import ImageLoader
 from sparsight.server.settings import Settings
@@ -201,7 +202,12 @@ def test_logs_have_no_keys_questions_and_images(guarded: RunningServer, caplog: 
         ask(guarded)
         ask(guarded, "data:image/png;base64,AAAA")
         send(guarded, "GET", "/v1/models", key="a wrong key that is logged")
-    assert not any(each in caplog.text for each in (KEYS[0], QUESTION, "a wrong key", "base64", "iVBOR", "461"))
+        # A request is logged after its response, and before the next request.
+        send(guarded, "GET", "/health")
+    lines = [JsonFormatter().format(record) for record in caplog.records]
+    assert sum('"status": 401' in line for line in lines) == 1
+    log = "".join(lines)
+    assert not any(each in log for each in (KEYS[0], QUESTION, "a wrong key", "base64", "iVBOR"))
 
 
 def test_pages_of_other_domains_cannot_use_a_server_without_keys(server: RunningServer) -> None:
@@ -211,6 +217,9 @@ def test_pages_of_other_domains_cannot_use_a_server_without_keys(server: Running
     # What a page may send to another domain without a permission, which is never given.
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         message(send(server, "POST", CHAT, body, headers=[("Content-Type", content_type)]))
+    with connect(server, f"Content-Length: {len(json.dumps(body))}") as client:
+        client.sendall(json.dumps(body).encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
     message(send(server, "OPTIONS", CHAT, headers=[("Origin", "http://evil.example")]), 405)
 
 
@@ -298,6 +307,26 @@ def test_links_in_texts_are_not_fetched(guarded: RunningServer, plays: Attacker)
 
 
 # Images
+
+
+def test_responses_have_the_same_doors(guarded: RunningServer, plays: Attacker) -> None:
+    def respond_to(url: str, text: str = QUESTION, **fields: Any) -> Response:
+        parts = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": text}]
+        body = {"model": MODEL, "input": [{"role": "user", "content": parts}]} | fields
+        return send(guarded, "POST", "/v1/responses", body)
+
+    for url in (
+        "/etc/passwd",
+        f"http://{DOMAIN}/a.png",
+        data_url(SVG),
+        data_url(png(1, 100_000)),
+        data_url(bytes(500_001)),
+    ):
+        message(respond_to(url))
+    assert "<image>" in message(respond_to(LINK, "<image>"))
+    assert "max_output_tokens" in message(respond_to(LINK, max_output_tokens=10**9))
+    assert not plays.lookups
+    assert respond_to(LINK)[0] == 200
 
 
 def test_formats_that_are_not_accepted(guarded: RunningServer) -> None:
