@@ -282,8 +282,9 @@ class Engine:
     def _step(self) -> None:
         self._drop_aborted()
         self._place()
-        self._prefill()
         self._decode()
+        # Last: an answer's first token is there when the step ends, not after everyone's next one.
+        self._prefill()
 
     def _drop_aborted(self) -> None:
         for request in [each for each in tuple(self._waiting) if each.handle.aborted or self._closed]:
