@@ -64,12 +64,13 @@ class CompressedCache(Cache):
             happened.
         keep: ``"host"`` keeps the full keys and values of the prompt in host memory. Two tokens or more after an answer
             are then a new turn: they attend to the full cache, and what is held afterwards is what compressing the
-            whole conversation as one prompt would have kept. A recipe whose decode rule recalls always
-            has the prompt there.
+            whole conversation as one prompt would have kept. A recipe whose decode rule recalls
+            always has the prompt there.
 
     Attributes:
-        host: with ``keep="host"`` a :class:`~sparsight.cache.host_copy.HostCopy` of each sequence, once the prompt is
-            complete; otherwise empty.
+        copies_prompt: whether the full keys and values of the prompt are kept in host memory.
+        host: in that case a :class:`~sparsight.cache.host_copy.HostCopy` of each sequence, once the prompt is complete;
+            otherwise empty.
 
     Raises:
         ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a batch
@@ -77,6 +78,9 @@ class CompressedCache(Cache):
             number, the bound is no number of at least 1, the recipe merges or repeats the prompt and there is a
             bound, or ``keep`` does not go with the model or the other arguments.
     """
+
+    # The language part, for recipes that need it, until the prompt is compressed: a copied cache must not copy it.
+    _language: Any = None
 
     def __init__(
         self,
@@ -118,6 +122,7 @@ class CompressedCache(Cache):
             for name, value in {"max_new_tokens": max_new_tokens, "prefill_bound": prefill_bound}.items():
                 if value is not None:
                     raise ValueError(f"keep='host' does not go with {name}: leave one of them out.")
+        self.copies_prompt = keep is not None or recipe.decode.recalls
         self._transcript = None if keep is None else Transcript(model.config, find)
         self._attention_override = override_attention(language.config)
         hooked = self.needs_tokens or keep is not None
@@ -147,7 +152,7 @@ class CompressedCache(Cache):
             Other arguments, if the new tokens are those of a turn that begins with tokens that were seen before.
         """
         changed = None if self._transcript is None else self._note(self._transcript, language, arguments)
-        if self.compressed[0].store is None:
+        if self.needs_tokens and self.compressed[0].store is None:
             self._language = language
             self._arguments = {name: each for name, each in (changed or arguments).items() if each is not self}
         return changed
@@ -170,7 +175,7 @@ class CompressedCache(Cache):
         mask = prompt.valid_mask.to(tokens.device)
         return {
             **{name: each for name, each in arguments.items() if name != "input_ids"},
-            **transcript.arguments(first.seen),
+            **transcript.arguments(first.seen, tokens.device),
             "attention_mask": mask,
         }
 
@@ -330,8 +335,8 @@ class CompressedCache(Cache):
     def _compact(self) -> None:
         """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
-        self._rope = self._inputs = None
-        if self._transcript is not None or self.recipe.decode.recalls:
+        self._rope = self._inputs = self._language = None
+        if self.copies_prompt:
             self.host = [HostCopy() for _ in self.prompt.spans]
         for index, (layer, ratios) in enumerate(zip(self.compressed, plan.ratios, strict=True)):
             for sequence, copied in enumerate(self.host):

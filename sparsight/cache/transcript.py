@@ -28,28 +28,30 @@ class Transcript:
     def __init__(self, config: Any, find: Mapping[str, bool]) -> None:
         self._config, self._find = config, find
         self._parts: list[LanguageInputs] = []
+        self._total = 0
         self._returned: Tensor | None = None
         self.call: Mapping[str, Any] = {}
 
     def __deepcopy__(self, memo: dict) -> "Transcript":
         """One of its own with the same tokens, which do not change."""
         copied = Transcript(self._config, self._find)
-        copied._parts = list(self._parts)
+        copied._parts, copied._total = list(self._parts), self._total
         return copied
 
     def clear(self) -> None:
         """Forget all tokens."""
-        self._parts = []
+        self._parts, self._total = [], 0
 
     def select(self, index: Tensor) -> None:
         """Replace the sequences by those at ``index``."""
         self._parts = [part.select(index) for part in self._parts]
 
     def add(self, inputs: LanguageInputs, first: int) -> None:
-        """Add what the language part is given for the tokens from ``first`` on; many are kept in host memory."""
+        """Add what the language part is given for the tokens from ``first`` on; those of a prompt go to host memory."""
         # Tokens of an answer can be taken back.
-        while sum(part.embeddings.shape[1] for part in self._parts) > first:
-            self._parts.pop()
+        while self._total > first:
+            self._total -= self._parts.pop().embeddings.shape[1]
+        self._total += inputs.embeddings.shape[1]
         self._parts.append(inputs.to("cpu") if inputs.embeddings.shape[1] > 1 else inputs)
 
     def continued(self, prompt: Prompt, count: int, attention_mask: Any) -> Prompt:
@@ -90,13 +92,13 @@ class Transcript:
             turn = replace(turn, grids=tuple(lines))
         return turn
 
-    def arguments(self, start: int) -> dict[str, Any]:
+    def arguments(self, start: int, device: torch.device) -> dict[str, Any]:
         """Arguments of the language part for all tokens from ``start`` on."""
         assert self._returned is not None
         (inputs,) = self._parts
-        total = inputs.embeddings.shape[1]
         self._returned = (self._returned - start).clamp(min=0)
-        return inputs.reordered(torch.arange(start, total).expand(len(inputs.embeddings), -1)).arguments()
+        tokens = torch.arange(start, inputs.embeddings.shape[1]).expand(len(inputs.embeddings), -1)
+        return inputs.reordered(tokens).to(device).arguments()
 
     def restrict(self, output: Any) -> None:
         """Remove from the language part's output the tokens that the model did not ask for."""

@@ -22,6 +22,7 @@ from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.engine.admission import most_bytes
 from sparsight.engine.positions import decode_positions
+from sparsight.engine.prefix_files import PrefixFiles
 from sparsight.engine.prefix_memory import PrefixMemory
 from sparsight.engine.preparation import Preparation, to_device
 from sparsight.engine.prompt_runner import PromptRunner
@@ -78,10 +79,11 @@ class Engine:
         vision_bytes: bytes of vision features that are kept for images that come again.
         host_memory: bytes of full keys and values that are kept in host memory, so that a prompt that begins like an
             earlier one, with the same system prompt, images or turns, is computed from where they differ.
+        prefix_dir: folder where such prompts are kept between runs, in as many bytes of files as ``host_memory``.
 
     Raises:
-        ValueError: an argument is out of range, there is no such method, or the model's prompts cannot be continued in
-            host memory.
+        ValueError: an argument is out of range, there is no such method, the model's prompts cannot be continued in
+            host memory, or the folder cannot be used.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Engine:
         prefill_bound: float | None = None,
         vision_bytes: int = 2**28,
         host_memory: int = 0,
+        prefix_dir: str | Path | None = None,
     ) -> None:
         checks.count("max_running", max_running, least=1)
         if prefill_chunk is not None:
@@ -106,11 +109,11 @@ class Engine:
             raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
         self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * memory.available_bytes(model.device))
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
-        self.prefixes = self._prefix_memory(host_memory)
+        self._vision = VisionCache(model, vision_bytes)
+        self.prefixes = self._prefix_memory(host_memory, prefix_dir)
         self._generation_config: Any = model.generation_config
         self._preparation = Preparation(model, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
-        self._vision = VisionCache(model, vision_bytes)
         self._lock = threading.Lock()
         self._closed = False
         self._waiting: deque[_Request] = deque()
@@ -121,14 +124,20 @@ class Engine:
         self._running: list[Sequence] = []
         self._alone: list[Sequence] = []
 
-    def _prefix_memory(self, max_bytes: int) -> PrefixMemory | None:
+    def _prefix_memory(self, max_bytes: int, folder: str | Path | None) -> PrefixMemory | None:
         checks.count("host_memory", max_bytes)
         if not max_bytes:
+            if folder is not None:
+                raise ValueError("prefix_dir needs host_memory: give both.")
             return None
         if self.prefill_bound is not None:
             raise ValueError("host_memory does not go with prefill_bound: leave one of them out.")
         check_keep(self.model)
-        return PrefixMemory(max_bytes)
+        if folder is None:
+            return PrefixMemory(max_bytes)
+        files = PrefixFiles(Path(folder), max_bytes, self.model)
+        self._vision.learn(files.image_tokens)
+        return PrefixMemory(max_bytes, files)
 
     # Requests
 
@@ -197,6 +206,8 @@ class Engine:
         with self._lock:
             self._drop_aborted()
         self._preparation.close()
+        if self.prefixes is not None:
+            self.prefixes.close()
 
     def __enter__(self) -> "Engine":
         return self

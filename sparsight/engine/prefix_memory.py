@@ -1,36 +1,12 @@
 """Keys and values of prompts that were processed before, in host memory: a new prompt is computed where it differs."""
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from sparsight.cache.host_copy import HostCopy
-
-Chain = list[bytes]
-"""For each token of a prompt the SHA-256 of everything up to it, pixels included."""
-
-
-def chain_of(token_ids: Tensor, positions: Tensor, contents: Mapping[int, bytes], salt: str) -> Chain:
-    """The chain of a prompt: two are equal up to a token exactly if the prompts are, and their salts.
-
-    Args:
-        token_ids: ``[1, T]``.
-        positions: of each token, ``[1, T]`` or ``[3, 1, T]``.
-        contents: what the prompt has from a token on, by the token's index: keys of the images that begin there.
-        salt: prompts of different salts share nothing.
-    """
-    # Of fixed sizes, so that no two prompts are the same bytes.
-    tokens = torch.cat([token_ids, positions.reshape(-1, token_ids.shape[1])]).T.long().cpu().contiguous().numpy()
-    digest, chain = hashlib.sha256(salt.encode()).digest(), []
-    for index, token in enumerate(tokens):
-        content = hashlib.sha256(contents.get(index, b"")).digest()
-        digest = hashlib.sha256(digest + token.tobytes() + content).digest()
-        chain.append(digest)
-    return chain
+from sparsight.engine.prefix_files import PrefixFiles
+from sparsight.engine.prompt_chain import Chain, common_tokens
 
 
 @dataclass(eq=False)
@@ -50,14 +26,6 @@ class _Prefix:
     parent: "_Prefix | None"
     children: int = field(default=0)
 
-    def common(self, chain: Chain) -> int:
-        """How many of the first tokens of a prompt are those of this one."""
-        low, high = 0, min(len(chain), len(self.chain))
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if chain[middle - 1] == self.chain[middle - 1] else (low, middle - 1)
-        return low
-
     def copy(self, tokens: int) -> HostCopy:
         """Keys and values of the first tokens, of which some are its own."""
         parts = [self.own.part(0, tokens - self.start)]
@@ -73,13 +41,14 @@ class PrefixMemory:
 
     Args:
         max_bytes: bytes of keys and values that may be held.
+        files: where prompts are written to, and read from if they are not held.
 
     Attributes:
         nbytes: bytes held.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.nbytes = max_bytes, 0
+    def __init__(self, max_bytes: int, files: PrefixFiles | None = None) -> None:
+        self.max_bytes, self.nbytes, self._files = max_bytes, 0, files
         self._prefixes: OrderedDict[bytes, _Prefix] = OrderedDict()
 
     def __len__(self) -> int:
@@ -88,10 +57,32 @@ class PrefixMemory:
     def find(self, chain: Chain) -> HostCopy | None:
         """Keys and values of the longest known beginning of a prompt; None if there is none."""
         prefix, tokens = self._longest(chain)
+        path, in_file = (None, 0) if self._files is None else self._files.longest(chain)
+        if self._files is not None and path is not None and in_file > tokens:
+            read = self._files.read(path)
+            if read is not None:
+                self._hold(*read)
+                return read[1].part(0, common_tokens(read[0], chain))
         return None if prefix is None else prefix.copy(tokens)
 
-    def put(self, chain: Chain, copied: HostCopy) -> None:
-        """Hold a prompt's keys and values, unless they are too many together with those that it continues."""
+    def put(self, chain: Chain, copied: HostCopy, image_tokens: Mapping[bytes, int]) -> None:
+        """Hold a prompt's keys and values, unless they are too many together with those that it continues.
+
+        Args:
+            chain: of the prompt.
+            copied: its keys and values.
+            image_tokens: numbers of vision tokens of its images, by their keys.
+        """
+        self._hold(chain, copied)
+        if self._files is not None:
+            self._files.write(chain, copied, image_tokens)
+
+    def close(self) -> None:
+        """Write what waits to be written."""
+        if self._files is not None:
+            self._files.close()
+
+    def _hold(self, chain: Chain, copied: HostCopy) -> None:
         parent, start = self._longest(chain)
         if start == len(chain):
             return
@@ -115,7 +106,7 @@ class PrefixMemory:
         """The prompt that has most of the first tokens in common with another one, the last of them its own."""
         longest, tokens = None, 0
         for prefix in self._prefixes.values():
-            common = prefix.common(chain)
+            common = common_tokens(prefix.chain, chain)
             if common > tokens:
                 longest, tokens = prefix, common
         while longest is not None and longest.start >= tokens:

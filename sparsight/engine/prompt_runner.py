@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from sparsight.cache import CompressedCache, Report
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.positions import prompt_positions
-from sparsight.engine.prefix_memory import Chain, PrefixMemory, chain_of
+from sparsight.engine.prefix_memory import PrefixMemory
+from sparsight.engine.prompt_chain import Chain, chain_of
 from sparsight.engine.vision_cache import VisionCache, slice_features, vision_places
 from sparsight.models.families import family_of
 
@@ -56,8 +57,8 @@ class PromptRunner:
         salt: str = "",
     ) -> None:
         self.model = model
-        keep = None if prefixes is None else "host"
-        self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound, keep=keep)
+        self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
+        self.cache.copies_prompt |= prefixes is not None
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._vision, self._media = vision, vision.media(inputs)
         self._prefixes, self._salt, self._ids = prefixes, salt, inputs["input_ids"]
@@ -102,7 +103,13 @@ class PromptRunner:
     def remember(self) -> None:
         """Keep the prompt's keys and values for later prompts, once it is complete."""
         if self._prefixes is not None:
-            self._prefixes.put(self._chain(), self.cache.host[0])
+            media = self._media.values()
+            counts = {
+                key: count
+                for each in media
+                for key, count in zip(each.keys, self._vision.tokens_of(each), strict=False)
+            }
+            self._prefixes.put(self._chain(), self.cache.host[0], counts)
 
     @property
     def input_ids(self) -> Tensor:

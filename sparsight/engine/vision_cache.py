@@ -160,6 +160,13 @@ class VisionCache:
             visual_indicator_features=self._visual_indicator_features,
         )
 
+    def learn(self, tokens: Mapping[bytes, int]) -> None:
+        """Remember numbers of vision tokens of images, by their keys."""
+        with self._lock:
+            self._tokens |= tokens
+            while len(self._tokens) > KNOWN_IMAGES:
+                self._tokens.popitem(last=False)
+
     def tokens_of(self, media: Media) -> list[int]:
         """Numbers of vision tokens of the first images, up to one that was not encoded before."""
         with self._lock:
@@ -186,10 +193,8 @@ class VisionCache:
             return self._entries.get(key)
 
     def _put(self, key: bytes, entry: _Entry) -> None:
+        self.learn({key: len(entry.layers[0])})
         with self._lock:
-            self._tokens[key] = len(entry.layers[0])
-            while len(self._tokens) > KNOWN_IMAGES:
-                self._tokens.popitem(last=False)
             if key in self._entries or entry.nbytes > self.max_bytes:
                 return
             self._entries[key] = entry

@@ -10,7 +10,8 @@ import torch
 from sparsight import RECIPES, SamplingParams
 from sparsight.cache.host_copy import HostCopy
 from sparsight.engine.positions import prompt_positions
-from sparsight.engine.prefix_memory import PrefixMemory, chain_of
+from sparsight.engine.prefix_memory import PrefixMemory
+from sparsight.engine.prompt_chain import chain_of
 from sparsight.engine.vision_cache import VisionCache
 from tests.engine.requests import engine
 from tests.support import models, processors
@@ -206,8 +207,8 @@ def chain(*tokens, salt=""):
 def test_what_prompts_have_in_common_is_held_once():
     memory = PrefixMemory(10**6)
     first, second = states(4), states(6)
-    memory.put(chain(1, 2, 3, 4), first)
-    memory.put(chain(1, 2, 3, 5, 6, 7), second)
+    memory.put(chain(1, 2, 3, 4), first, {})
+    memory.put(chain(1, 2, 3, 5, 6, 7), second, {})
     assert memory.nbytes == first.nbytes + second.nbytes // 2
     found = memory.find(chain(1, 2, 3, 5, 6, 8))
     assert found.tokens == 5
@@ -222,9 +223,9 @@ def test_a_third_prompt_continues_a_second_one_where_that_continues_the_first():
     memory = PrefixMemory(10**6)
     parts = [states(count) for count in (3, 5, 7)]
     for number, copied in enumerate(parts):
-        memory.put(chain(*range(3 + 2 * number)), copied)
+        memory.put(chain(*range(3 + 2 * number)), copied, {})
     # It has less in common with the third one than that continues.
-    memory.put(chain(0, 1, 9), states(3))
+    memory.put(chain(0, 1, 9), states(3), {})
     found = memory.find(chain(*range(7))).states(1)[0]
     own = [part.states(1, start)[0] for part, start in zip(parts, (0, 3, 5), strict=True)]
     assert torch.equal(found, torch.cat(own, dim=1))
@@ -235,10 +236,10 @@ def test_a_third_prompt_continues_a_second_one_where_that_continues_the_first():
 def test_the_prompt_that_was_used_longest_ago_goes_first():
     each = states(4).nbytes
     memory = PrefixMemory(2 * each)
-    memory.put(chain(1, 1, 1, 1), states(4))
-    memory.put(chain(2, 2, 2, 2), states(4))
+    memory.put(chain(1, 1, 1, 1), states(4), {})
+    memory.put(chain(2, 2, 2, 2), states(4), {})
     memory.find(chain(1, 1))
-    memory.put(chain(3, 3, 3, 3), states(4))
+    memory.put(chain(3, 3, 3, 3), states(4), {})
     assert memory.find(chain(2, 2)) is None
     assert memory.find(chain(1, 1)).tokens == 2
     assert memory.nbytes == 2 * each
@@ -247,10 +248,10 @@ def test_the_prompt_that_was_used_longest_ago_goes_first():
 def test_a_prompt_that_is_continued_stays_and_one_that_is_too_long_is_not_held():
     each = states(4).nbytes
     memory = PrefixMemory(each)
-    memory.put(chain(1, 2, 3, 4), states(4))
-    memory.put(chain(1, 2, 3, 4, 5), states(5))
+    memory.put(chain(1, 2, 3, 4), states(4), {})
+    memory.put(chain(1, 2, 3, 4, 5), states(5), {})
     assert (len(memory), memory.nbytes) == (1, each)
-    memory.put(chain(6, 7, 8, 9), states(4))
+    memory.put(chain(6, 7, 8, 9), states(4), {})
     assert memory.find(chain(1, 2)) is None
     assert memory.find(chain(6, 7)).tokens == 2
 
