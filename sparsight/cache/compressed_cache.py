@@ -64,8 +64,8 @@ class CompressedCache(Cache):
             happened.
         keep: ``"host"`` keeps the full keys and values of the prompt in host memory. Two tokens or more after an answer
             are then a new turn: they attend to the full cache, and what is held afterwards is what compressing the
-            whole conversation as one prompt would have kept. A recipe whose decode rule recalls always
-            has the prompt there.
+            whole conversation as one prompt would have kept. A recipe whose decode rule recalls
+            always has the prompt there.
 
     Attributes:
         copies_prompt: whether the full keys and values of the prompt are kept in host memory.

@@ -53,7 +53,8 @@ class Exact(KeyIndex):
     def logits(self, query: Tensor, index: tuple[Tensor, ...], length: int) -> Tensor:
         """Query times key."""
         (keys,) = index
-        return query @ keys.float().mT
+        # In this order the product of a single query is faster.
+        return (keys.float() @ query.mT).mT
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Recall(Grow):
     recalls: ClassVar[bool] = True
     every: int = 4
     index: KeyIndex = field(default_factory=Exact)
-    pool: Window = (1, 5)
+    pool: Window = (1, 7)
     pooling: str = "max"
 
     def __post_init__(self) -> None:

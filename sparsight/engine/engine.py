@@ -172,7 +172,7 @@ class Engine:
             recipe: how this prompt is compressed.
             params: how the answer is sampled and what ends it; the model's own defaults if None.
             keep_positions: give the handle the positions of the entries kept.
-            salt: with ``host_memory``, only prompts of the same salt are reused.
+            salt: only images, and with ``host_memory`` prompts, of the same salt are reused.
 
         Returns:
             A handle, whose iterator yields the answer. What is wrong with images or the prompt is raised there.

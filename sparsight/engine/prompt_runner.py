@@ -33,7 +33,7 @@ class PromptRunner:
         vision: where features of images that were seen before are.
         bound: as :class:`~sparsight.CompressedCache` takes it; the prompt must then run unchunked to be exact.
         prefixes: where keys and values of prompts that were processed before are.
-        salt: only prompts of the same salt are looked at.
+        salt: only prompts and images of the same salt are looked at.
 
     Attributes:
         cache: the cache, compressed once :meth:`step` has returned logits.
@@ -58,10 +58,9 @@ class PromptRunner:
     ) -> None:
         self.model = model
         self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
-        if prefixes is not None:
-            self.cache.copies_prompt = True
+        self.cache.copies_prompt |= prefixes is not None
         self._positions, self.next_position = prompt_positions(model, inputs)
-        self._vision, self._media = vision, vision.media(inputs)
+        self._vision, self._media = vision, vision.media(inputs, salt)
         self._prefixes, self._salt, self._ids = prefixes, salt, inputs["input_ids"]
         self.reused_tokens = self._reuse(prefixes) if prefixes is not None else 0
         # How many images lie in what is reused, and their vision tokens.

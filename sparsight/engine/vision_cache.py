@@ -62,10 +62,12 @@ class Media:
     Args:
         encoder: the model's method that encodes them.
         arguments: for all of them.
+        salt: images of different salts have different keys.
     """
 
     encoder: Any
     arguments: dict[str, Any]
+    salt: str = ""
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -80,7 +82,7 @@ class Media:
     @cached_property
     def keys(self) -> list[bytes]:
         """SHA-256 of each."""
-        return [_key(self.encoder.__name__, image) for image in self.images]
+        return [_key(f"{self.salt} {self.encoder.__name__}", image) for image in self.images]
 
 
 class VisionCache:
@@ -110,10 +112,10 @@ class VisionCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def media(self, inputs: Mapping[str, Any]) -> dict[str, Media]:
-        """The images and videos of one prompt, by modality."""
+    def media(self, inputs: Mapping[str, Any], salt: str = "") -> dict[str, Media]:
+        """The images and videos of one prompt, by modality; only those of the same salt share features."""
         return {
-            modality: Media(encoder, arguments)
+            modality: Media(encoder, arguments, salt)
             for modality, encoder, arguments in self._arguments(inputs)
             if any(name.startswith("pixel_values") for name in arguments)
         }

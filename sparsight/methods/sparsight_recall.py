@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from sparsight.compression import Exact, KeyIndex, Recall
 from sparsight.compression.recipe import Recipe
+from sparsight.compression.score import Window
 from sparsight.methods.sparsight import Sparsight
 
 
@@ -12,6 +13,7 @@ def SparsightRecall(
     *,
     every: int = 4,
     index: KeyIndex = Exact(),  # noqa: B008  # frozen
+    pool: Window = (1, 7),
     height: int = 1,
     width: int = 5,
     recent: float = 0.1,
@@ -21,16 +23,17 @@ def SparsightRecall(
     The project's own method.
 
     Score, allocation and reduction: as in `sparsight`. Decoding: new entries are appended, and every few tokens the
-    newest query ranks all positions of the prompt, pooled as the score is; entries that rank highest replace those that
-    rank lowest.
+    newest query ranks all positions of the prompt; entries that rank highest replace those that rank lowest. The
+    numbers were measured on the shipped model (benchmarks/recall.py).
 
     Args:
         budget: fraction of the prompt's KV entries that each layer keeps, in (0, 1].
         every: tokens from one ranking to the next.
         index: what the ranking knows of the keys.
-        height: height of the pooling window on the patch grid, an odd number.
-        width: width of the pooling window, an odd number. Without a patch grid it lies along the sequence.
+        pool: height and width of the ranking's pooling window, odd numbers; a width along the sequence if it is one.
+        height: height of the score's pooling window on the patch grid, an odd number.
+        width: width of the score's pooling window, an odd number. Without a patch grid it lies along the sequence.
         recent: fraction of a layer's entries that are reserved for the most recent ones of the prompt.
     """
     base = Sparsight(budget, height=height, width=width, recent=recent)
-    return replace(base, name="sparsight-recall", decode=Recall(every, index, pool=(height, width)))
+    return replace(base, name="sparsight-recall", decode=Recall(every, index, pool))

@@ -97,9 +97,11 @@ class EngineLoop:
         self._thread.join()
         self.engine.close()
 
-    def submit(self, inputs: Mapping[str, Any], recipe: Recipe, params: SamplingParams, keep_positions: bool) -> Stream:
+    def submit(
+        self, inputs: Mapping[str, Any], recipe: Recipe, params: SamplingParams, keep_positions: bool, salt: str
+    ) -> Stream:
         """Give the engine a request, as :meth:`sparsight.Engine.add` does. It never waits for a step."""
-        handle = self.engine.add(inputs=inputs, recipe=recipe, params=params, keep_positions=keep_positions)
+        handle = self.engine.add(inputs=inputs, recipe=recipe, params=params, keep_positions=keep_positions, salt=salt)
         stream = Stream(handle)
         with self._changed:
             self._streams.append(stream)

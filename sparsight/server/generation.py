@@ -70,7 +70,9 @@ class Generation:
         self.end_token_ids = self.params.end_token_ids(service.generation_config)
         self._check_memory()
         keep_positions = bool(prompt.grids and service.settings.kept_requests)
-        self._stream = service.loop.submit(prompt.inputs, recipe, self.params, keep_positions)
+        # Whether another client has sent an image must not show in the time to the first token.
+        salt = self._key_id or ""
+        self._stream = service.loop.submit(prompt.inputs, recipe, self.params, keep_positions, salt)
         self._grids = prompt.grids
         await self._stream.arrival()
         self.started = True

@@ -56,7 +56,7 @@ def test_positions_chosen_are_those_of_the_brute_force(
 
 @pytest.mark.parametrize("index", [Exact(), BlockBounds(8), LowRank(4, 8)])
 def test_a_recipe_with_an_index_survives_json(index):
-    made = recipe("sparsight-recall", every=2, index=index, height=3)
+    made = recipe("sparsight-recall", every=2, index=index, pool=(3, 5))
     assert Recipe.from_json(made.to_json()) == made
     assert made.decode == Recall(2, index, (3, 5))
 

@@ -96,8 +96,8 @@ METHODS = {
     ),
     "sparsight-recall": (recipe("sparsight-recall", budget=0.2), Method("sparsight", 0.2, decode="recall")),
     "sparsight-recall for every token": (
-        recipe("sparsight-recall", budget=0.1, every=1, height=3, width=3, recent=0.5),
-        Method("sparsight", 0.1, decode="recall", every=1, height=3, width=3, recent=0.5),
+        recipe("sparsight-recall", budget=0.1, every=1, pool=(3, 3), width=7, recent=0.5),
+        Method("sparsight", 0.1, decode="recall", every=1, window_of_recall=(3, 3), width=7, recent=0.5),
     ),
     "sparsemm": (
         recipe("sparsemm", budget=0.4, heads=VISUAL_HEADS, window=4),

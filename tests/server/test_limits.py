@@ -108,7 +108,9 @@ def test_an_error_of_the_engine_ends_all_requests(monkeypatch, caplog):
             loop = EngineLoop(failing)
             monkeypatch.setattr(failing, "step", lambda: 1 / 0)
             params = sparsight.SamplingParams(max_new_tokens=4)
-            streams = [loop.submit(inputs_of("llava", Ask()), recipe_of("llava", Ask()), params, False) for _ in "ab"]
+            streams = [
+                loop.submit(inputs_of("llava", Ask()), recipe_of("llava", Ask()), params, False, "") for _ in "ab"
+            ]
             loop.start()
             for stream in streams:
                 with pytest.raises(EngineError):

@@ -48,6 +48,7 @@ class Method:
     width: int = 5
     merge: str = "pivotal"
     every: int = 4
+    window_of_recall: tuple[int, int] = (1, 7)
 
     @property
     def rule(self) -> str:
@@ -481,7 +482,7 @@ class Twin:
             keys, values = self.keys[layer][b, h, own], self.values[layer][b, h, own]
             heads = query.unflatten(0, (kv_heads, -1))[h].double()
             weights = [(keys.double() @ each * scaling).softmax(0) for each in heads]
-            score = grid_pooled(torch.stack(weights).mean(0).tolist(), grids, self.method.height, self.method.width)
+            score = grid_pooled(torch.stack(weights).mean(0).tolist(), grids, *self.method.window_of_recall)
             kept = len([entry for entry in entries if entry.position < length])
             places = vl_cache_positions(score, kept, self.method.recent)
             entries[:kept] = [Entry(own[j], keys[j], values[j]) for j in places]
