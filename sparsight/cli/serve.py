@@ -50,6 +50,11 @@ def main(
             rich_help_panel=ACCESS,
         ),
     ] = None,
+    host_memory: options.HostMemory = "0",
+    prefix_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps these prompts between runs.", rich_help_panel=options.METHOD),
+    ] = None,
     max_concurrent: Annotated[
         int, typer.Option(help="Answers generated at the same time.", min=1, rich_help_panel=LIMITS)
     ] = 64,
@@ -141,6 +146,7 @@ def main(
     settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
     if missing := [name for name in REQUIRED if find_spec(name) is None]:
         raise ValueError(f"sparsight serve needs {missing[0]}: pip install 'sparsight[serve]'.")
+    from sparsight.cli.parsing import byte_count
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.engine.engine import Engine
     from sparsight.models.loading import load
@@ -152,6 +158,7 @@ def main(
     from sparsight.server.run import bind, is_loopback, run
 
     recipe = recipe_from_options(model, method, budget, heads)
+    host_bytes = byte_count("--host-memory", host_memory)
     keys = [] if api_key_file is None else read_keys(api_key_file)
     fetcher = None
     if allow_image_urls:
@@ -162,7 +169,14 @@ def main(
         with terminal.status(f"Loading {options.model_name(model)}"):
             loaded, processor = load(model, device=device, dtype=dtype)
         engine = Engine(
-            loaded, processor, recipe, kv_memory=kv_memory, max_running=max_concurrent, prefill_bound=prefill_bound
+            loaded,
+            processor,
+            recipe,
+            kv_memory=kv_memory,
+            max_running=max_concurrent,
+            prefill_bound=prefill_bound,
+            host_memory=host_bytes,
+            prefix_dir=prefix_dir,
         )
         name = served_name(model)
         images = ImageLoader(settings, fetcher)

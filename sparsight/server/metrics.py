@@ -63,6 +63,8 @@ class Metrics:
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.success = self._counter("request_success", "Answers that ended, by reason.", "finished_reason")
         self.rejected = self._counter("request_rejected", "Requests that got an error, by its code.", "reason")
+        self.prefix_queries = self._counter("prefix_cache_queries", "Tokens of prompts looked for in host memory.")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Tokens of prompts found there.")
         self.kept = self._histogram("kept_ratio", "Share of a prompt's KV entries that were kept.", KEPT)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -110,6 +112,8 @@ class Observation:
             metrics.prompt_tokens.inc(prompt_tokens)
         if answers:
             entries = answers[0].report.kept_per_layer()
+            metrics.prefix_queries.inc(prompt_tokens)
+            metrics.prefix_hits.inc(answers[0].reused_tokens)
             metrics.decode.observe(max(answer.decode_seconds for answer in answers))
             metrics.kept.observe(sum(entries) / len(entries) / prompt_tokens)
         return reasons

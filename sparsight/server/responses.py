@@ -12,6 +12,7 @@ from sparsight.server.kept import key_of
 from sparsight.server.responses_schema import (
     Event,
     Incomplete,
+    InputDetails,
     Item,
     OutputMessage,
     OutputText,
@@ -81,6 +82,7 @@ class _Answer:
         usage = usage_of(generation.prompt_tokens, generation.new_tokens, answer)
         own = ResponseUsage(
             input_tokens=usage.prompt_tokens,
+            input_tokens_details=InputDetails(cached_tokens=answer.reused_tokens),
             output_tokens=usage.completion_tokens,
             total_tokens=usage.total_tokens,
             sparsight=usage.sparsight,

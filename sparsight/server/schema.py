@@ -152,25 +152,38 @@ class CacheUsage(BaseModel):
     kept: float
 
 
+class PromptDetails(BaseModel):
+    """Tokens of the prompt that were not computed, since an earlier prompt had them."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of a request; ``sparsight`` is there once the answers are complete."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails | None = None
     sparsight: CacheUsage | None = None
 
 
 def usage_of(prompt_tokens: int, new_tokens: int, completion: Completion | None = None) -> Usage:
     """Usage of a request, with the cache's report of one of its answers."""
-    cache = None
+    cache = details = None
     if completion is not None:
         report = completion.report
         kept = sum(report.kept_per_layer()) / max(len(report.kept), 1)
         sizes = {"kv_bytes": report.bytes_held, "full_kv_bytes": report.full_bytes}
         cache = CacheUsage(method=report.method, budget=report.budget, kept=kept, **sizes)
-    total = prompt_tokens + new_tokens
-    return Usage(prompt_tokens=prompt_tokens, completion_tokens=new_tokens, total_tokens=total, sparsight=cache)
+        details = PromptDetails(cached_tokens=completion.reused_tokens)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=new_tokens,
+        total_tokens=prompt_tokens + new_tokens,
+        prompt_tokens_details=details,
+        sparsight=cache,
+    )
 
 
 class ErrorDetails(BaseModel):
