@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -95,7 +95,7 @@ def measure(
     cases = {label: summary(parts) for label, parts in found.items()}
     result: dict[str, Any] = {
         "command": "python -m benchmarks.batch " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs",
         "threads": threads,
         "torch": torch.__version__,

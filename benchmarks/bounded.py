@@ -5,7 +5,7 @@ python -m benchmarks.bounded --output benchmarks/results/bounded.json
 
 import json
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +52,7 @@ def main(
             right[method, bound, chunk] += text.strip() == answer.strip()
     result = {
         "command": "python -m benchmarks.bounded " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.describe(model.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +43,7 @@ def main(
     inputs = random_inputs(model, PROMPT_TOKENS, 1)
     result = {
         "command": "python -m benchmarks.engine " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.describe(model.device),
         "threads": threads,
         "torch": torch.__version__,

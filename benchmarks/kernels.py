@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -60,7 +60,7 @@ def main(output: Annotated[Path, typer.Option(help="JSON file for the result.")]
 def measured(device: torch.device) -> dict[str, Any]:
     """The decode kernel at every size, and launch counts."""
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.describe(device),
         "decode": [decode_case(*case, device) for case in product(MODELS, CONTEXTS, BATCHES)],
         "launches": launch_counts(device),

@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +87,7 @@ def main(
     torch.set_num_threads(threads)
     result: dict[str, Any] = {
         "command": "python -m benchmarks.serve " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.describe(torch.device("cpu")),
         "threads": threads,
         "torch": torch.__version__,
@@ -320,7 +320,7 @@ async def some(server: Server, questions: list[Question], generator: random.Rand
             patience = generator.uniform(0.05, 2) if generator.random() < 0.2 else None
             try:
                 await asyncio.wait_for(ask(server, question), patience)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 continue
 
     await asyncio.gather(*[client() for _ in range(16)])

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +42,7 @@ def main(output: Annotated[Path, typer.Option(help="JSON file for the result.")]
                 found.append({**about, **bandwidths(*size, dtype), "copy": copy})
     result = {
         "command": "python -m benchmarks.weight_products " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.describe(device),
         "torch": torch.__version__,
         "products": found,

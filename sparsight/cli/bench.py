@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -134,7 +134,7 @@ def main(
     weights, free = weight_bytes(loaded), memory.available_bytes(loaded.device)
     about = {
         "command": "sparsight " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "device": loaded.device.type,
         "machine": machine.describe(loaded.device),
         "threads": torch.get_num_threads(),

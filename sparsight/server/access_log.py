@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import uuid
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,7 +80,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        now = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        now = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "level": record.levelname, "message": record.getMessage()}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
