@@ -58,8 +58,7 @@ class PromptRunner:
     ) -> None:
         self.model = model
         self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
-        if prefixes is not None:
-            self.cache.copies_prompt = True
+        self.cache.copies_prompt |= prefixes is not None
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._vision, self._media = vision, vision.media(inputs)
         self._prefixes, self._salt, self._ids = prefixes, salt, inputs["input_ids"]
