@@ -33,7 +33,7 @@ class Job:
         device, dtype: as :func:`sparsight.models.loading.load_model` takes them.
         max_pixels: largest image.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it.
-        host_memory: as :class:`~sparsight.Engine` takes it. The results are the same with any.
+        host_memory: as :class:`~sparsight.Engine` takes it. Up to rounding, the results do not depend on it.
     """
 
     checkpoint: Checkpoint

@@ -85,6 +85,9 @@ class Engine:
             earlier one, with the same system prompt, images or turns, is computed from where they differ.
         prefix_dir: folder where such prompts are kept between runs, in as many bytes of files as ``host_memory``.
 
+    Attributes:
+        prefixes: the prompts in host memory; None without.
+
     Raises:
         ValueError: an argument is out of range, there is no such method, the model's prompts cannot be continued in
             host memory, or the folder cannot be used.
