@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sparsight.cli.app import load
+from sparsight.server.image_worker import FORMATS
 from sparsight.server.metrics import Metrics
 from sparsight.server.settings import Settings
 from tests.engine.requests import engine
@@ -65,6 +66,11 @@ def test_every_limit_is_in_the_table_with_its_flag_and_default() -> None:
     del limits["--log-prompts"]
     assert set(table) == {*limits, "--kv-memory", "--max-concurrent"}
     assert {flag: known[flag] for flag in limits} == limits
+
+
+def test_the_formats_of_the_page_are_those_of_the_server() -> None:
+    (listed,) = re.findall(r"data URLs in (.*?), the first frame", section("Access"))
+    assert tuple(re.findall(r"[A-Z]+", listed.upper().replace(" OR ", " "))) == FORMATS
 
 
 def test_every_flag_of_the_page_exists() -> None:
