@@ -143,6 +143,8 @@ def main(
         raise ValueError(f"sparsight serve needs {missing[0]}: pip install 'sparsight[serve]'.")
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.engine.engine import Engine
+    from sparsight.engine.request import RequestError
+    from sparsight.engine.sampling import SamplingParams
     from sparsight.models.loading import load
     from sparsight.server.access_log import configure_logging
     from sparsight.server.app import create_app
@@ -161,9 +163,13 @@ def main(
     with bind(host, port) as bound:
         with terminal.status(f"Loading {options.model_name(model)}"):
             loaded, processor = load(model, device=device, dtype=dtype)
-        engine = Engine(
-            loaded, processor, recipe, kv_memory=kv_memory, max_running=max_concurrent, prefill_bound=prefill_bound
-        )
+            engine = Engine(
+                loaded, processor, recipe, kv_memory=kv_memory, max_running=max_concurrent, prefill_bound=prefill_bound
+            )
+            try:
+                engine.add("Hello", params=SamplingParams(max_new_tokens=2)).wait()
+            except RequestError as error:
+                raise ValueError(f"The model cannot answer with these options: {error}") from error
         name = served_name(model)
         images = ImageLoader(settings, fetcher)
         app = create_app(engine, name, settings, images, keys, loopback=is_loopback(bound))
