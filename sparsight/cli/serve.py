@@ -176,7 +176,8 @@ def main(
 
         def announce() -> None:
             terminal.print(f"Serving {name} at {url}/v1. Ask it:", soft_wrap=True)
-            terminal.print(example(url, name), soft_wrap=True)
+            key = " -H 'Authorization: Bearer KEY'" if keys else ""
+            terminal.print(example(url, name) + key, soft_wrap=True)
 
         url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
         run(app, bound, announce)

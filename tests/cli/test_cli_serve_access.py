@@ -50,6 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
     assert process.stdout is not None
     while "/v1/chat/completions" not in (line := process.stdout.readline()):
         assert line, "The server did not start."
+    assert line.endswith(" -H 'Authorization: Bearer KEY'\n")
     yield process, port
     process.kill()
     process.wait()
