@@ -149,6 +149,8 @@ def main(
     from sparsight.cli.parsing import byte_count
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.engine.engine import Engine
+    from sparsight.engine.request import RequestError
+    from sparsight.engine.sampling import SamplingParams
     from sparsight.models.loading import load
     from sparsight.server.access_log import configure_logging
     from sparsight.server.app import create_app
@@ -168,16 +170,20 @@ def main(
     with bind(host, port) as bound:
         with terminal.status(f"Loading {options.model_name(model)}"):
             loaded, processor = load(model, device=device, dtype=dtype)
-        engine = Engine(
-            loaded,
-            processor,
-            recipe,
-            kv_memory=kv_memory,
-            max_running=max_concurrent,
-            prefill_bound=prefill_bound,
-            host_memory=host_bytes,
-            prefix_dir=prefix_dir,
-        )
+            engine = Engine(
+                loaded,
+                processor,
+                recipe,
+                kv_memory=kv_memory,
+                max_running=max_concurrent,
+                prefill_bound=prefill_bound,
+                host_memory=host_bytes,
+                prefix_dir=prefix_dir,
+            )
+            try:
+                engine.add("Hello", params=SamplingParams(max_new_tokens=2)).wait()
+            except RequestError as error:
+                raise ValueError(f"The model cannot answer with these options: {error}") from error
         name = served_name(model)
         images = ImageLoader(settings, fetcher)
         app = create_app(engine, name, settings, images, keys, loopback=is_loopback(bound))

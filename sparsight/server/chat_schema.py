@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from sparsight.server.answers import FinishReason
 from sparsight.server.logprobs import TokenLogprob
-from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, ImageBody, SamplingBody, Usage, check_parts
+from sparsight.server.schema import MAX_TOP_LOGPROBS, Body, Count, ImageBody, SamplingBody, Usage, check_parts
 
 
 class TextPart(Body):
@@ -90,7 +90,7 @@ class ChatRequest(SamplingBody):
         "web_search_options": (),
     }
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(check_parts)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 

@@ -35,6 +35,11 @@ def test_every_limit_has_an_option(run, monkeypatch):
         (["--method", "none"], "Unknown method 'none'"),
         (["--host", "host.invalid"], "Cannot listen on host.invalid port 8000"),
         (["--port", "0", "--model", "/none"], "There is no model folder /none."),
+        (
+            ["--port", "0", "--prefill-bound", "0.5"],
+            "answer with these options: prefill_bound must be",
+        ),
+        (["--port", "0", "--kv-memory", "2"], "answer with these options: The request may need"),
     ],
 )
 def test_wrong_options_are_one_sentence(run, arguments, error):
