@@ -1,6 +1,6 @@
 """Recall while decoding: how often, by which index, pooled how; lists of the training split, read out.
 
-    python -m benchmarks.recall --output benchmarks/results/recall/training.json
+    python -m benchmarks.recall --output benchmarks/results/recall-4.json
 
 An interrupted run can be resumed: what is in the file is not measured again.
 """

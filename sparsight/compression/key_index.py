@@ -119,11 +119,11 @@ class LowRank(KeyIndex):
         codes = ((components - low) / unit.clamp(min=torch.finfo(unit.dtype).tiny)).round().to(torch.uint8)
         if self.bits == 4:
             codes = codes[..., 0::2] | codes[..., 1::2] << 4
-        return codes, basis * unit
+        return codes, (basis * unit).to(keys.dtype)
 
     def logits(self, query: Tensor, index: tuple[Tensor, ...], length: int) -> Tensor:
         """Query times the codes' components, without the constant that they begin at."""
         codes, basis = index
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(2)
-        return (query @ basis) @ codes.float().mT
+        return (query @ basis.float()) @ codes.float().mT
