@@ -42,10 +42,10 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Plot which image patches stay in the KV cache, over the images."""
-    from sparsight.cache import CompressedCache
-    from sparsight.cli.answer import answer
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.cli.session import open_session, read_prompt, read_question
+    from sparsight.engine.prompt_runner import PromptRunner
+    from sparsight.engine.vision_cache import VisionCache
     from sparsight.eval.heatmap import draw
     from sparsight.utils.plot_style import save
 
@@ -60,9 +60,10 @@ def main(
     question = read_question(model, image, read_prompt(prompt, prompt_file), max_pixels, 1, quiet=quiet)
     tiles = tiles_of(question)
     session = open_session(question, device, dtype, quiet=quiet)
-    cache = CompressedCache(session.model, recipe, session.inputs)
-    answer(session, cache, 1)
-    report = cache.report()
+    # The engine's prefill; there is no answer.
+    runner = PromptRunner(session.model, recipe, session.inputs, None, VisionCache(session.model, 0))
+    runner.step()
+    cache, report = runner.cache, runner.report
     kept = kept_of(cache, report)
     title = f"What {recipe.name} keeps at a {recipe.budget * 100:.3g}% budget"
     figure = draw(tiles, kept, title=title, subtitle=f"“{question.prompt}”", footnote=summary(report))

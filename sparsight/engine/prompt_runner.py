@@ -29,15 +29,19 @@ class PromptRunner:
         chunk: tokens of a chunk; None for all.
         vision: where features of images that were seen before are.
         bound: as :class:`~sparsight.CompressedCache` takes it; the prompt must then run unchunked to be exact.
+        capacity: ``max_new_tokens`` of the cache, where decode steps are to be captured.
 
     Attributes:
+        sequence: index of the prompt in the cache.
         cache: the cache, compressed once :meth:`step` has returned logits.
         next_position: position of the first token of the answer.
-        seconds: time that :meth:`step` has taken.
+        seconds: time that the prompt has taken, its images included.
 
     Raises:
         ValueError: the prompt is refused by :class:`~sparsight.CompressedCache`.
     """
+
+    sequence = 0
 
     def __init__(
         self,
@@ -47,15 +51,17 @@ class PromptRunner:
         chunk: int | None,
         vision: VisionCache,
         bound: float | None = None,
+        capacity: int | None = None,
     ) -> None:
+        started = time.perf_counter()
         self.model = model
-        self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
+        self.cache = CompressedCache(model, recipe, inputs, capacity, bound)
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._inputs = vision.encode({name: value for name, value in inputs.items() if name != "labels"})
         family = family_of(model.config)
         self._chunk = chunk if family is None or family.chunked_prefill else None
         self._done = 0
-        self.seconds = 0.0
+        self.seconds = time.perf_counter() - started
 
     @property
     def input_ids(self) -> Tensor:

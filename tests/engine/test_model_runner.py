@@ -10,6 +10,7 @@ from transformers import TextStreamer
 import sparsight
 from sparsight import CompressedCache, VLCache
 from sparsight.engine import model_runner
+from sparsight.engine.generate import capture_options
 from sparsight.engine.model_runner import ModelRunner
 from tests.support import recorder
 from tests.support.families import TINY
@@ -44,7 +45,7 @@ def recorded(monkeypatch):
 def through_steps(tiny, chosen, given, tokens=TOKENS):
     """Logits of an answer whose steps are recorded."""
     cache = CompressedCache(tiny, chosen, given, max_new_tokens=tokens)
-    return logits(tiny, given, tokens, past_key_values=cache, **model_runner.capture_options(cache))
+    return logits(tiny, given, tokens, past_key_values=cache, **capture_options(cache))
 
 
 @on_the_cpu
@@ -180,7 +181,7 @@ def test_chunks_of_a_prompt_are_run_as_they_are(bound, recorded, monkeypatch):
     monkeypatch.delattr("transformers.PreTrainedModel.get_compiled_call")
     caches = [CompressedCache(tiny, VLCache(0.3), given, room, bound) for room in (None, 9)]
     plain, replayed = (
-        generate(tiny, given, 9, past_key_values=cache, prefill_chunk_size=8, **model_runner.capture_options(cache))
+        generate(tiny, given, 9, past_key_values=cache, prefill_chunk_size=8, **capture_options(cache))
         for cache in caches
     )
     assert plain.equal(replayed)
