@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe, check_recipe
+from sparsight.engine import model_runner
 from sparsight.engine.admission import most_bytes
-from sparsight.engine.model_runner import decode_step, static_capacity
 from sparsight.engine.positions import decode_positions
 from sparsight.engine.prefilled import PrefilledPrompt
 from sparsight.engine.preparation import Preparation, to_device
@@ -296,9 +296,10 @@ class Engine:
                     return None
                 self._waiting.popleft()
                 inputs = to_device(inputs, self.model)
-                how = self.prefill_chunk, self._vision, self.prefill_bound
-                capacity = None if self._pooled else static_capacity(self.model, request.params.max_new_tokens)
-                return request, PromptRunner(self.model, request.recipe, inputs, *how, capacity)
+                longest = request.params.max_new_tokens
+                capacity = None if self._pooled else model_runner.static_capacity(self.model, longest)
+                how = self.prefill_chunk, self._vision, self.prefill_bound, capacity
+                return request, PromptRunner(self.model, request.recipe, inputs, *how)
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
                 if self._waiting and self._waiting[0] is request:
@@ -345,7 +346,7 @@ class Engine:
             for sequence in unfinished[1:]:
                 sequence.cache = copy.deepcopy(sequence.cache)
             for sequence in unfinished:
-                sequence.step = decode_step(self.model) if sequence.cache.is_compileable else self.model
+                sequence.step = model_runner.decode_step(self.model) if sequence.cache.is_compileable else self.model
             self._alone += unfinished
 
     def _place(self) -> None:

@@ -1,5 +1,8 @@
 """A request that fails or is aborted ends alone, and returns its memory."""
 
+import gc
+from random import Random
+
 import pytest
 import torch
 
@@ -239,3 +242,35 @@ def test_close_ends_everything():
             handle.wait()
     running.close()
     assert not running.step()
+
+
+# Memory
+
+
+def live_bytes():
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    storages = [each.untyped_storage() for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_after_two_thousand_requests_no_tensor_is_left():
+    random = Random(0)
+    tallies = []
+    with engine(max_running=16) as running:
+        for number in range(2000):
+            # The vision cache and the pool have all they will ever have after the first requests.
+            if number in (100, 1999):
+                running.run()
+                check_empty(running)
+                tallies.append(live_bytes())
+            ask = Ask(random.randrange(4), random.choice(["vl-cache", "adakv", "h2o"]), tokens=random.randint(1, 4))
+            handle = add(running, "llava", ask)
+            if number % 10 == 0:
+                running.abort(handle)
+            running.step()
+            if number % 10 == 5:
+                running.abort(handle)
+            while running.waiting > 8:
+                running.step()
+    assert tallies[1] <= tallies[0] + 4096

@@ -12,6 +12,7 @@ from sparsight import CompressedCache, VLCache
 from sparsight.engine import model_runner
 from sparsight.engine.generate import capture_options
 from sparsight.engine.model_runner import ModelRunner
+from tests.engine.requests import Ask, add, engine, generated
 from tests.support import recorder
 from tests.support.families import TINY
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generate, inputs, logits, model
@@ -69,6 +70,17 @@ def test_every_family_gives_the_same_tokens_replayed(family, recorded):
     for chosen in (VLCache(0.3), sparsight.ElasticCache(0.3)):
         plain = logits(tiny, given, 9, past_key_values=CompressedCache(tiny, chosen, given))
         assert_close(torch.stack(through_steps(tiny, chosen, given, 9)), torch.stack(plain), rtol=1e-4, atol=1e-4)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("family", [name for name in TINY if name not in BOUNDED])
+def test_an_engine_without_a_pool_replays_the_steps_of_each_answer(family, recorded, monkeypatch):
+    monkeypatch.setattr(model_runner, "static_capacity", lambda model, tokens: tokens)
+    asks = [Ask(0, "vl-cache"), Ask(1, "elastic"), Ask(2, "adakv")]
+    with engine(family, kv_memory=None, prefill_chunk=20) as running:
+        handles = [add(running, family, ask) for ask in asks]
+        assert [handle.wait()[0].token_ids for handle in handles] == [generated(family, ask) for ask in asks]
+    assert len(recorded) == 3
 
 
 @pytest.mark.parametrize("family", [name for name in BOUNDED if name in TINY])
@@ -152,14 +164,6 @@ def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
     tokens = sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, do_sample=False, streamer=streamer)
     assert streamer.tokens == tokens[0].tolist()
     assert len(recorded) == 1
-
-
-@on_the_cpu
-def test_beams_and_assistants_are_refused_on_every_device():
-    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    for options in ({"num_beams": 2}, {"assistant_model": tiny}):
-        with pytest.raises(ValueError, match="for beams and assistants"):
-            sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
 
 
 @on_the_cpu

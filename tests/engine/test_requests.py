@@ -5,16 +5,20 @@ import torch
 from PIL import Image
 
 import sparsight
-from sparsight import Engine, RequestError
+from sparsight import RECIPES, CompressedCache, Engine, RequestError, SamplingParams
+from sparsight.engine.positions import next_positions
+from sparsight.engine.prefilled import next_logits, split
 from tests.engine.requests import (
+    PROMPTS,
     Ask,
     add,
+    check_empty,
     engine,
     generated,
     inputs_of,
     recipe_of,
 )
-from tests.support.models import fresh_model
+from tests.support.models import fresh_model, generate, inputs, model
 
 
 def test_pieces_are_the_answer():
@@ -51,6 +55,60 @@ def test_what_began_in_inference_mode_goes_on_outside_of_it():
     assert [handle.wait()[0].token_ids for handle in handles] == [
         generated("llava", Ask(method=method)) for method in ("h2o", "vl-cache")
     ]
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_without_a_pool_the_report_is_about_the_end_of_the_answer(family):
+    asks = [Ask(0, "vl-cache"), Ask(1, "elastic", 0.5, 9)]
+    with engine(family, kv_memory=None) as running:
+        handles = [add(running, family, ask) for ask in asks]
+        (several,) = {tuple(each.token_ids) for each in add(running, family, Ask(2), n=2).wait()}
+        assert list(several) == generated(family, Ask(2))
+        for ask, handle in zip(asks, handles, strict=True):
+            (answer,) = handle.wait()
+            assert answer.token_ids == generated(family, ask)
+            given, built = inputs_of(family, ask), model(family)
+            cache = CompressedCache(built, recipe_of(family, ask), given)
+            generate(built, given, ask.tokens, past_key_values=cache)
+            assert answer.report == cache.report()
+        check_empty(running)
+
+
+def test_without_a_processor_there_are_tokens_and_no_text():
+    with Engine(model("llava"), None) as running:
+        (answer,) = add(running, "llava", Ask()).wait()
+        assert (answer.token_ids, answer.text) == (generated("llava", Ask()), "")
+        with pytest.raises(RequestError, match="Stop strings need text"):
+            add(running, "llava", Ask(), stop="a").wait()
+
+
+def test_a_single_token_takes_no_time_of_decoding():
+    with engine() as running:
+        (answer,) = add(running, "llava", Ask(tokens=1)).wait()
+    assert answer.prefill_seconds > 0
+    assert answer.decode_seconds == 0
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", RECIPES)
+def test_answers_to_a_processed_batch_are_those_of_its_prompts_alone(family, method):
+    asks = [Ask(prompt, method) for prompt in (0, 2)]
+    given = inputs(family, *(PROMPTS[ask.prompt] for ask in asks))
+    # The second prompt is drawn from another seed than alone.
+    built, single = model(family), inputs(family, PROMPTS[2], seed=1)
+    cache = CompressedCache(built, recipe_of(family, asks[0]), given)
+    logits = next_logits(built, cache, given)
+    params = SamplingParams(max_new_tokens=6)
+    with engine(family) as running:
+        other = add(running, family, Ask(1))
+        running.step()
+        prompts = split(cache, given, next_positions(built, given), logits)
+        handles = [running.resume(prompt, params) for prompt in prompts]
+        (expected,) = running.add(inputs=single, recipe=recipe_of(family, asks[1]), params=params).wait()
+        assert handles[0].wait()[0].token_ids == generated(family, asks[0])
+        assert handles[1].wait()[0].token_ids == expected.token_ids
+        assert other.wait()[0].token_ids == generated(family, Ask(1))
+        check_empty(running)
 
 
 # Messages and images

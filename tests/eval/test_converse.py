@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from sparsight import CompressedCache, Recipe, recipe
+from sparsight.engine.engine import Engine
 from sparsight.eval.converse import SPARE, Conversations, converse
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.methods import Full
@@ -123,6 +124,21 @@ def test_the_full_recipe_is_one_pass_over_the_whole_conversation() -> None:
         start = prompt["input_ids"].shape[1] - 1
         assert_close(turns[0].logits[row], logits[start : start + len(first)], **LOGITS)
         assert_close(turns[1].logits[row], logits[-len(second) :], **LOGITS)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_is_right_to_its_end_is_not_generated_again(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = models.fresh_model("llava"), models.inputs("llava", PROMPTS[0])
+    tokens = models.generate(model, inputs, 8)
+    end = tokens[0].tolist().index(int(tokens[0, 3])) + 1
+    model.generation_config.eos_token_id = int(tokens[0, 3])
+    resumed, resume = [], Engine.resume
+    monkeypatch.setattr(Engine, "resume", lambda *arguments: (resumed.append(1), resume(*arguments))[1])
+    answer = tokens[:, :end].clone()
+    answer[0, 0] += wrong
+    (turn,) = converse(PrefillSnapshot(model, inputs), Full(), Conversations(inputs, [answer], []))
+    assert torch.equal(turn.tokens, tokens[:, :end])
+    assert len(resumed) == wrong
 
 
 def test_recipes_do_not_disturb_each_other() -> None:
