@@ -24,12 +24,12 @@ from sparsight.engine.sampling import SamplingParams
 ONE_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Modes in which each step generates one token of every sequence."""
 
-WITHOUT_EFFECT = frozenset(
-    {"max_length", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams", "use_cache"}
-)
-"""Settings of a ``GenerationConfig`` that change nothing in a greedy search of ``max_new_tokens``."""
-
-ON_THE_ENGINE = frozenset({"max_new_tokens", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id"})
+ON_THE_ENGINE = {"max_new_tokens", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id"}
+WITHOUT_EFFECT = {
+    *("max_length", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams", "use_cache"),
+    *("transformers_version", "_from_model_config"),
+}
+"""Settings of a ``GenerationConfig``: those of a greedy search on the engine, and those that change nothing in it."""
 
 
 def generate(
@@ -47,9 +47,10 @@ def generate(
 
         tokens = sparsight.generate(model, inputs, VLCache(budget=0.1), max_new_tokens=100)
 
-    On a GPU the decode step is captured once in a CUDA graph and replayed. On a CPU greedy searches run on the engine,
-    where a sequence that has ended takes no more time. All else is left to ``model.generate``: beams, assistants,
-    options of its own, models with sliding-window or linear attention layers, and models spread over several devices.
+    On a GPU the decode step of greedy search and of sampling is captured in a CUDA graph and replayed. On a CPU greedy
+    search runs on the engine, where a sequence that has ended takes no more time. All else is left to
+    ``model.generate``: beams, assistants, sampling on a CPU (with torch's random numbers), models with sliding-window
+    or linear attention layers, and models spread over several devices.
 
     Args:
         model: an unmodified transformers model.
@@ -74,12 +75,8 @@ def generate(
     mode = config.get_generation_mode(options.get("assistant_model"))
     capacity = model_runner.static_capacity(model, max_new_tokens, compile=compile) if mode in ONE_TOKEN else None
     cache = CompressedCache(model, recipe, inputs, capacity)
-    if (
-        capacity is None
-        and not others
-        and mode is GenerationMode.GREEDY_SEARCH
-        and _runs_on_engine(model, cache, config)
-    ):
+    greedy = mode is GenerationMode.GREEDY_SEARCH and not others
+    if capacity is None and greedy and _runs_on_engine(model, cache, config):
         return _greedy(model, inputs, cache, config)
     options |= capture_options(cache, options.get("streamer"))
     answer: Any = model.generate
@@ -87,9 +84,10 @@ def generate(
 
 
 def _runs_on_engine(model: PreTrainedModel, cache: CompressedCache, config: GenerationConfig) -> bool:
-    set_ = {name for name, value in config.to_diff_dict().items() if value and not name.endswith(("config", "version"))}
+    """Whether the engine has all that a greedy search is configured with, and a pool for the model's layers."""
+    chosen = {name for name, value in config.to_diff_dict().items() if value}
     compressed = all(isinstance(layer, CompressedLayer) for layer in cache.layers)
-    return compressed and not model_runner.is_spread(model) and set_ <= ON_THE_ENGINE | WITHOUT_EFFECT
+    return compressed and not model_runner.is_spread(model) and chosen <= ON_THE_ENGINE | WITHOUT_EFFECT
 
 
 @torch.no_grad()
@@ -110,9 +108,9 @@ def _greedy(
         handles = [engine.resume(prompt, params) for prompt in prompts]
         answers = [handle.wait()[0].token_ids for handle in handles]
     ids = inputs["input_ids"]
-    ended = config.pad_token_id if config.pad_token_id is not None else 0
+    padding = config.pad_token_id if config.pad_token_id is not None else (params.stop_token_ids or [0])[0]
     tokens = [torch.tensor(answer, device=ids.device) for answer in answers]
-    return torch.cat([ids, pad_sequence(tokens, batch_first=True, padding_value=ended)], dim=1)
+    return torch.cat([ids, pad_sequence(tokens, batch_first=True, padding_value=padding)], dim=1)
 
 
 def capture_options(cache: Cache, streamer: Any = None) -> dict[str, Any]:
