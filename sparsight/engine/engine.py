@@ -171,7 +171,7 @@ class Engine:
     def resume(self, prompt: PrefilledPrompt, params: SamplingParams) -> Handle:
         """Give the engine a prompt that has been processed elsewhere: its answer begins at once, whatever runs.
 
-        The prompt's cache may change once the answer has two tokens, before which it may wait for memory.
+        The prompt's cache must stay as it is until the answer has its second token: until then it may wait for memory.
         """
         handle = Handle(params.n, self._drive)
         with self._lock:
