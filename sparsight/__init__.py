@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sparsight.compression import BACON, MixKV
     from sparsight.compression.recipe import Recipe
     from sparsight.engine.engine import Engine
-    from sparsight.engine.model_runner import generate
+    from sparsight.engine.generate import generate
     from sparsight.engine.request import Completion, Handle, RequestError
     from sparsight.engine.sampling import SamplingParams
     from sparsight.methods import (
@@ -71,7 +71,7 @@ _MODULES = {
     "Sparsight": "sparsight.methods",
     "VLCache": "sparsight.methods",
     "batch": "sparsight.batch_inference.api",
-    "generate": "sparsight.engine.model_runner",
+    "generate": "sparsight.engine.generate",
     "load": "sparsight.models.loading",
     "recipe": "sparsight.methods",
 }

@@ -17,7 +17,7 @@ from sparsight.bench import machine
 from sparsight.bench.machine import Stopwatch
 from sparsight.cache.compressed_cache import CompressedCache, layer_bytes
 from sparsight.cache.prefill import Prefill
-from sparsight.engine.model_runner import capture_options, decode_step
+from sparsight.engine.model_runner import decode_step
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def measure(model: PreTrainedModel, input_ids: Tensor, cache: Cache, new_tokens:
         first_token, token = _step(model, device, input_ids, cache)
     occupied, entries = _bytes(cache)
     seconds = []
-    # As in sparsight.generate.
-    decode: Callable[..., Any] = decode_step(model) if capture_options(cache) else model
+    # Steps are timed one by one, with tokens that nobody reads: not on the engine, which does more than a step.
+    captured = isinstance(cache, CompressedCache) and cache.is_compileable
+    decode: Callable[..., Any] = decode_step(model) if captured else model
     for _ in range(new_tokens - 1):
         step_seconds, token = _step(decode, device, token, cache)
         seconds.append(step_seconds)

@@ -221,6 +221,11 @@ class KVStore(ABC):
         """The rows of a sequence."""
         return slice(sequence * self.heads, (sequence + 1) * self.heads)
 
+    def slots_of(self, sequence: int) -> slice:
+        """The slots of a sequence."""
+        rows = self.rows_of(sequence)
+        return slice(self._slots(rows.start).start, self._slots(rows.stop - 1).stop)
+
     def row_index(self, sequences: Tensor) -> Tensor:
         """The rows of several sequences, int64 ``[n * H_kv]``."""
         return (sequences[:, None] * self.heads + torch.arange(self.heads, device=sequences.device)).flatten()

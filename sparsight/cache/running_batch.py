@@ -93,12 +93,13 @@ class RunningBatch(Cache):
     # Sequences that join and leave
 
     @torch.no_grad()
-    def join(self, cache: CompressedCache, tokens: int) -> int | None:
-        """Copy the only sequence of a cache here, with room for ``tokens`` more.
+    def join(self, cache: CompressedCache, tokens: int, sequence: int = 0) -> int | None:
+        """Copy a sequence of a cache here, with room for ``tokens`` more.
 
         Args:
-            cache: has seen its prompt and nothing more.
+            cache: has seen its prompt, or a new turn, and nothing more.
             tokens: the longest answer, less the token that is known already.
+            sequence: which of the cache's sequences.
 
         Returns:
             Its place in the order of the batch, which is that of the extents; None if the pool has no gap for it.
@@ -113,7 +114,8 @@ class RunningBatch(Cache):
             self._start(stores[0].heads)
         seen = layers[0].seen
         growth = [rule.growth(*each, seen, tokens) for each in zip(stores, states, strict=True)]
-        held = torch.stack([store.held for store in stores])
+        rows = stores[0].rows_of(sequence)
+        held = torch.stack([store.held[rows] for store in stores])
         capacities = held + torch.tensor(growth, device=held.device)[:, None]
         capacities = rounded_up(capacities)
         slots = int(capacities.sum())
@@ -125,26 +127,27 @@ class RunningBatch(Cache):
         inserted = partial(_inserted, place * self._heads)
         try:
             for each in zip(stores, states, starts, strict=True):
-                self._fill(*each)
-            rows = inserted([self._rows, torch.stack([starts, capacities, held, held, starts])])
-            state = EvictionState.combine([self._state, EvictionState.combine(states, torch.stack)], inserted)
+                self._fill(*each, sequence)
+            numbers = inserted([self._rows, torch.stack([starts, capacities, held, held, starts])])
+            own = EvictionState.combine(states, lambda each: torch.stack(each)[:, rows])
+            state = EvictionState.combine([self._state, own], inserted)
             position = _inserted(place, [self._position, self._position.new_tensor([seen - 1])])
         except Exception:
             self.pool.free(start)
             raise
-        self._rows, self._state, self._position = rows, state, position
-        recalls = [layer.recalls[0] for layer in layers if layer.recalls]
+        self._rows, self._state, self._position = numbers, state, position
+        recalls = [layer.recalls[sequence] for layer in layers if layer.recalls]
         self.members.insert(place, Member(start, slots, rule, starts.tolist(), capacities.tolist(), recalls))
         self._regroup()
         return place
 
-    def _fill(self, store: KVStore, state: EvictionState, starts: Tensor) -> None:
-        """Copy the entries of a layer to the rows of the pool that begin at ``starts`` ``[H_kv]``."""
-        pool = self._pool()
-        occupied = (store.flat_positions != VACANT).nonzero()[:, 0]
-        before = store.held.cumsum(0) - store.held
+    def _fill(self, store: KVStore, state: EvictionState, starts: Tensor, sequence: int) -> None:
+        """Copy a sequence's entries in a layer to the rows of the pool that begin at ``starts`` ``[H_kv]``."""
+        pool, slots = self._pool(), store.slots_of(sequence)
+        occupied = (store.flat_positions[slots] != VACANT).nonzero()[:, 0] + slots.start
+        held = store.held[store.rows_of(sequence)]
         places = torch.arange(len(occupied), device=occupied.device)
-        places += (starts - before).repeat_interleave(store.held)
+        places += (starts - held.cumsum(0) + held).repeat_interleave(held)
         pool.keys[places] = store.keys.view(-1, store.keys.shape[-1])[occupied]
         pool.values[places] = store.values.view(-1, store.values.shape[-1])[occupied]
         pool.positions[places] = store.flat_positions[occupied]

@@ -14,8 +14,7 @@ from sparsight.models.images import MAX_PIXELS
 from sparsight.utils.text import escape, mebibytes
 
 if TYPE_CHECKING:
-    from sparsight.cache.report import Report
-    from sparsight.cli.answer import Answer
+    from sparsight.engine.request import Completion
 
 
 def main(
@@ -49,14 +48,12 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Answer a question about images, and show the memory and speed of the compressed KV cache."""
-    from transformers import DynamicCache
-
-    from sparsight.cache import CompressedCache
     from sparsight.cache.bounded_prefill import check_bound
-    from sparsight.cli.answer import agreement, answer
+    from sparsight.cli.answer import answer
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.cli.session import open_session, read_prompt, read_question
-    from sparsight.engine.model_runner import static_capacity
+    from sparsight.eval.metrics import same_tokens
+    from sparsight.methods import Full
     from sparsight.models.families import check_chunks
 
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
@@ -71,22 +68,16 @@ def main(
     session = open_session(question, device, dtype, quiet=quiet)
     if compare:
         # A warm-up, so that neither of the two runs pays for it.
-        answer(session, DynamicCache(), 1, prefill_chunk)
-    cache = CompressedCache(
-        session.model, recipe, session.inputs, static_capacity(session.model, max_new_tokens), prefill_bound
-    )
-    compressed = answer(session, cache, max_new_tokens, prefill_chunk, None if as_json else _write)
-    report = cache.report()
+        answer(session, Full(), 1, prefill_chunk)
+    compressed = answer(session, recipe, max_new_tokens, prefill_chunk, prefill_bound, None if as_json else _write)
+    report = compressed.report
     result = {"model": options.model_name(model), "method": recipe.name, "budget": recipe.budget}
-    result |= describe(compressed, report, report.kept_per_layer(), report.bytes_held, report.entry_bytes)
-    result |= {"exact": report.exact, "cut_short": report.cut_short}
+    result |= describe(compressed) | {"exact": report.exact, "cut_short": report.cut_short}
     if compare:
-        full_cache: Any = DynamicCache(config=session.model.config.get_text_config(decoder=True))
-        full = answer(session, full_cache, max_new_tokens, prefill_chunk)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in full_cache.layers)
-        kept = [float(report.prompt_tokens[0])] * len(report.kept)
-        result["full"] = describe(full, report, kept, held, held) | {"full_kv_bytes": held}
-        result["agreement"] = agreement(compressed, full)
+        full = answer(session, Full(), max_new_tokens, prefill_chunk)
+        # The positions and the spare capacity are not the full cache's.
+        result["full"] = describe(full) | {"kv_bytes": full.report.full_bytes}
+        result["agreement"] = same_tokens(compressed.token_ids, full.token_ids)
     if as_json:
         print(json.dumps(result))
     else:
@@ -94,19 +85,18 @@ def main(
         show(table(f"{recipe.name}, {recipe.budget * 100:.3g}%", result))
 
 
-def describe(
-    answer: Answer, report: Report, kept_per_layer: list[float], kv_bytes: int, entry_bytes: int
-) -> dict[str, Any]:
+def describe(answer: Completion) -> dict[str, Any]:
     """One run as plain data."""
+    report = answer.report
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": report.prompt_tokens[0],
         "vision_tokens": report.vision_tokens[0],
         "layers": report.layers,
-        "kept_per_layer": kept_per_layer,
-        "entry_bytes": entry_bytes,
-        "kv_bytes": kv_bytes,
+        "kept_per_layer": report.kept_per_layer(),
+        "entry_bytes": report.entry_bytes,
+        "kv_bytes": report.bytes_held,
         "full_kv_bytes": report.full_bytes,
         "prefill_seconds": answer.prefill_seconds,
         "decode_seconds": answer.decode_seconds,

@@ -46,10 +46,10 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Plot which image patches stay in the KV cache, over the images, and which are recalled during an answer."""
-    from sparsight.cache import CompressedCache
-    from sparsight.cli.answer import answer
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.cli.session import open_session, read_prompt, read_question
+    from sparsight.engine.prompt_runner import PromptRunner
+    from sparsight.engine.vision_cache import VisionCache
     from sparsight.eval.heatmap import draw
     from sparsight.utils.plot_style import save
 
@@ -65,9 +65,10 @@ def main(
     question = read_question(model, image, read_prompt(prompt, prompt_file), max_pixels, tokens, quiet=quiet)
     tiles = tiles_of(question)
     session = open_session(question, device, dtype, quiet=quiet)
-    cache = CompressedCache(session.model, recipe, session.inputs)
-    answer(session, cache, 1)
-    report = cache.report()
+    # The engine's prefill; there is no answer.
+    runner = PromptRunner(session.model, recipe, session.inputs, None, VisionCache(session.model, 0))
+    runner.step()
+    cache, report = runner.cache, runner.report
     kept = kept_of(cache, report)
     moments = moments_of(session, recipe, tokens) if recipe.decode.recalls else []
     title = f"What {recipe.name} keeps at a {recipe.budget * 100:.3g}% budget"
@@ -119,9 +120,11 @@ def moments_of(session: Session, recipe: Recipe, max_new_tokens: int) -> list[Mo
     cache = CompressedCache(session.model, recipe, session.inputs)
     recorder = _Recorder(cache, recipe.decode.every)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "streamer": recorder}
+    # The engine does not show its caches between steps.
     session.model.generate(**session.inputs, past_key_values=cache, **options)
+    tokenizer = session.processor.tokenizer
     parts = [
-        session.tokenizer.decode(recorder.tokens[first : first + recipe.decode.every], skip_special_tokens=True)
+        tokenizer.decode(recorder.tokens[first : first + recipe.decode.every], skip_special_tokens=True)
         for first in range(1, len(recorder.tokens), recipe.decode.every)
     ]
     return [Moment(*each) for each in zip(parts, recorder.held, strict=True)]

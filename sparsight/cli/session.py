@@ -39,12 +39,12 @@ class Session:
 
     Args:
         model: the model.
-        tokenizer: its tokenizer.
+        processor: its processor.
         inputs: the question, on the model's device and in its dtype.
     """
 
     model: Any
-    tokenizer: Any
+    processor: Any
     inputs: BatchFeature
 
 
@@ -98,7 +98,7 @@ def open_session(question: Question, device: str, dtype: str, *, quiet: bool) ->
     with _status(f"Loading {checkpoint.name}", quiet):
         model = load_model(checkpoint, device, dtype)
     inputs = BatchFeature(dict(question.inputs)).to(model.device, model.dtype)
-    return Session(model, checkpoint.processor.tokenizer, inputs)
+    return Session(model, checkpoint.processor, inputs)
 
 
 def _status(text: str, quiet: bool) -> AbstractContextManager[Any]:

@@ -2,10 +2,11 @@
 
 import copy
 import math
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from sparsight.cache.compressed_cache import check_keep
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe, check_recipe
+from sparsight.engine import model_runner
 from sparsight.engine.admission import most_bytes
 from sparsight.engine.positions import decode_positions
+from sparsight.engine.prefilled import PrefilledPrompt
 from sparsight.engine.prefix_files import PrefixFiles
 from sparsight.engine.prefix_memory import PrefixMemory
 from sparsight.engine.preparation import Preparation, to_device
@@ -73,10 +76,12 @@ class Engine:
 
     Args:
         model: an unmodified transformers model.
-        processor: its processor.
+        processor: its processor; None if all requests are prepared. Their answers then have tokens, but no text.
         recipe: how prompts are compressed, unless a request has a recipe of its own: a :class:`~sparsight.Recipe` or a
             method's name.
-        kv_memory: bytes for the compressed caches, or a fraction of the memory that is free now.
+        kv_memory: bytes for the compressed caches, or a fraction of the memory that is free now. With None there is no
+            limit: each answer has a :class:`~sparsight.CompressedCache` of its own, which is what its report is about
+            when it ends, and they decode one by one, on a GPU in captured steps.
         max_running: answers that are generated at the same time, at most.
         prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
@@ -99,7 +104,7 @@ class Engine:
         processor: Any,
         recipe: Recipe | str | None = None,
         *,
-        kv_memory: float = 0.5,
+        kv_memory: float | None = 0.5,
         max_running: int = 64,
         prefill_chunk: int | None = 512,
         prefill_bound: float | None = None,
@@ -117,9 +122,8 @@ class Engine:
         self.recipe = _recipe(recipe)
         if prefill_bound is not None:
             check_bound(prefill_bound, self.recipe)
-        if not (isinstance(kv_memory, int | float) and 0 < kv_memory < math.inf):
-            raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
-        self.kv_bytes = int(kv_memory if kv_memory > 1 else kv_memory * memory.available_bytes(model.device))
+        self.kv_bytes = sys.maxsize if kv_memory is None else _bytes(kv_memory, model)
+        self._pooled = kv_memory is not None
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
         self._vision = VisionCache(model, vision_bytes)
         self.prefixes = self._prefix_memory(host_memory, prefix_dir)
@@ -204,6 +208,25 @@ class Engine:
             raise
         # Without the lock, which is taken while a step runs.
         self._waiting.append(_Request(handle, chosen, params, future, keep_positions, salt))
+        return handle
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def resume(self, prompt: PrefilledPrompt, params: SamplingParams) -> Handle:
+        """Give the engine a prompt that has been processed elsewhere: its answer begins at once, whatever runs.
+
+        The prompt's cache must stay as it is until the answer has its second token: until then it may wait for memory.
+        """
+        handle = Handle(params.n, self._drive)
+        with self._lock:
+            try:
+                self._begin(
+                    _Request(handle, self.recipe, params, Future(), keep_positions=False, salt=""),
+                    prompt,
+                    prompt.logits,
+                )
+            except Exception as error:
+                handle.fail(_failure(error))
         return handle
 
     def session(self, images: Several[Image | str | Path] = (), **request: Any) -> Session:
@@ -341,7 +364,9 @@ class Engine:
                 self._waiting.popleft()
                 request.handle.admitted = time.perf_counter()
                 inputs = to_device(inputs, self.model)
-                how = self.prefill_chunk, self._vision, self.prefill_bound, self.prefixes, request.salt
+                longest = request.params.max_new_tokens
+                capacity = None if self._pooled else model_runner.static_capacity(self.model, longest)
+                how = self.prefill_chunk, self._vision, self.prefill_bound, self.prefixes, request.salt, capacity
                 return request, PromptRunner(self.model, request.recipe, inputs, *how)
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
@@ -362,32 +387,37 @@ class Engine:
             if logits is not None:
                 self._prompt = None
                 runner.remember()
+                if request.keep_positions:
+                    request.handle.kept_positions = runner.kept_positions()
                 self._begin(request, runner, logits)
         except Exception as error:
             self._prompt = None
             request.handle.fail(_failure(error))
 
-    def _begin(self, request: _Request, runner: PromptRunner, logits: Tensor) -> None:
+    def _begin(self, request: _Request, runner: PromptRunner | PrefilledPrompt, logits: Tensor) -> None:
         """Sample the first token of each answer to a prompt."""
         params = request.params
-        if request.keep_positions:
-            request.handle.kept_positions = runner.kept_positions()
-        ends, tokenizer = params.end_token_ids(self._generation_config), self.processor.tokenizer
+        if params.stop and self.processor is None:
+            raise ValueError("Stop strings need text: give the engine a processor.")
+        ends, tokenizer = params.end_token_ids(self._generation_config), getattr(self.processor, "tokenizer", None)
         sequences = [
             Sequence(request.handle, index, params, ends, runner, tokenizer, request.kv_bytes)
             for index in range(params.n)
         ]
         tokens = sample([each.sampler for each in sequences], logits.expand(params.n, -1))
         for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.reports_end = not self._pooled
             sequence.append(token)
         unfinished = [each for each in sequences if not each.finished]
-        if all(isinstance(layer, CompressedLayer) for layer in runner.cache.layers):
+        if self._pooled and all(isinstance(layer, CompressedLayer) for layer in runner.cache.layers):
             self._ready += unfinished
             self._place()
         else:
             # Each changes its cache.
             for sequence in unfinished[1:]:
                 sequence.cache = copy.deepcopy(sequence.cache)
+            for sequence in unfinished:
+                sequence.step = model_runner.decode_step(self.model) if sequence.cache.is_compileable else self.model
             self._alone += unfinished
 
     def _place(self) -> None:
@@ -395,7 +425,7 @@ class Engine:
         while self._ready:
             sequence = self._ready[0]
             try:
-                place = self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1)
+                place = self._batch.join(sequence.cache, sequence.params.max_new_tokens - 1, sequence.cache_index)
                 if place is not None:
                     sequence.kv_bytes = self._batch.bytes_of(place)
                     self._running.insert(place, sequence)
@@ -421,7 +451,7 @@ class Engine:
                     self._fail(sequence, error)
         for sequence in self._alone:
             try:
-                self._sample([sequence], self._logits([sequence], sequence.cache))
+                self._sample([sequence], self._logits([sequence], sequence.cache, sequence.step))
             except Exception as error:
                 self._fail(sequence, error)
         self._drop_finished()
@@ -430,7 +460,7 @@ class Engine:
         """Logits ``[B, V]`` of the running batch. If the model fails, as out of memory, its newest sequences end."""
         while self._running:
             try:
-                return self._logits(self._running, self._batch)
+                return self._logits(self._running, self._batch, self.model)
             except Exception as error:
                 self._batch.rollback()
                 newest = max(range(len(self._running)), key=lambda index: self._running[index].started)
@@ -438,13 +468,13 @@ class Engine:
                 self._fail(self._running.pop(newest), error)
         return None
 
-    def _logits(self, sequences: list[Sequence], cache: Any) -> Tensor:
+    def _logits(self, sequences: list[Sequence], cache: Any, step: Callable[..., Any]) -> Tensor:
         device = self.model.device
         tokens = torch.tensor([[each.newest] for each in sequences], device=device)
         positions = torch.tensor([each.next_position for each in sequences], device=device)
         # The cache knows which slots are occupied; a mask of four dimensions is not built anew by the model.
         mask = torch.ones(len(sequences), 1, 1, 1, dtype=torch.bool, device=device) if cache is self._batch else None
-        output: Any = self.model(
+        output = step(
             input_ids=tokens,
             position_ids=decode_positions(self.model, positions),
             attention_mask=mask,
@@ -465,6 +495,12 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         sequence.handle.fail(_failure(error))
         sequence.finished = "error"
+
+
+def _bytes(kv_memory: float, model: PreTrainedModel) -> int:
+    if not (isinstance(kv_memory, int | float) and 0 < kv_memory < math.inf):
+        raise ValueError(f"kv_memory must be a number of bytes, or a fraction of free memory, got {kv_memory!r}.")
+    return int(kv_memory if kv_memory > 1 else kv_memory * memory.available_bytes(model.device))
 
 
 def _recipe(recipe: Recipe | str | None) -> Recipe:

@@ -34,17 +34,34 @@ def prompt_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if len(input_ids) != 1 or (mask is not None and not mask.all()):
         raise ValueError(f"Positions are those of one prompt without padding, got input_ids {list(input_ids.shape)}.")
+    positions = _positions(model, inputs)
+    return positions, int(positions[..., -1].max()) + 1
+
+
+def next_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Position of the token that follows each prompt of a batch, int64 ``[B]``.
+
+    Args:
+        model: the model; only its config is used.
+        inputs: what the processor returned for the prompts, padded on the left.
+    """
+    last = _positions(model, inputs)[..., -1]
+    return last.reshape(-1, len(inputs["input_ids"])).amax(0) + 1
+
+
+def _positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Position ids of prompts, ``[B, T]`` or ``[3, B, T]``; those of padding are arbitrary."""
     if _has_multimodal_rope(model) and any(inputs.get(f"{kind}_grid_thw") is not None for kind in ("image", "video")):
         if inputs.get("mm_token_type_ids") is None:
             raise ValueError("Positions of images need mm_token_type_ids, which the processor returns with input_ids.")
         base: Any = model.base_model
         positions: Tensor = base.get_rope_index(**inputs)[0]
-    else:
-        family = family_of(model.config)
-        first = family.first_position if family else 0
-        positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
-        positions = _by_axis(model, positions[None])
-    return positions, int(positions[..., -1].max()) + 1
+        return positions
+    family = family_of(model.config)
+    first = family.first_position if family else 0
+    valid = inputs.get("attention_mask")
+    valid = torch.ones_like(inputs["input_ids"]) if valid is None else valid.long()
+    return _by_axis(model, valid.cumsum(-1) - 1 + first)
 
 
 def decode_positions(model: PreTrainedModel, next_positions: Tensor) -> Tensor:

@@ -34,16 +34,20 @@ class PromptRunner:
         bound: as :class:`~sparsight.CompressedCache` takes it; the prompt must then run unchunked to be exact.
         prefixes: where keys and values of prompts that were processed before are.
         salt: only prompts and images of the same salt are looked at.
+        capacity: ``max_new_tokens`` of the cache, where decode steps are to be captured.
 
     Attributes:
+        sequence: index of the prompt in the cache.
         cache: the cache, compressed once :meth:`step` has returned logits.
         next_position: position of the first token of the answer.
         reused_tokens: how many of the prompt's first tokens are not computed, since an earlier prompt had them.
-        seconds: time that :meth:`step` has taken.
+        seconds: time that the prompt has taken, its images included.
 
     Raises:
         ValueError: the prompt is refused by :class:`~sparsight.CompressedCache`.
     """
+
+    sequence = 0
 
     def __init__(
         self,
@@ -55,9 +59,11 @@ class PromptRunner:
         bound: float | None = None,
         prefixes: PrefixMemory | None = None,
         salt: str = "",
+        capacity: int | None = None,
     ) -> None:
+        started = time.perf_counter()
         self.model = model
-        self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
+        self.cache = CompressedCache(model, recipe, inputs, capacity, bound)
         self.cache.copies_prompt |= prefixes is not None
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._vision, self._media = vision, vision.media(inputs, salt)
@@ -74,7 +80,7 @@ class PromptRunner:
         family = family_of(model.config)
         self._chunk = chunk if family is None or family.chunked_prefill else None
         self._done = self.reused_tokens
-        self.seconds = 0.0
+        self.seconds = time.perf_counter() - started
 
     def _places(self) -> dict[str, Tensor]:
         """Where the vision tokens of each modality are in the prompt."""

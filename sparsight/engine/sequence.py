@@ -1,9 +1,12 @@
 """One running sequence: what belongs to an answer, whatever else runs."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sparsight.engine.prefilled import PrefilledPrompt
 from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Completion, Handle, Piece
 from sparsight.engine.sampling import Sampled, Sampler, SamplingParams
@@ -25,7 +28,10 @@ class Sequence:
     Attributes:
         finished: why it has ended, if it has.
         started: when it began, by a monotonic clock.
-        cache: the compressed prompt, until it joins a batch.
+        cache: the compressed prompt, until it joins a batch; its own where it decodes alone.
+        cache_index: which of the cache's sequences it is.
+        step: runs the model on one token, where it decodes alone.
+        reports_end: whether the report is about the cache at the end of the answer, not about the prompt.
     """
 
     def __init__(
@@ -34,12 +40,15 @@ class Sequence:
         index: int,
         params: SamplingParams,
         end_token_ids: frozenset[int],
-        runner: PromptRunner,
-        tokenizer: PreTrainedTokenizerBase,
+        runner: PromptRunner | PrefilledPrompt,
+        tokenizer: PreTrainedTokenizerBase | None,
         kv_bytes: int,
     ) -> None:
         self.handle, self.index, self.params, self.kv_bytes = handle, index, params, kv_bytes
         self.next_position, self.cache, self.report = runner.next_position, runner.cache, runner.report
+        self.cache_index = runner.sequence
+        self.step: Callable[..., Any]
+        self.reports_end = False
         self._reused_tokens = runner.reused_tokens
         self.sampler = Sampler(params, runner.input_ids, index)
         self.tokens: list[Sampled] = []
@@ -47,7 +56,8 @@ class Sequence:
         self._end_token_ids = end_token_ids
         self._stream = TextStream(tokenizer, params.stop)
         self._text = ""
-        self._prefill_seconds, self.started = runner.seconds, time.perf_counter()
+        self._prefill_seconds = runner.seconds
+        self.started = self._first = self._last = time.perf_counter()
 
     @property
     def newest(self) -> int:
@@ -64,6 +74,11 @@ class Sequence:
         """Take a new token, and end where it ends the answer. Raises what was returned in place of a token."""
         if isinstance(token, Exception):
             raise token
+        self._last = time.perf_counter()
+        if not self.tokens:
+            # A GPU works on the prompt until its first token is read.
+            self._first = self._last
+            self._prefill_seconds += self._first - self.started
         self.tokens.append(token)
         text = ""
         if token.token_id in self._end_token_ids:
@@ -84,8 +99,9 @@ class Sequence:
         rest = self._stream.finish()
         if rest:
             self._push(rest, None)
-        work = self._reused_tokens, self._prefill_seconds, time.perf_counter() - self.started
-        self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, self.report, *work))
+        report = self.cache.report() if self.reports_end else self.report
+        work = self._reused_tokens, self._prefill_seconds, self._last - self._first
+        self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, report, *work))
 
     def _push(self, text: str, token: Sampled | None) -> None:
         self._text += text

@@ -18,7 +18,8 @@ class TextStream:
     on malformed runs of byte-fallback tokens, and cannot flush.
 
     Args:
-        tokenizer: the tokenizer, fast or slow. Its ``clean_up_tokenization_spaces`` is not applied.
+        tokenizer: the tokenizer, fast or slow; without one there is no text. Its ``clean_up_tokenization_spaces`` is
+            not applied.
         stop: strings that end the text and do not belong to it.
         skip_special_tokens: leave special tokens out.
 
@@ -27,7 +28,7 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), *, skip_special_tokens: bool = True
+        self, tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str] = (), *, skip_special_tokens: bool = True
     ) -> None:
         self._tokenizer, self._stop, self._skip_special_tokens = tokenizer, tuple(stop), skip_special_tokens
         self.stopped: str | None = None
@@ -61,6 +62,8 @@ class TextStream:
         return new if self.stopped else new + self._held_text
 
     def _decode(self) -> str:
+        if self._tokenizer is None:
+            return ""
         text: str = self._tokenizer.decode(  # type: ignore[assignment]  # a list for a batch only
             self._tokens, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -92,7 +95,9 @@ class _TokenKinds(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _token_kinds(tokenizer: PreTrainedTokenizerBase) -> _TokenKinds:
+def _token_kinds(tokenizer: PreTrainedTokenizerBase | None) -> _TokenKinds:
+    if tokenizer is None:
+        return _TokenKinds(frozenset(), frozenset(), 0)
     special = frozenset(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     byte: Any = tokenizer.convert_tokens_to_ids([f"<0x{value:02X}>" for value in range(256)])
     return _TokenKinds(special, frozenset(byte) - {None, tokenizer.unk_token_id}, len(tokenizer))

@@ -35,6 +35,7 @@ class VisionFeatures(BaseModelOutputWithPooling):
         visual_indicator_features: embeddings of the tokens between Ovis2's tiles.
     """
 
+    pooler_output: Any = None
     deepstack_features: Any = None
     visual_indicator_features: Any = None
 
@@ -164,7 +165,7 @@ class VisionCache:
                 self._put(key, entry)
         pooled, *deepstack = zip(*(entries[key].layers for key in keys), strict=True)
         return VisionFeatures(
-            pooler_output=torch.cat(pooled)[None] if entries[keys[0]].stacked else pooled,  # type: ignore[arg-type]
+            pooler_output=torch.cat(pooled)[None] if entries[keys[0]].stacked else pooled,
             deepstack_features=deepstack or None,
             visual_indicator_features=self._visual_indicator_features,
         )

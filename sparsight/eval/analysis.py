@@ -60,6 +60,7 @@ def analyze(
         raise ValueError(f"Analyze one prompt at a time, not {inputs['input_ids'].shape[0]}.")
     prompt = PrefillSnapshot(model, inputs)
     length = inputs["input_ids"].shape[1]
+    # The full cache is transformers' own: what is analyzed is the model, without a method.
     answer = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)[:, length:]
     # The answer's last token is never a query, unless it is the only one.
     with_answer = PrefillSnapshot(model, append_text(inputs, answer[:, : max(1, answer.shape[1] - 1)]))

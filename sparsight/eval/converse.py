@@ -1,18 +1,25 @@
 """Conversations with a recipe's cache: the model's own answers, and the logits of the right answers."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
 from sparsight.cache import CompressedCache
+from sparsight.cache.layer import CompressedLayer
 from sparsight.compression.recipe import Recipe
-from sparsight.eval.prefill_snapshot import PrefillSnapshot, next_logits
+from sparsight.engine.engine import Engine
+from sparsight.engine.positions import next_positions
+from sparsight.engine.prefilled import PrefilledPrompt, next_logits, split
+from sparsight.engine.request import RequestError
+from sparsight.engine.sampling import SamplingParams
+from sparsight.eval.prefill_snapshot import PrefillSnapshot
 
 SPARE = 4
 """A generated answer may be longer than the right one by this many tokens and a quarter of its length."""
@@ -61,26 +68,29 @@ def converse(
 
     With ``keep="host"`` a turn attends to the full cache, and the conversation so far is compressed again.
 
-    Each turn is answered twice: by greedy decoding, unless answers are forced, and with the right answer forced, which
-    the next turn continues.
+    Each turn is answered twice: with the right answer forced, which the next turn continues, and by greedy decoding,
+    unless answers are forced.
+
+    Raises:
+        ValueError: an answer cannot be generated.
     """
     model: Any = snapshot.model
     cache, logits = snapshot.cache(recipe, keep), snapshot.logits
     ids, mask = conversations.inputs["input_ids"], conversations.inputs["attention_mask"]
+    first, length = next_positions(model, conversations.inputs), ids.shape[1]
     turns = []
     for number, answer in enumerate(conversations.answers):
         if number > 0:
             question, valid = conversations.questions[number - 1]
             ids, mask = torch.cat([ids, question], dim=1), torch.cat([mask, valid], dim=1)
             logits = next_logits(model, cache, {"input_ids": ids, "attention_mask": mask})
-        report = cache.report()
-        length = answer.shape[1]
-        first = logits.argmax(-1, keepdim=True)
-        if not conversations.forced:
-            free = decode(model, copy.deepcopy(cache), ids, mask, first, length + length // 4 + SPARE)
-        along = decode(model, cache, ids, mask, answer[:, :1], length, [_Along(answer, ids.shape[1])])
-        forced = torch.stack([logits, *along.logits], dim=1).float()
-        tokens = forced.argmax(-1) if conversations.forced else free.sequences[:, ids.shape[1] :]
+        report, inputs = cache.report(), {"input_ids": ids, "attention_mask": mask}
+        before = None if conversations.forced else copy.deepcopy(cache)
+        forced = _forced_logits(model, cache, inputs, logits, answer)
+        tokens = forced.argmax(-1)
+        if before is not None:
+            prompts = split(before, inputs, first + mask[:, length:].sum(-1), logits)
+            tokens = _answers(model, prompts, inputs, answer, (tokens == answer).all(-1))
         turns.append(Turn(tokens, forced, report.bytes_held / report.full_bytes))
         # The end of sequence is not processed yet: the next turn starts with it, if the chat template has it.
         ids = torch.cat([ids, answer[:, :-1]], dim=1)
@@ -88,7 +98,50 @@ def converse(
     return turns
 
 
-class _Along(LogitsProcessor):
+def _answers(
+    model: Any, prompts: Sequence[PrefilledPrompt], inputs: Mapping[str, Tensor], answer: Tensor, right: Tensor
+) -> Tensor:
+    """Greedy answers ``[B, m]``, arbitrary after the end of a sequence.
+
+    Args:
+        model: the model.
+        prompts: the conversations so far.
+        inputs: the same as padded token ids and attention mask.
+        answer: the right answers, ``[B, n]``.
+        right: whether greedy decoding begins with the right answer, bool ``[B]``.
+    """
+    config, longest = model.generation_config, answer.shape[1] + answer.shape[1] // 4 + SPARE
+    cache = prompts[0].cache
+    if not all(isinstance(layer, CompressedLayer) for layer in cache.layers):
+        # The other layers hold the padding of the batch, which sequences of the engine do not have.
+        most_likely = torch.cat([prompt.logits for prompt in prompts]).argmax(-1, keepdim=True)
+        return _generate(model, cache, inputs, most_likely, longest).sequences[:, inputs["input_ids"].shape[1] :]
+    params = SamplingParams.from_generation_config(config, temperature=0.0, max_new_tokens=longest)
+    # What is right to its end need not be generated, unless a penalty may change it.
+    ends = answer.new_tensor(sorted(params.end_token_ids(config)))
+    known = right & torch.isin(answer[:, -1], ends) & (params.repetition_penalty == 1)
+    tokens = list(answer)
+    with Engine(model, None) as engine:
+        handles = {index: engine.resume(prompts[index], params) for index in (~known).nonzero()[:, 0].tolist()}
+        for index, handle in handles.items():
+            try:
+                tokens[index] = answer.new_tensor(handle.wait()[0].token_ids)
+            except RequestError as error:
+                raise ValueError(str(error)) from error
+    return pad_sequence(tokens, batch_first=True)
+
+
+def _forced_logits(
+    model: Any, cache: CompressedCache, inputs: Mapping[str, Tensor], logits: Tensor, answer: Tensor
+) -> Tensor:
+    """Logits of each token of an answer ``[B, n]``, given the ones before it, float32 ``[B, n, V]``."""
+    # The engine neither forces tokens nor returns logits.
+    forced = _Forced(answer, inputs["input_ids"].shape[1])
+    output = _generate(model, cache, inputs, answer[:, :1], answer.shape[1], [forced])
+    return torch.stack([logits, *output.logits], dim=1).float()
+
+
+class _Forced(LogitsProcessor):
     """Forces an answer ``[B, n]`` after ``start`` tokens."""
 
     def __init__(self, answer: Tensor, start: int) -> None:
@@ -99,22 +152,21 @@ class _Along(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
-def decode(
+def _generate(
     model: Any,
     cache: CompressedCache,
-    ids: Tensor,
-    mask: Tensor,
+    inputs: Mapping[str, Tensor],
     first: Tensor,
     limit: int,
     processors: Sequence[LogitsProcessor] = (),
 ) -> Any:
-    """The output of ``generate`` for at most ``limit`` tokens after ``ids`` ``[B, S]``, of which ``first`` is given.
+    """The output of ``generate`` for at most ``limit`` tokens after ``inputs``, of which ``first`` is given.
 
-    The cache has processed ``ids`` but not ``first``; the output has logits for the tokens after it.
+    The cache has processed ``inputs`` but not ``first``; the output has logits for the tokens after it.
     """
     return model.generate(
-        input_ids=torch.cat([ids, first], dim=1),
-        attention_mask=torch.cat([mask, torch.ones_like(first)], dim=1),
+        input_ids=torch.cat([inputs["input_ids"], first], dim=1),
+        attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(first)], dim=1),
         past_key_values=cache,
         max_new_tokens=limit - 1,
         do_sample=False,

@@ -20,7 +20,7 @@ from sparsight.models.inputs import apply_chat_template
 from sparsight.models.loading import load_checkpoint, load_model
 
 
-class LmmsModel(lmms):  # type: ignore[misc]
+class LmmsModel(lmms):  # type: ignore[misc]  # an untyped package
     """A vision-language model whose KV cache is compressed.
 
     Args:
@@ -79,6 +79,7 @@ class LmmsModel(lmms):  # type: ignore[misc]
         inputs = apply_chat_template(self.processor, [self._messages(*request) for request in batch]).to(
             self.model.device, self.model.dtype
         )
+        # A task's arguments are those of model.generate, beams among them, which the engine does not have.
         output = self.model.generate(
             **inputs, past_key_values=CompressedCache(self.model, self.recipe, inputs), **generation_options(arguments)
         )

@@ -18,8 +18,8 @@ from sparsight.cache.prefill import Prefill, fitted
 from sparsight.cache.replay import replay
 from sparsight.compression import Allocate, Reconstruction, Score
 from sparsight.compression.recipe import Recipe
+from sparsight.engine.prefilled import next_logits
 from sparsight.methods import Full, with_instructions
-from sparsight.models.families import text_only
 from sparsight.models.prompt import locate
 
 
@@ -140,23 +140,6 @@ class _Recorder(CompressedCache):
     def _compact(self) -> None:
         for layer in self.compressed:
             layer.prefill = None
-
-
-def next_logits(model: Any, cache: CompressedCache, inputs: Mapping[str, Any]) -> Tensor:
-    """Process the inputs that the cache has not processed yet; return the logits of the next token, ``[B, V]``."""
-    if text_only(model.config):
-        # Only the cache knows of vision tokens.
-        inputs = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
-    output = model.generate(
-        **inputs,
-        past_key_values=cache,
-        max_new_tokens=1,
-        do_sample=False,
-        num_beams=1,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return output.logits[0]
 
 
 def _of(recipe: Recipe, prefill: Prefill) -> Prefill:

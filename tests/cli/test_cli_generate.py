@@ -7,7 +7,6 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 
 from sparsight import CompressedCache, recipe
 from sparsight.cli import generate, session
-from sparsight.cli.answer import Answer, agreement
 from sparsight.cli.options import DEFAULT_METHOD
 from sparsight.models.images import open_image
 from sparsight.models.inputs import prepare
@@ -142,15 +141,6 @@ def test_chunks_change_the_answer_only_under_a_bound_which_is_reported(
     assert "Approximate" not in run(*arguments)[1]
 
 
-def test_agreement_counts_equal_tokens_over_the_longer_answer() -> None:
-    def answer(*tokens: int) -> Answer:
-        return Answer("", tokens, "stop", 0, 0)
-
-    assert agreement(answer(1, 2, 3), answer(1, 2, 3)) == 1
-    assert agreement(answer(1, 2, 3, 4), answer(1, 9, 3)) == 0.5
-    assert agreement(answer(1), answer(2)) == 0
-
-
 def test_the_answer_is_shown_before_a_table_of_its_figures(
     run: Callable[..., tuple[int, str, str]], llava: str, image: str
 ) -> None:
@@ -185,7 +175,7 @@ def test_the_answer_is_streamed(
         llava, [image], lambda weights, inputs: CompressedCache(weights, recipe(DEFAULT_METHOD), inputs)
     )
     assert "".join(pieces) == text
-    # One piece per token, empty until a word is complete, and one at the end.
+    # One piece per token, empty until a character is complete, and one at the end.
     assert len(pieces) == 13
 
 

@@ -10,7 +10,9 @@ from transformers import TextStreamer
 import sparsight
 from sparsight import CompressedCache, VLCache
 from sparsight.engine import model_runner
+from sparsight.engine.generate import capture_options
 from sparsight.engine.model_runner import ModelRunner
+from tests.engine.requests import Ask, add, engine, generated
 from tests.support import recorder
 from tests.support.families import TINY
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generate, inputs, logits, model
@@ -44,7 +46,7 @@ def recorded(monkeypatch):
 def through_steps(tiny, chosen, given, tokens=TOKENS):
     """Logits of an answer whose steps are recorded."""
     cache = CompressedCache(tiny, chosen, given, max_new_tokens=tokens)
-    return logits(tiny, given, tokens, past_key_values=cache, **model_runner.capture_options(cache))
+    return logits(tiny, given, tokens, past_key_values=cache, **capture_options(cache))
 
 
 @on_the_cpu
@@ -68,6 +70,17 @@ def test_every_family_gives_the_same_tokens_replayed(family, recorded):
     for chosen in (VLCache(0.3), sparsight.ElasticCache(0.3)):
         plain = logits(tiny, given, 9, past_key_values=CompressedCache(tiny, chosen, given))
         assert_close(torch.stack(through_steps(tiny, chosen, given, 9)), torch.stack(plain), rtol=1e-4, atol=1e-4)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("family", [name for name in TINY if name not in BOUNDED])
+def test_an_engine_without_a_pool_replays_the_steps_of_each_answer(family, recorded, monkeypatch):
+    monkeypatch.setattr(model_runner, "static_capacity", lambda model, tokens: tokens)
+    asks = [Ask(0, "vl-cache"), Ask(1, "elastic"), Ask(2, "adakv")]
+    with engine(family, kv_memory=None, prefill_chunk=20) as running:
+        handles = [add(running, family, ask) for ask in asks]
+        assert [handle.wait()[0].token_ids for handle in handles] == [generated(family, ask) for ask in asks]
+    assert len(recorded) == 3
 
 
 @pytest.mark.parametrize("family", [name for name in BOUNDED if name in TINY])
@@ -154,14 +167,6 @@ def test_a_streamer_gets_the_tokens(recorded, monkeypatch):
 
 
 @on_the_cpu
-def test_beams_and_assistants_are_refused_on_every_device():
-    tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
-    for options in ({"num_beams": 2}, {"assistant_model": tiny}):
-        with pytest.raises(ValueError, match="for beams and assistants"):
-            sparsight.generate(tiny, given, VLCache(0.3), max_new_tokens=6, **options)
-
-
-@on_the_cpu
 def test_hidden_states_are_those_of_their_tokens(recorded, monkeypatch):
     tiny, given = model("llava"), inputs("llava", ONE_IMAGE)
     options = {"return_dict_in_generate": True, "output_hidden_states": True, "do_sample": False}
@@ -180,7 +185,7 @@ def test_chunks_of_a_prompt_are_run_as_they_are(bound, recorded, monkeypatch):
     monkeypatch.delattr("transformers.PreTrainedModel.get_compiled_call")
     caches = [CompressedCache(tiny, VLCache(0.3), given, room, bound) for room in (None, 9)]
     plain, replayed = (
-        generate(tiny, given, 9, past_key_values=cache, prefill_chunk_size=8, **model_runner.capture_options(cache))
+        generate(tiny, given, 9, past_key_values=cache, prefill_chunk_size=8, **capture_options(cache))
         for cache in caches
     )
     assert plain.equal(replayed)

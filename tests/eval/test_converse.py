@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from sparsight import CompressedCache, Recipe, recipe
+from sparsight.engine.engine import Engine
 from sparsight.eval.converse import SPARE, Conversations, converse
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.methods import Full
@@ -125,8 +126,23 @@ def test_the_full_recipe_is_one_pass_over_the_whole_conversation() -> None:
         assert_close(turns[1].logits[row], logits[-len(second) :], **LOGITS)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_is_right_to_its_end_is_not_generated_again(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = models.fresh_model("llava"), models.inputs("llava", PROMPTS[0])
+    tokens = models.generate(model, inputs, 8)
+    end = tokens[0].tolist().index(int(tokens[0, 3])) + 1
+    model.generation_config.eos_token_id = int(tokens[0, 3])
+    resumed, resume = [], Engine.resume
+    monkeypatch.setattr(Engine, "resume", lambda *arguments: (resumed.append(1), resume(*arguments))[1])
+    answer = tokens[:, :end].clone()
+    answer[0, 0] += wrong
+    (turn,) = converse(PrefillSnapshot(model, inputs), Full(), Conversations(inputs, [answer], []))
+    assert torch.equal(turn.tokens, tokens[:, :end])
+    assert len(resumed) == wrong
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("method", ["vl-cache", "sparsight-recall"])
+@pytest.mark.parametrize("method", ["vl-cache"])
 def test_with_the_full_cache_in_host_memory_a_turn_begins_as_with_the_full_cache(family: str, method: str) -> None:
     given = batch(family)
     recorded = PrefillSnapshot(models.model(family), given.inputs)

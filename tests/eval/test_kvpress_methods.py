@@ -17,9 +17,10 @@ from sparsight.eval.collate import text_conversations
 from sparsight.eval.converse import converse
 from sparsight.eval.evaluator import EvaluationConfig, run_evaluation
 from sparsight.eval.kvpress_methods import KvpressMethod
+from sparsight.eval.passages import TextExample
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
 from sparsight.eval.result_store import ResultStore
-from sparsight.eval.tasks import TEXT_TASKS, task
+from sparsight.eval.tasks import TEXT_TASKS, Task, task
 from sparsight.utils.processes import cache_folder
 from tests.eval.conftest import Talker
 
@@ -87,6 +88,12 @@ def average_snapkv(budget: float) -> Recipe:
     return recipe("snapkv", budget=budget, pooling="average")
 
 
+def text_example(chosen: Task) -> TextExample:
+    example = chosen.example(0, 0)
+    assert isinstance(example, TextExample)
+    return example
+
+
 def streaming_without_a_decode_rule(budget: float) -> Recipe:
     return recipe("streaming-llm", budget=budget).combined(decode="grow")
 
@@ -96,8 +103,8 @@ def streaming_without_a_decode_rule(budget: float) -> Recipe:
     ("press", "ours"), [("snapkv", average_snapkv), ("streaming-llm", streaming_without_a_decode_rule)]
 )
 def test_the_same_rule_has_the_same_logits(writer: Talker, real: Kvpress, press: str, ours: Any, budget: float) -> None:
-    example = dataclasses.replace(task("continuation:60", TEXT_TASKS).example(0, 0), tokens=6)  # type: ignore[call-arg]
-    given = text_conversations(writer.processor, [example], "cpu", passage_as_vision=False)  # type: ignore[list-item]
+    example = dataclasses.replace(text_example(task("continuation:60", TEXT_TASKS)), tokens=6)
+    given = text_conversations(writer.processor, [example], "cpu", passage_as_vision=False)
     (one,) = converse(PrefillSnapshot(writer.model, given.inputs), ours(budget), given)
     (other,) = KvpressMethod(press, budget, real).follow(given)
     torch.testing.assert_close(one.logits, other.logits, rtol=1e-3, atol=1e-3)
@@ -106,7 +113,7 @@ def test_the_same_rule_has_the_same_logits(writer: Talker, real: Kvpress, press:
 
 @pytest.mark.parametrize("press", ["pyramidkv", "adakv", "observed-attention", "expected-attention"])
 def test_every_method_of_kvpress_runs_and_says_what_it_holds(writer: Talker, real: Kvpress, press: str) -> None:
-    given = text_conversations(writer.processor, [TASK.example(0, 0)], "cpu", passage_as_vision=False)  # type: ignore[list-item]
+    given = text_conversations(writer.processor, [text_example(TASK)], "cpu", passage_as_vision=False)
     (turn,) = KvpressMethod(press, 0.4, real).follow(given)
     assert turn.logits.shape == (1, given.answers[0].shape[1], writer.model.config.vocab_size)
     # Its AdaKV hides keys and keeps them.
