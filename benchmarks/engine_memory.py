@@ -6,7 +6,7 @@ python -m benchmarks.engine_memory --output benchmarks/results/engine-memory-cpu
 import gc
 import json
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -36,7 +36,7 @@ def main(
     torch.set_num_threads(threads)
     result = {
         "command": "python -m benchmarks.engine_memory " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.describe(torch.device("cpu")),
         "threads": threads,
         "torch": torch.__version__,
