@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sparsight.cache.host_copy import HostCopy
 from sparsight.engine.prompt_chain import Chain, common_tokens
+from sparsight.utils.text import first_sentence
 
 SUFFIX, PARTIAL = ".safetensors", ".partial"
 DIGEST_BYTES = 32
@@ -115,9 +116,9 @@ class PrefixFiles:
             for known in [known for known, begin in self._chains.items() if common_tokens(begin, chain) == len(begin)]:
                 # The new file has all of it.
                 self._remove(known)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            warnings.warn(f"A prefix could not be written to {self._folder}: {error.strerror}.", stacklevel=2)
+            warnings.warn(f"A prefix could not be written to {self._folder}: {first_sentence(error)}", stacklevel=2)
             return
         self._chains[path] = chain
 
@@ -158,7 +159,7 @@ class PrefixFiles:
             self._remove_damaged(path, error)
 
     def _remove_damaged(self, path: Path, error: Exception) -> None:
-        warnings.warn(f"The prefix in {path} is damaged and not used: {error}.", stacklevel=3)
+        warnings.warn(f"The prefix in {path} is damaged and not used: {first_sentence(error)}", stacklevel=3)
         self._remove(path)
 
 

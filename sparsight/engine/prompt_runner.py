@@ -58,7 +58,8 @@ class PromptRunner:
     ) -> None:
         self.model = model
         self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
-        self.cache.copies_prompt |= prefixes is not None
+        if prefixes is not None:
+            self.cache.copies_prompt = True
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._vision, self._media = vision, vision.media(inputs)
         self._prefixes, self._salt, self._ids = prefixes, salt, inputs["input_ids"]

@@ -133,7 +133,7 @@ class VisionCache:
         Args:
             inputs: what the processor returned for one prompt, on the model's device.
             media: what :meth:`media` returned for them.
-            skip: how many of the first images of each modality are not needed; None takes the place of no features.
+            skip: how many of the first images of each modality are not needed. A modality that needs none has None.
         """
         media = self.media(inputs) if media is None else media
         skip = skip or {}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sparsight.engine.prefix_files import PrefixFiles, fingerprint
 from sparsight.engine.prefix_memory import PrefixMemory
@@ -159,9 +160,10 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_used(tm
     assert len(names(tmp_path)) == 2
 
 
-def test_a_disk_that_is_full_is_a_warning(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_disk_that_is_full_is_a_warning(tmp_path, monkeypatch, kind):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr("sparsight.engine.prefix_files.save_file", full)
     files = opened(tmp_path)
