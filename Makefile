@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that no other package's requirement picks another build of it.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-ray test-smollm test-gpu lint tables performance bench bench-compiled bench-gpu bench-batch accuracy train eval-model clean
+.PHONY: demo test test-ray test-smollm test-gpu test-page serve screenshots lint tables performance bench bench-compiled bench-gpu bench-batch accuracy train eval-model clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sparsight generate --image examples/receipt-1.png --prompt "How much is JU?" --method vl-cache --compare
@@ -27,6 +27,18 @@ test-smollm: $(VENV)/.ready
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/attention/kernels
+
+# A Chromium comes from the system's packages.
+test-page: $(VENV)/.ready
+	$(INSTALL) playwright axe-playwright-python
+	$(BIN)/python -m pytest tests/server/test_page.py
+
+serve: $(VENV)/.ready
+	$(BIN)/sparsight serve
+
+screenshots: $(VENV)/.ready
+	$(INSTALL) playwright
+	$(BIN)/python -m docs.screenshots
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -69,8 +81,9 @@ accuracy: $(VENV)/.ready
 	$(BIN)/sparsight analyze --force --limit 100 --seed 1 --output runs/analysis
 	$(BIN)/python -m benchmarks.task_prompts transcribe:4 runs/lists --limit 50 --seed 1
 	$(BIN)/sparsight analyze --force --prompts runs/lists/asked.jsonl --limit 50 --max-new-tokens 80 --output runs/analysis-lists
-	$(BIN)/python -m benchmarks.accuracy runs/accuracy runs/analysis docs/accuracy.md
+	cp runs/accuracy/results.json runs/accuracy/*.png runs/analysis/analysis.json runs/analysis/analysis.png docs/accuracy/
 	for kind in json png; do cp runs/analysis-lists/analysis.$$kind docs/accuracy/lists.$$kind; done
+	$(BIN)/python -m benchmarks.accuracy docs/accuracy.md
 
 bench-batch: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.batch measure --pages 2000 --output benchmarks/results/batch-cpu.json

@@ -1,35 +1,78 @@
-"""Write the results of ``sparsight eval`` and ``sparsight analyze`` to docs/accuracy.md, between its two markers.
+"""Write docs/accuracy.md, between its two markers, and the pages beside it, from the results in docs/accuracy/.
 
-python -m benchmarks.accuracy runs/accuracy runs/analysis docs/accuracy.md
+python -m benchmarks.accuracy docs/accuracy.md
 """
 
-import re
-import shutil
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from docs.tables import table
+from sparsight.eval.metrics import metrics_of
+from sparsight.eval.render import CAPTIONS, markdown, rows, show, span
+
 BEGIN, END = "<!-- results: written by benchmarks/accuracy.py -->", "<!-- end of results -->"
-RESULTS = ("results.json", "analysis.json")
+BUDGET = 0.1
+"""The budget of the table on the page itself."""
 
 
-def main(
-    run: Annotated[Path, typer.Argument(help="Folder of sparsight eval.")],
-    analysis: Annotated[Path, typer.Argument(help="Folder of sparsight analyze.")],
-    page: Annotated[Path, typer.Argument(help="The page; figures and results go to a folder of its name.")],
-) -> None:
-    """Write the tables to the page, and copy figures and results to the folder beside it."""
-    beside = page.with_suffix("")
-    beside.mkdir(exist_ok=True)
-    for file in (*run.glob("*.png"), *analysis.glob("*.png"), run / RESULTS[0], analysis / RESULTS[1]):
-        shutil.copy(file, beside)
-    # Figures are beside the report, and in a folder beside the page.
-    report = re.sub(r"\]\(([\w.]+\.png)\)", rf"]({beside.name}/\1)", (run / "report.md").read_text())
-    figure = f"![Where attention goes]({beside.name}/analysis.png)"
+def main(page: Annotated[Path, typer.Argument(help="The page; the results are in a folder of its name.")]) -> None:
+    """Write the page, and one page for each task to the folder beside it."""
+    folder = page.with_suffix("")
+    for old in folder.glob("*.md"):
+        old.unlink()
+    for path, text in pages(page).items():
+        path.write_text(text)
+
+
+def pages(page: Path) -> dict[Path, str]:
+    """The texts of the page and of those beside it."""
+    folder = page.with_suffix("")
+    results = json.loads((folder / "results.json").read_text())
+    figures = {name: f"{folder.name}/{name}.png" for name in CAPTIONS if (folder / f"{name}.png").exists()}
+    intro, *sections = markdown(results, figures).split("\n### ")
+    texts = {folder / _file(task): f"# {section}" for task, section in zip(results["tasks"], sections, strict=True)}
+    links = ", ".join(f"[{task['task']}]({folder.name}/{_file(task)})" for task in results["tasks"])
+    part = f"""{intro.strip()}
+
+### Every method at {BUDGET * 100:.3g} %
+
+{summary(results)}
+
+All budgets and metrics: {links}.
+
+### Attention
+
+![Where attention goes]({folder.name}/analysis.png)
+"""
     text = page.read_text()
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{before}{BEGIN}\n\n{report.strip()}\n\n### Attention\n\n{figure}\n\n{after}")
+    return {page: f"{before}{BEGIN}\n\n{part}\n{after}", **texts}
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Each task's main metric at one budget: a row for the full cache and for each method."""
+    columns = [dict(_column(results, task)) for task in results["tasks"]]
+    header = [f"{task['task']}, {metrics_of(task)[task['metric']].title}" for task in results["tasks"]]
+    return table(["", *header], [[method, *(column[method] for column in columns)] for method in columns[0]])
+
+
+def _column(results: Mapping[str, Any], task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The cells of a task by method."""
+    metric, full = metrics_of(task)[task["metric"]], task["full"][task["metric"]]
+    yield "full cache", f"{show(metric, full['value'])} ({span(metric, full)})"
+    for method, cells in rows(results, task, task["metric"]):
+        cell = next(cell for cell in cells if cell["budget"] == BUDGET)
+        value = f"**{cell['value']}**" if cell["best"] else cell["value"]
+        yield f"`{method}`", f"{value}{cell['mark'].strip()} ({cell['span']})"
+
+
+def _file(task: Mapping[str, Any]) -> str:
+    """The name of a task's page."""
+    return task["task"].replace(":", "-") + ".md"
 
 
 if __name__ == "__main__":

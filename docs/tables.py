@@ -38,6 +38,18 @@ def methods_table() -> str:
     return table(["method", "paper", "year", *KINDS, ""], rows)
 
 
+def requirements_table() -> str:
+    """The recipes by what they need and what they add to the prefill, and by how far it can be bounded."""
+    rows = []
+    for (need, cost), group in methods.groups([methods.describe(name) for name in RECIPES]).items():
+        bounded = [
+            ", ".join(f"`{method['name']}`" for method in group if method["prefill"]["bounded"] == how)
+            for how in ("chunks", "at once", "no")
+        ]
+        rows.append([need, cost, *bounded])
+    return table(["needs", "the prefill", "bounded, also in chunks", "bounded, at once", "not bounded"], rows)
+
+
 def families_table() -> str:
     """Every family: its class, inputs, vision tokens, layout and uncompressed layers."""
     rows = []
@@ -64,7 +76,7 @@ def layouts() -> str:
 
 
 PAGES = {
-    DOCS / "methods.md": {"methods": methods_table},
+    DOCS / "methods.md": {"methods": methods_table, "requirements": requirements_table},
     DOCS / "models.md": {"families": families_table, "layouts": layouts},
 }
 """The parts of each page."""

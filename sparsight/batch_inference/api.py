@@ -69,7 +69,7 @@ def batch(
         rows: Iterable[Row] = given.rows()
     else:
         rows = [_row(item, index, prompt) for index, item in enumerate(source)]
-        check_unique(row.key for row in rows)
+        check_unique(rows)
     checkpoint = load_checkpoint(str(model or model_path())) if loaded is None else _checkpoint(loaded, processor)
     job = Job(checkpoint, recipe or VLCache(), max_new_tokens, batch_size, device, dtype)
     return (result for results in run_job(job, rows, loaded) for result in results)

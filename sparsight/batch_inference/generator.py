@@ -39,6 +39,7 @@ class BatchGenerator:
         recipe: how caches are compressed.
         batch_size: sequences that decode together, if they fit in memory; :data:`MAX_BATCH_SIZE` if None.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it.
+        host_memory: as :class:`~sparsight.Engine` takes it.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class BatchGenerator:
         recipe: Recipe,
         batch_size: int | None = None,
         prefill_bound: float | None = None,
+        host_memory: int = 0,
     ) -> None:
         self.preprocessor, self._tokenizer = preprocessor, preprocessor.checkpoint.processor.tokenizer
         self.engine = Engine(
@@ -59,6 +61,7 @@ class BatchGenerator:
             prefill_chunk=None,
             prefill_bound=prefill_bound,
             vision_bytes=VISION_BYTES,
+            host_memory=host_memory,
         )
         self._params = SamplingParams.from_generation_config(
             model.generation_config, temperature=0.0, max_new_tokens=preprocessor.max_new_tokens

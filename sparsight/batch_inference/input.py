@@ -83,7 +83,8 @@ class Input:
         unknown = set(self.keep)
         for row in self._read(self._parquet_prompts):
             if row.key in prompts:
-                raise duplicate(row.key)
+                first = next(each for each in self._read(self._parquet_prompts) if each.key == row.key)
+                raise duplicate(first, row)
             prompts[row.key] = row.checksum
             unknown -= set(row.fields)
         if not prompts:

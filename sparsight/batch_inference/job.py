@@ -33,6 +33,7 @@ class Job:
         device, dtype: as :func:`sparsight.models.loading.load_model` takes them.
         max_pixels: largest image.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it.
+        host_memory: as :class:`~sparsight.Engine` takes it. The results are the same with any.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +44,7 @@ class Job:
     dtype: str = "auto"
     max_pixels: int = MAX_PIXELS
     prefill_bound: float | None = None
+    host_memory: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("max_new_tokens", self.max_new_tokens), ("batch_size", self.batch_size)):
@@ -81,7 +83,8 @@ class Job:
         """
         if model is None:
             model = load_model(self.checkpoint, self.device, self.dtype)
-        return BatchGenerator(model, self.preprocessor, self.recipe, self.batch_size, self.prefill_bound)
+        memory = self.prefill_bound, self.host_memory
+        return BatchGenerator(model, self.preprocessor, self.recipe, self.batch_size, *memory)
 
 
 def _model_settings(name: str) -> dict[str, str]:

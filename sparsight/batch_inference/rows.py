@@ -34,6 +34,7 @@ class Row:
         malformed: why the row cannot be answered, in one sentence; empty if it can.
         number: line of a JSON-lines file or row of a Parquet file, counted from 1, if there is no id.
         fields: further fields of the input, which are copied into the result.
+        place: where the row is in the input, such as ``Line 3``.
     """
 
     id: str | int | None
@@ -42,6 +43,7 @@ class Row:
     malformed: str = ""
     number: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
 
     @property
     def key(self) -> RowKey:
@@ -72,18 +74,19 @@ def checksum(prompt: str) -> int:
     return zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
 
 
-def check_unique(keys: Iterable[RowKey]) -> None:
+def check_unique(rows: Iterable[Row]) -> None:
     """Raise ValueError if two rows have the same id."""
-    seen = set()
-    for key in keys:
-        if key in seen:
-            raise duplicate(key)
-        seen.add(key)
+    seen: dict[RowKey, Row] = {}
+    for row in rows:
+        if row.key in seen:
+            raise duplicate(seen[row.key], row)
+        seen[row.key] = row
 
 
-def duplicate(key: RowKey) -> ValueError:
+def duplicate(first: Row, second: Row) -> ValueError:
     """The error for two rows with the same id."""
-    return ValueError(f"Two rows have the id {quoted(key)}: ids must be unique.")
+    places = f"{first.place} and {second.place[:1].lower()}{second.place[1:]}"
+    return ValueError(f"{places} have the id {quoted(first.key)}: ids must be unique.")
 
 
 def parse_row(values: Any, place: tuple[str, int], folder: Path, prompt: str | None, keep: Iterable[str] = ()) -> Row:
@@ -108,9 +111,9 @@ def parse_row(values: Any, place: tuple[str, int], folder: Path, prompt: str | N
             raise ValueError("has no 'prompt', and none was given for all rows")
         if not isinstance(row_prompt, str):
             raise ValueError(f"has the prompt {quoted(row_prompt)}, which is not a text")
-        return Row(row_id, _images(values, folder), row_prompt, fields=_kept(values, keep))
+        return Row(row_id, _images(values, folder), row_prompt, fields=_kept(values, keep), place=label)
     except ValueError as error:
-        return Row(row_id, malformed=f"Row {quoted(row_id)} {error}.")
+        return Row(row_id, malformed=f"Row {quoted(row_id)} {error}.", place=label)
 
 
 def id_problem(row_id: Any) -> str:

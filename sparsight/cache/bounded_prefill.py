@@ -33,6 +33,11 @@ def check_bound(bound: float, recipe: Recipe) -> None:
             f"Reduction {recipe.reduce.kind!r} merges the entries that go into those that stay, so none may go before "
             "all are planned: leave prefill_bound out, or take a method that evicts."
         )
+    if recipe.decode.recalls:
+        raise ValueError(
+            f"Decode rule {recipe.decode.kind!r} fetches entries back from the full prompt, all of which must be held: "
+            "leave prefill_bound out, or take another decode rule."
+        )
 
 
 def check_cuts(recipe: Recipe, *, causal: bool) -> None:

@@ -12,16 +12,20 @@ from transformers.cache_utils import DynamicLayer
 from sparsight.attention.interface import is_causal, mark, override_attention, visible
 from sparsight.attention.rope import Rope, Rotation, newest_valid, rotary_positions
 from sparsight.cache.bounded_prefill import check_bound
+from sparsight.cache.host_copy import HostCopy
 from sparsight.cache.kv_store import KVStore
-from sparsight.cache.language_hook import LanguageHook
+from sparsight.cache.language_hook import hook_language
+from sparsight.cache.language_inputs import LanguageInputs
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.plan import make_plan
-from sparsight.cache.prefill import Prefill
-from sparsight.cache.replay import LanguageInputs, replay
+from sparsight.cache.prefill import Prefill, first_query
+from sparsight.cache.replay import replay
 from sparsight.cache.report import Report
+from sparsight.cache.transcript import Transcript
 from sparsight.compression import Reconstruction, VisualHeads
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.methods import with_instructions, with_shipped_scores
+from sparsight.models.families import family_of
 from sparsight.models.prompt import Prompt, locate
 from sparsight.utils import checks
 
@@ -42,7 +46,8 @@ class CompressedCache(Cache):
         print(cache.report())
 
     A second ``generate`` with the same cache and more tokens continues the conversation: the entries of the new turn
-    are added uncompressed. Layers with a sliding window or linear attention are bounded already and are left unchanged.
+    are added uncompressed, or with ``keep="host"`` the conversation is compressed again. Layers with a sliding window
+    or linear attention are bounded already and are left unchanged.
 
     Args:
         model: an unmodified transformers model. While the cache lives, attention of its language part goes through
@@ -52,18 +57,30 @@ class CompressedCache(Cache):
         max_new_tokens: allocate static storage for this many tokens after the prompt, and after each new turn. Then
             ``generate`` compiles decoding on a GPU, as with transformers' own static cache; use
             :func:`sparsight.generate` for prompts in chunks. An answer that is continued without a new turn counts from
-            its beginning. If None, storage grows as needed.
+            its beginning. If None, or with a decode rule that recalls, storage grows as needed.
         prefill_bound: bound peak memory by cutting each layer to this multiple of the budget as soon as it has seen the
             prompt. The result is the same except in layers for which more was planned. A prompt in chunks
             (``prefill_chunk_size``) is cut after each chunk, which is approximate. The report says where either
             happened.
+        keep: ``"host"`` keeps the full keys and values of the prompt in host memory. Two tokens or more after an answer
+            are then a new turn: they attend to the full cache, and what is held afterwards is what compressing the
+            whole conversation as one prompt would have kept. A recipe whose decode rule recalls
+            always has the prompt there.
+
+    Attributes:
+        copies_prompt: whether the full keys and values of the prompt are kept in host memory.
+        host: in that case a :class:`~sparsight.cache.host_copy.HostCopy` of each sequence, once the prompt is complete;
+            otherwise empty.
 
     Raises:
         ValueError: the model has no language part or none of its layers can be compressed, the inputs are not a batch
             of prompts (see :func:`sparsight.models.prompt.locate`), ``max_new_tokens`` is not a positive
-            number, the bound is no number of at least 1, or the recipe merges or
-            repeats the prompt and there is a bound.
+            number, the bound is no number of at least 1, the recipe merges or repeats the prompt and there is a
+            bound, or ``keep`` does not go with the model or the other arguments.
     """
+
+    # The language part, for recipes that need it, until the prompt is compressed: a copied cache must not copy it.
+    _language: Any = None
 
     def __init__(
         self,
@@ -72,6 +89,7 @@ class CompressedCache(Cache):
         inputs: Mapping[str, Any],
         max_new_tokens: int | None = None,
         prefill_bound: float | None = None,
+        keep: str | None = None,
     ) -> None:
         if max_new_tokens is not None:
             checks.count("max_new_tokens", max_new_tokens, least=1)
@@ -81,22 +99,34 @@ class CompressedCache(Cache):
         language = language_part(model)
         name = str(model.name_or_path)
         self.recipe = recipe = with_instructions(with_shipped_scores(recipe, name), name)
-        grids = isinstance(getattr(recipe.score, "pool", 1), tuple)
-        prompt = locate(model.config, inputs, grids=grids, frames=recipe.score.needs_frames)
+        grids = any(isinstance(getattr(part, "pool", 1), tuple) for part in (recipe.score, recipe.decode))
+        find = {"grids": grids, "frames": recipe.score.needs_frames}
+        prompt = locate(model.config, inputs, **find)
         layers = DynamicCache(config=language.config).layers
         first: CompressedLayer | None = None
+        # Steps that read the host cannot be captured or compiled.
+        capacity = None if recipe.decode.recalls else max_new_tokens
         for index in compressible(language.config):
-            layer = CompressedLayer(recipe, prompt, max_new_tokens, prefill_bound, first)
+            layer = CompressedLayer(recipe, prompt, capacity, prefill_bound, first)
             layers[index], first = layer, first or layer
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+        self._model_name = type(model).__name__
         if not self.compressed:
             raise ValueError(f"{type(model).__name__} has no layer to compress: none of them is plain full attention.")
         if isinstance(recipe.allocate, VisualHeads):
             recipe.allocate.check_model(len(self.compressed), language.config.num_key_value_heads)
-        self._model_name = type(model).__name__
+        if keep is not None:
+            checks.one_of("keep", keep, ("host",))
+            check_keep(model)
+            for name, value in {"max_new_tokens": max_new_tokens, "prefill_bound": prefill_bound}.items():
+                if value is not None:
+                    raise ValueError(f"keep='host' does not go with {name}: leave one of them out.")
+        self.copies_prompt = keep is not None or recipe.decode.recalls
+        self._transcript = None if keep is None else Transcript(model.config, find)
         self._attention_override = override_attention(language.config)
-        self._language_hook = LanguageHook(language) if self.needs_tokens else None
+        hooked = self.needs_tokens or keep is not None
+        self._language_hook = hook_language(model, language) if hooked else None
         self._located = prompt
         self._start(prompt)
 
@@ -110,14 +140,69 @@ class CompressedCache(Cache):
         """Whether the language part processes the prompt a second time."""
         return self.recipe.score.needs_replay
 
-    def begin_forward(self, language: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-        """Called before each forward pass of the language part: note its arguments while the prompt is prefilled."""
-        if self.compressed[0].store is None:
-            self._language = language
-            self._arguments = {name: each for name, each in arguments.items() if each is not self}
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        """Called before each forward pass of the model."""
+        if self._transcript is not None:
+            self._transcript.call = {name: each for name, each in arguments.items() if each is not self}
 
-    def end_forward(self) -> None:
+    def begin_forward(self, language: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Called before each forward pass of the language part: note its arguments.
+
+        Returns:
+            Other arguments, if the new tokens are those of a turn that begins with tokens that were seen before.
+        """
+        changed = None if self._transcript is None else self._note(self._transcript, language, arguments)
+        if self.needs_tokens and self.compressed[0].store is None:
+            self._language = language
+            self._arguments = {name: each for name, each in (changed or arguments).items() if each is not self}
+        return changed
+
+    def _note(
+        self, transcript: Transcript, language: PreTrainedModel, arguments: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Add the new tokens to the transcript; other arguments, where they begin a new turn."""
+        first = self.compressed[0]
+        tokens = next(arguments[name] for name in ("inputs_embeds", "input_ids") if arguments.get(name) is not None)
+        count = tokens.shape[1]
+        positions = rotary_positions(arguments.get("position_ids"), first.seen, count, tokens.device)
+        transcript.add(LanguageInputs.of(language, arguments, positions), first.seen)
+        if first.store is None or count == 1:
+            return None
+        prompt = transcript.continued(self.prompt, count, arguments.get("attention_mask"))
+        copies = self.host
+        self._start(prompt)
+        self.resume(copies)
+        mask = prompt.valid_mask.to(tokens.device)
+        return {
+            **{name: each for name, each in arguments.items() if name != "input_ids"},
+            **transcript.arguments(first.seen, tokens.device),
+            "attention_mask": mask,
+        }
+
+    def resume(self, copies: Sequence[HostCopy]) -> int:
+        """Begin the prefill with tokens that were processed before.
+
+        Args:
+            copies: keys and values of the first tokens of each prompt.
+
+        Returns:
+            How many tokens, padding included, are not to be processed again: at most those before the first one whose
+            query the recipe looks at.
+        """
+        starts = [
+            min(span.start + copied.tokens, first_query(self.recipe, self.prompt, sequence))
+            for sequence, (span, copied) in enumerate(zip(self.prompt.spans, copies, strict=True))
+        ]
+        # A single token would be taken for the answer's.
+        start = max(min(*starts, self.prompt.length - 2), 0)
+        for index, layer in enumerate(self.compressed):
+            layer.resume(copies, index, start)
+        return start
+
+    def end_forward(self, output: Any) -> None:
         """Called after each forward pass of the language part: repeat the prompt, if it is complete and must be."""
+        if self._transcript is not None:
+            self._transcript.restrict(output)
         score, inputs = self.recipe.score, self._inputs
         if isinstance(score, Reconstruction) and inputs is not None and self.compressed[-1].seen >= self.prompt.length:
             prefills = {index: prefill for index, layer in enumerate(self.layers) if (prefill := _prefill_of(layer))}
@@ -127,6 +212,7 @@ class CompressedCache(Cache):
     def _start(self, prompt: Prompt) -> None:
         """Forget everything and wait for ``prompt``."""
         self.prompt = prompt
+        self.host: list[HostCopy] = []
         self._unattended = False
         self._causal = True
         self._sparsity: list[list[float]] | None = None
@@ -215,7 +301,7 @@ class CompressedCache(Cache):
         self._rope = Rope(self._language, positions, newest_valid(self.prompt.valid_mask, first, count), self._rope)
         if self.repeats_prompt:
             inputs = LanguageInputs.of(self._language, arguments, positions)
-            self._inputs = inputs if self._inputs is None else self._inputs.then(inputs)
+            self._inputs = inputs if self._inputs is None else LanguageInputs.joined([self._inputs, inputs])
 
     def _rotation(self, module: Any) -> Rotation | None:
         """How an attention layer rotates the newest queries, for scores of those before RoPE."""
@@ -237,8 +323,10 @@ class CompressedCache(Cache):
                 "give both the same inputs, attention_mask included."
             )
 
-    def adopt(self, prefills: Sequence[Prefill]) -> None:
+    def adopt(self, prefills: Sequence[Prefill], inputs: LanguageInputs) -> None:
         """Compact a prompt that was observed elsewhere, one :class:`Prefill` a compressed layer."""
+        if self._transcript is not None:
+            self._transcript.add(inputs, 0)
         for layer, prefill in zip(self.compressed, prefills, strict=True):
             layer.prefill, layer.seen = prefill, prefill.seen
         self._compact()
@@ -247,9 +335,13 @@ class CompressedCache(Cache):
     def _compact(self) -> None:
         """Plan from all layers' statistics, then compact them one by one, so that memory never peaks again."""
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
-        self._rope = self._inputs = None
-        for layer, ratios in zip(self.compressed, plan.ratios, strict=True):
-            layer.compact(ratios)
+        self._rope = self._inputs = self._language = None
+        if self.copies_prompt:
+            self.host = [HostCopy() for _ in self.prompt.spans]
+        for index, (layer, ratios) in enumerate(zip(self.compressed, plan.ratios, strict=True)):
+            for sequence, copied in enumerate(self.host):
+                copied.add_layer(*layer.full_states(sequence))
+            layer.compact(ratios, [partial(copied.states, index) for copied in self.host])
         if self.recipe.allocate.threshold is not None:
             self._sparsity = plan.sparsity
         self._gather()
@@ -268,6 +360,14 @@ class CompressedCache(Cache):
 
     # What generation strategies ask of a cache
 
+    def activate_past_recording(self) -> None:
+        """Called before assisted generation."""
+        if self._transcript is not None:
+            raise ValueError(
+                "Assisted generation brings several tokens at a time, which counts as a new turn: leave keep out."
+            )
+        super().activate_past_recording()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by those at ``beam_idx``, in that order, for beam search."""
         self._select_sequences(beam_idx)
@@ -285,6 +385,9 @@ class CompressedCache(Cache):
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         sequences = index.tolist()
         self.prompt = self.prompt.select(sequences)
+        self.host = [self.host[sequence] for sequence in sequences if self.host]
+        if self._transcript is not None:
+            self._transcript.select(index)
         if self._sparsity is not None:
             self._sparsity = [[layer[sequence] for sequence in sequences] for layer in self._sparsity]
         for layer in self.layers:
@@ -299,6 +402,8 @@ class CompressedCache(Cache):
         """Forget everything: the cache waits for its prompt again."""
         super().reset()
         self._start(self._located)
+        if self._transcript is not None:
+            self._transcript.clear()
 
     # What the cache holds
 
@@ -367,12 +472,27 @@ class CompressedCache(Cache):
             entry_bytes=sum(layer.entry_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
             bytes_held=self.nbytes,
             full_bytes=sum(layer.full_bytes for layer in self.compressed) + sum(map(layer_bytes, others)),
+            host_bytes=sum(copied.nbytes for copied in set(self.host)),
         )
 
 
 def compressible(config: Any) -> list[int]:
     """The layers of a language part, by its config, that hold every token: the others are bounded already."""
     return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+
+
+def check_keep(model: PreTrainedModel) -> None:
+    """Raise ValueError unless prompts can be kept in host memory and continued from there."""
+    config, family = language_part(model).config, family_of(model.config)
+    if len(compressible(config)) < len(DynamicCache(config=config).layers):
+        raise ValueError(
+            f"{type(model).__name__} has layers with a sliding window or linear attention, which cannot go back to "
+            "earlier tokens: its prompts cannot be kept in host memory."
+        )
+    if family is not None and not family.chunked_prefill:
+        raise ValueError(
+            f"{type(model).__name__} cannot process a prompt in parts: its prompts cannot be kept in host memory."
+        )
 
 
 def language_part(model: PreTrainedModel) -> PreTrainedModel:

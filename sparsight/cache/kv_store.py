@@ -145,7 +145,7 @@ class KVStore(ABC):
             positions: int32 ``[N]``.
             places: int64 ``[N]``, where in the storage each row's entry goes.
         """
-        own_keys, own_values, own_positions = self._flat()
+        own_keys, own_values, own_positions = self.flat()
         own_keys.index_copy_(0, places, keys.flatten(0, 2))
         own_values.index_copy_(0, places, values.flatten(0, 2))
         own_positions.index_copy_(0, places, positions)
@@ -161,7 +161,7 @@ class KVStore(ABC):
         if valid is not None:
             positions = positions.where(valid.repeat_interleave(self.heads, 0), VACANT)
         added = keys.flatten(0, 2), values.flatten(0, 2), positions.flatten().int()
-        for states, more in zip(self._flat(), added, strict=True):
+        for states, more in zip(self.flat(), added, strict=True):
             states.index_copy_(0, places, more)
         with torch.inference_mode(False):
             self._set_lengths((self.positions != VACANT).sum(-1), end + count)
@@ -189,7 +189,7 @@ class KVStore(ABC):
         self._set_lengths(occupied.sum(-1), used)
         self._free = 0
 
-    def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
         """All tensors with one index for the slots of all rows."""
         keys, values = self.keys, self.values
         return keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1]), self.flat_positions
@@ -209,7 +209,7 @@ class KVStore(ABC):
     def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions ``[n]``, ascending, keys and values ``[n, D]`` of one row."""
         slots = self._slots(row)
-        keys, values, positions = (each[slots] for each in self._flat())
+        keys, values, positions = (each[slots] for each in self.flat())
         order = positions.argsort()[int((positions == VACANT).sum()) :]
         return positions[order], keys[order], values[order]
 

@@ -11,8 +11,10 @@ from sparsight.attention.interface import is_plain, own_attention, visible
 from sparsight.attention.rope import Rotation
 from sparsight.cache.bounded_prefill import BoundedPrefill, check_cuts
 from sparsight.cache.compaction import begin_eviction, compact
+from sparsight.cache.host_copy import HostCopy
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.prefill import Prefill
+from sparsight.cache.prompt_recall import FullStates, PromptRecall, begin_recall
 from sparsight.cache.step_metadata import StepMetadata
 from sparsight.compression.allocate import KeepRatio
 from sparsight.compression.eviction import EvictionState, fitted
@@ -27,6 +29,7 @@ class CompressedLayer(CacheLayerMixin):
         first: the first layer of the cache, None if this is it.
         seen: tokens seen, padding included; positions follow it. With static storage :meth:`sync_lengths` updates it.
         prefill: the prompt so far, until it is compacted.
+        resumed: copies of the prompts' first tokens, and which of their layers this is, until the prefill begins.
         earlier: in the first layer of a bounded prefill, what the scores of the layers so far have left for later ones.
         store: the entries held from then on.
         eviction: which of them may go.
@@ -34,6 +37,7 @@ class CompressedLayer(CacheLayerMixin):
         kept: how many prompt entries each row of the store kept.
         exact: whether every token of the prompt attended to all of those before it.
         cut_short: whether the prefill's bound left fewer entries than were planned.
+        recalls: for each sequence, what fetches entries of its prompt back, if the decode rule does.
     """
 
     is_sliding = False
@@ -55,6 +59,7 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt = prompt
         self.seen = 0
         self.prefill: Prefill | None = None
+        self.resumed: tuple[Sequence[HostCopy], int] | None = None
         self.earlier: list[list[Tensor]] = [[] for _ in prompt.spans]
         self.store: KVStore | None = None
         self.eviction: EvictionState | None = None
@@ -62,8 +67,30 @@ class CompressedLayer(CacheLayerMixin):
         self.kept: list[int] = []
         self.record_past = False
         self.exact, self.cut_short = True, False
+        self.recalls: list[PromptRecall] = []
         # Some models ask whether their prompt's prefix has been seen.
         self.is_initialized = False
+
+    def resume(self, copies: Sequence[HostCopy], layer: int, seen: int) -> None:
+        """Begin the prefill with ``seen`` tokens, padding included, that were processed before.
+
+        ``copies`` have at least those of each sequence.
+        """
+        self.resumed, self.seen, self.is_initialized = (copies, layer), seen, True
+
+    def _resumed(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H_kv, n, D]`` of the tokens that were processed before, and of the new ones."""
+        if self.resumed is None:
+            return key, value
+        (copies, layer), self.resumed = self.resumed, None
+        before = self.seen - key.shape[2]
+        joined = [new.new_zeros(*new.shape[:2], self.seen, new.shape[3]) for new in (key, value)]
+        for full, new in zip(joined, (key, value), strict=True):
+            full[:, :, before:] = new
+        for sequence, (copied, span) in enumerate(zip(copies, self.prompt.spans, strict=True)):
+            for full, states in zip(joined, copied.states(layer, 0, max(before - span.start, 0)), strict=True):
+                full[sequence, :, before - states.shape[1] : before].copy_(states, non_blocking=True)
+        return joined[0], joined[1]
 
     def attend_prompt(
         self,
@@ -90,6 +117,7 @@ class CompressedLayer(CacheLayerMixin):
         if isinstance(prefill, BoundedPrefill) and prefill.remaining is not None:
             return prefill.attend_cut(query, key, value, scaling), None
         if prefill is None:
+            key, value = self._resumed(key, value)
             first = self.recipe, self.prompt, key, value
             earlier = (self.first or self).earlier
             self.prefill = prefill = (
@@ -109,13 +137,19 @@ class CompressedLayer(CacheLayerMixin):
             prefill.cut(query, scaling)
         return output
 
-    def compact(self, ratios: Sequence[KeepRatio]) -> None:
-        """Keep ``ratios[b]`` of each sequence's prompt, and free the rest."""
+    def full_states(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[H_kv, T, D]`` of the valid tokens of a complete prompt, before it is compacted."""
+        assert self.prefill is not None
+        return self.prefill.entries(sequence)[:2]
+
+    def compact(self, ratios: Sequence[KeepRatio], full: Sequence[FullStates] = ()) -> None:
+        """Keep ``ratios[b]`` of each sequence's prompt, and free the rest; ``full`` is for decode rules that recall."""
         assert self.prefill is not None
         prefill, self.prefill, self.earlier = self.prefill, None, []
         self.store, self.kept, self.cut_short = compact(prefill, ratios)
         self.exact = prefill.exact
         self.eviction = begin_eviction(prefill, ratios, self.store)
+        self.recalls = begin_recall(prefill, self.store.by_head(self.kept), full) if self.recipe.decode.recalls else []
         self._begin_decoding()
 
     def _begin_decoding(self) -> None:
@@ -166,6 +200,7 @@ class CompressedLayer(CacheLayerMixin):
             key, value = key.detach(), value.detach()
         if key.shape[2] == 1:
             self._write(key, value)
+            self._recall(query, scaling)
         else:
             # Of a new turn, the last token attends to every other except padding.
             mask = _recent_mask(attention_mask)
@@ -191,6 +226,13 @@ class CompressedLayer(CacheLayerMixin):
         if self.recipe.decode.tracks_attention:
             # What took the place of an entry does not inherit its score.
             state.scores.scatter_(1, step.slots[self._index][:, None], 0)
+
+    def _recall(self, query: Tensor, scaling: float | None) -> None:
+        """Let the decode rule fetch entries of the prompts for the newest tokens, queries ``[B, H, 1, D]``."""
+        store, _ = self._decoding()
+        for sequence, recall in enumerate(self.recalls):
+            if recall.is_due(self.seen - 1):
+                recall.fetch(query[sequence, :, 0], scaling, store.flat(), store.starts[store.rows_of(sequence)])
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Append the entries of a new turn, bool ``valid`` ``[B, q]`` excludes padding."""
@@ -277,6 +319,7 @@ class CompressedLayer(CacheLayerMixin):
             self.store.select(index)
             self.kept = [self.kept[row] for row in rows.tolist()]
             self.eviction = self.eviction.select(rows.to(self.store.held.device))
+            self.recalls = [self.recalls[sequence] for sequence in index.tolist() if self.recalls]
             self._begin_decoding()
 
     @property
@@ -319,7 +362,7 @@ class CompressedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes that the layer's tensors occupy."""
         if self.store is not None:
-            return self.store.nbytes
+            return self.store.nbytes + sum(recall.nbytes for recall in self.recalls)
         return 0 if self.prefill is None else self.prefill.nbytes
 
     @property

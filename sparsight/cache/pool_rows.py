@@ -1,5 +1,6 @@
 """Rows of a pool: what belongs to a sequence, to an eviction rule and to one attention."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsight.cache.kv_pool import KVPool
+from sparsight.cache.prompt_recall import PromptRecall
 from sparsight.compression.eviction import VACANT, EvictionRule, EvictionState
 
 CAPACITY_STEP = 16
@@ -56,6 +58,7 @@ class Member:
         rule: which slot each new entry takes.
         starts: the first slot of each row, by layer and KV head.
         capacities: slots of each row, by layer and KV head.
+        recalls: by layer, what fetches entries of the prompt back; empty where the rule does not.
     """
 
     start: int
@@ -63,6 +66,7 @@ class Member:
     rule: EvictionRule
     starts: list[list[int]]
     capacities: list[list[int]]
+    recalls: Sequence[PromptRecall] = ()
 
     @cached_property
     def is_even(self) -> bool:

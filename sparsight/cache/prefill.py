@@ -19,6 +19,17 @@ def fitted(recipe: Recipe, prompt: Prompt, sequence: int) -> Recipe:
     return recipe.fitted(prompt.spans[sequence].length, prompt.vision_tokens[sequence])
 
 
+def first_query(recipe: Recipe, prompt: Prompt, sequence: int) -> int:
+    """The first position of a sequence whose query a recipe looks at: of earlier tokens, keys and values are enough."""
+    span, score = prompt.spans[sequence], fitted(recipe, prompt, sequence).score
+    if score.needs_replay:
+        return 0
+    queries = [score.queries(span)]
+    if recipe.allocate.threshold is not None or isinstance(recipe.allocate, TextVision):
+        queries.append(PostVision().queries(span))
+    return min(each.start for each in queries)
+
+
 class Prefill:
     """Keys and values of the prompt so far, the attention they received, and the sparsity of post-vision queries.
 
@@ -181,7 +192,7 @@ class Prefill:
             key=self.keys[sequence, :, span.start : span.stop],
             value=self.values[sequence, :, span.start : span.stop],
             vision=self.vision(sequence).to(device, non_blocking=True),
-            grids=self._grids(sequence, device),
+            grids=self.grids(sequence, device),
             frames=[each.to(device, non_blocking=True) - span.start for each in self._frames(sequence)],
             kept=kept,
             always=recipe.reduce.always(kept, span.length),
@@ -193,12 +204,12 @@ class Prefill:
     def importance(self, sequence: int, sums: Tensor) -> Tensor:
         """Score ``[H_kv, T_b]`` from a sequence's attention sums of that shape."""
         vision = self.vision(sequence).to(sums.device, non_blocking=True)
-        return self.recipe_of(sequence).score.importance(sums, vision, self._grids(sequence, sums.device))
+        return self.recipe_of(sequence).score.importance(sums, vision, self.grids(sequence, sums.device))
 
     def _frames(self, sequence: int) -> tuple[Tensor, ...]:
         return self.prompt.frames[sequence] if self.prompt.frames else ()
 
-    def _grids(self, sequence: int, device: torch.device) -> list[Tensor]:
+    def grids(self, sequence: int, device: torch.device) -> list[Tensor]:
         """Places of the images' patches in a sequence."""
         first = self.prompt.spans[sequence].start
         return [grid.to(device, non_blocking=True) - first for grid in self.prompt.grids[sequence]]

@@ -47,7 +47,7 @@ class RaggedStore(KVStore):
         """Put entries ``[H, n, D]`` at positions ``[H, n]`` in the first slots of ``H`` rows from ``first_row`` on."""
         for row, states in enumerate(zip(keys, values, positions.int(), strict=True), first_row):
             start = self._row_starts[row]
-            for own, new in zip(self._flat(), states, strict=True):
+            for own, new in zip(self.flat(), states, strict=True):
                 own[start : start + len(new)] = new
 
     def _lay_out(self, keys: Tensor, values: Tensor, flat_positions: Tensor, capacities: list[int]) -> None:

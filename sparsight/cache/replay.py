@@ -7,94 +7,20 @@ Attention within the repetition is causal, also in models whose image tokens att
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from sparsight.attention.interface import mark, own_attention
+from sparsight.cache.language_inputs import LanguageInputs
 from sparsight.cache.prefill import Prefill
 from sparsight.compression import Reconstruction
 from sparsight.compression.reconstruction import LEAD, largest_attention
 from sparsight.models.prompt import Prompt, Span
-
-
-@dataclass(frozen=True)
-class LanguageInputs:
-    """What the language part was given for a prompt's tokens.
-
-    Args:
-        language: the language part.
-        embeddings: ``[B, T, E]``.
-        positions: ``[axes, B, T]``, with three axes where RoPE is multimodal, otherwise one.
-        added: what some models add to the hidden states after each of their first layers, ``[B, T, E]``, 0 for text.
-        images: bool ``[B, T]``, where they add it.
-    """
-
-    language: PreTrainedModel
-    embeddings: Tensor
-    positions: Tensor
-    added: tuple[Tensor, ...]
-    images: Tensor | None
-
-    @staticmethod
-    def of(language: PreTrainedModel, arguments: Mapping[str, Any], positions: Tensor) -> "LanguageInputs":
-        """From the arguments of one forward pass and the positions ``[B or 1, q]`` or ``[3, B, q]`` of its tokens."""
-        embeddings = arguments.get("inputs_embeds")
-        if embeddings is None:
-            embeddings = language.get_input_embeddings()(arguments["input_ids"])
-        images, added = arguments.get("visual_pos_masks"), []
-        for states in arguments.get("deepstack_visual_embeds") or ():
-            added.append(torch.zeros_like(embeddings))
-            added[-1][images] = states.to(embeddings)
-        positions = positions if positions.ndim == 3 else positions[None]
-        positions = positions.expand(-1, len(embeddings), -1)
-        return LanguageInputs(language, embeddings, positions, tuple(added), images if added else None)
-
-    def then(self, later: "LanguageInputs") -> "LanguageInputs":
-        """The tokens of two parts of a prompt."""
-        depth = max(len(self.added), len(later.added))
-        parts = [part.padded(depth) for part in (self, later)]
-        images = [part.images for part in parts if part.images is not None]
-        return LanguageInputs(
-            self.language,
-            torch.cat([part.embeddings for part in parts], dim=1),
-            torch.cat([part.positions for part in parts], dim=2),
-            tuple(torch.cat(states, dim=1) for states in zip(*(part.added for part in parts), strict=True)),
-            torch.cat(images, dim=1) if images else None,
-        )
-
-    def padded(self, depth: int) -> "LanguageInputs":
-        """The same with ``depth`` additions: those of a part without images are 0."""
-        if len(self.added) == depth:
-            return self
-        nothing = torch.zeros(self.embeddings.shape[:2], dtype=torch.bool, device=self.embeddings.device)
-        added = (torch.zeros_like(self.embeddings),) * depth
-        return LanguageInputs(self.language, self.embeddings, self.positions, added, nothing)
-
-    def repeat(self, sequence: int, tokens: slice, ids: Sequence[int], first: Tensor) -> dict[str, Any]:
-        """Arguments for an instruction from position ``first`` on and then some tokens of a sequence."""
-        own = self.embeddings[sequence, tokens]
-        instruction = torch.tensor(ids, dtype=torch.long, device=own.device)
-        embeddings = torch.cat([self.language.get_input_embeddings()(instruction).to(own), own])
-        count = len(instruction)
-        positions = self.positions[:, sequence, tokens]
-        before = torch.arange(count, device=positions.device).expand(len(positions), -1) + first
-        # What is repeated moves as one, so that the tokens of an image keep their distances in every axis.
-        positions = torch.cat([before, positions - positions.amin() + first + count], dim=1)
-        arguments: dict[str, Any] = {
-            "inputs_embeds": embeddings[None],
-            "position_ids": positions if len(positions) == 1 else positions[:, None],
-        }
-        if self.images is not None:
-            images = self.images[sequence, tokens]
-            arguments["visual_pos_masks"] = torch.cat([images.new_zeros(count), images])[None]
-            arguments["deepstack_visual_embeds"] = [states[sequence, tokens][images] for states in self.added]
-        return arguments
 
 
 class _RepeatingCache(Cache):

@@ -29,6 +29,7 @@ class Report:
         entry_bytes: bytes of the keys and values of the entries held.
         bytes_held: bytes that the tensors of the cache occupy: entries, their positions, and spare capacity.
         full_bytes: bytes that the full cache's keys and values would occupy for the tokens seen.
+        host_bytes: bytes of the full keys and values of the prompts in host memory; 0 unless they are kept.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Report:
     entry_bytes: int
     bytes_held: int
     full_bytes: int
+    host_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -68,7 +70,8 @@ class Report:
         """Bytes of the entries held, against the full cache's, and what spare capacity adds."""
         share = f"{self.entry_bytes / max(self.full_bytes, 1):.1%}"
         spare = f"{mebibytes(self.bytes_held)} with spare capacity"
-        return f"{mebibytes(self.entry_bytes)} held of {mebibytes(self.full_bytes)} ({share}), {spare}"
+        host = f"; {mebibytes(self.host_bytes)} in host memory" if self.host_bytes else ""
+        return f"{mebibytes(self.entry_bytes)} held of {mebibytes(self.full_bytes)} ({share}), {spare}{host}"
 
     def __str__(self) -> str:
         prompt, vision = sum(self.prompt_tokens), sum(self.vision_tokens)

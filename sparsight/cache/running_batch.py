@@ -136,7 +136,8 @@ class RunningBatch(Cache):
             self.pool.free(start)
             raise
         self._rows, self._state, self._position = numbers, state, position
-        self.members.insert(place, Member(start, slots, rule, starts.tolist(), capacities.tolist()))
+        recalls = [layer.recalls[sequence] for layer in layers if layer.recalls]
+        self.members.insert(place, Member(start, slots, rule, starts.tolist(), capacities.tolist(), recalls))
         self._regroup()
         return place
 
@@ -186,6 +187,7 @@ class RunningBatch(Cache):
         ]
         self._runs = [range(*pair) for pair in pairwise([0, *ends, len(self.members)])]
         self._extents: tuple[list[list[int]], list[list[int]]] | None = None
+        self._due: list[int] | None = None
         # Copies of short rows cost less than an attention for each of many runs.
         short = all(group.longest <= GATHERED_SLOTS and not group.rule.tracks_attention for group in self._groups)
         self._gathers = short and len(self._runs) > GATHERED_RUNS
@@ -213,7 +215,7 @@ class RunningBatch(Cache):
         pool.positions[places.flatten()] = positions.repeat(self._count)
         # What took the place of an entry does not inherit its score.
         pool.scores[places.flatten()] = 0
-        self._extents = None
+        self._extents = self._due = None
         extents = [(each.start, each.start + each.slots) for each in self.members if each.rule.tracks_attention]
         self._scores = [(start, pool.scores[start:stop].clone()) for start, stop in extents]
 
@@ -235,6 +237,7 @@ class RunningBatch(Cache):
         pool, places = self._pool(), self._rows[4, layer]
         pool.keys[places], pool.values[places] = key.flatten(0, 2), value.flatten(0, 2)
         scaling = kwargs.get("scaling")
+        self._recall(layer, query, scaling)
         if kernels.usable(query, pool.keys, pool.values):
             output = self._attend_by_kernel(layer, query, scaling)
         elif self._gathers:
@@ -243,6 +246,19 @@ class RunningBatch(Cache):
             each = zip(self._runs, query.split([len(run) for run in self._runs]), strict=True)
             output = torch.cat([self._attend_run(layer, run, queries, scaling) for run, queries in each])
         return output.transpose(1, 2).contiguous(), None
+
+    def _recall(self, layer: int, query: Tensor, scaling: float | None) -> None:
+        """Let decode rules fetch entries of the prompts for the newest tokens, queries ``[B, H, 1, D]``."""
+        if self._due is None:
+            recalling = [index for index, member in enumerate(self.members) if member.recalls]
+            positions = self._position[recalling].tolist() if recalling else []
+            pairs = zip(recalling, positions, strict=True)
+            self._due = [index for index, position in pairs if self.members[index].recalls[0].is_due(position)]
+        pool = self._pool()
+        for index in self._due:
+            starts = self._rows[0, layer, index * self._heads : (index + 1) * self._heads]
+            storage = pool.keys, pool.values, pool.positions
+            self.members[index].recalls[layer].fetch(query[index, :, 0], scaling, storage, starts)
 
     def _attend_gathered(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
         """One attention over copies of all rows, padded to the longest."""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sparsight.cli import options
 from sparsight.cli.output import check_folder, writing
+from sparsight.cli.parsing import check_budget
 from sparsight.cli.progress import tracked
 from sparsight.cli.terminal import show
 from sparsight.models.images import MAX_PIXELS
@@ -27,7 +28,9 @@ def main(
     ] = None,
     limit: Annotated[int, typer.Option(help="Number of prompts.", min=1)] = 20,
     seed: options.Seed = 0,
-    budget: Annotated[float, typer.Option(help="Budget at which allocations are compared, in (0, 1].")] = 0.1,
+    budget: Annotated[
+        float, typer.Option(help="Budget at which allocations are compared, in (0, 1].", callback=check_budget)
+    ] = 0.1,
     threshold: Annotated[
         float, typer.Option(help="p of the threshold filter (arXiv 2410.23317, equation 1), in (0, 1].")
     ] = 0.01,
@@ -51,7 +54,6 @@ def main(
     from sparsight.models.loading import load_checkpoint, load_model
     from sparsight.utils.plot_style import save
 
-    checks.fraction("budget", budget)
     checks.fraction("threshold", threshold)
     check_folder(output, "analysis.json", replace=force)
     prompt_set = list(generate_prompts(seed, limit) if prompts is None else read_prompts(prompts, limit, max_pixels))

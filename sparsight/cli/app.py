@@ -17,8 +17,10 @@ from sparsight.cli import set_stop_signals
 
 COMMANDS = {
     "generate": "Answer a question about images with a compressed KV cache.",
+    "chat": "Chat about images with a model or a server.",
     "inspect": "Plot which image patches stay in the KV cache.",
     "batch": "Answer questions about many images.",
+    "serve": "Serve a model to OpenAI's clients.",
     "eval": "Measure how much of a model's accuracy methods keep.",
     "analyze": "Measure what a model attends to, and how well scores predict it.",
     "bench": "Measure the speed and memory of methods.",
@@ -69,6 +71,7 @@ def _load_libraries() -> None:
 
     transformers shows no progress bars, and there is one message about an image over the limit.
     """
+    # Imported here and not by the command: a signal during the import must still end the process.
     import torch  # noqa: F401
     from PIL.Image import DecompressionBombWarning
     from transformers.utils import logging

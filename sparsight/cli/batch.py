@@ -70,6 +70,7 @@ def main(
     decode: options.Decode = None,
     heads: options.Heads = None,
     prefill_bound: options.PrefillBound = None,
+    host_memory: options.HostMemory = "0",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     batch_size: Annotated[
         str, typer.Option(help="Sequences that decode together; auto: as many as fit in memory.", metavar="NUMBER")
@@ -92,6 +93,7 @@ def main(
     """Ask a model about many images; exits with 1 if some rows have no answer."""
     from sparsight.batch_inference.job import Job
     from sparsight.batch_inference.ray_data import Cluster
+    from sparsight.cli.parsing import byte_count
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.cli.session import read_prompt
     from sparsight.models.loading import load_checkpoint
@@ -99,7 +101,7 @@ def main(
     started = time.perf_counter()
     parts = {"score": score, "allocate": allocate, "reduce": reduce, "decode": decode}
     recipe = recipe_from_options(model, method, budget, heads, **parts)
-    size = _batch_size(batch_size)
+    size, host_bytes = _batch_size(batch_size), byte_count("--host-memory", host_memory)
     if ray is None and (replicas != 1 or gpus_per_replica is not None):
         raise ValueError("--replicas and --gpus-per-replica are for --ray, which is not given.")
     cluster = None if ray is None else Cluster(ray, replicas, gpus_per_replica)
@@ -111,7 +113,8 @@ def main(
     prompt = read_prompt(prompt, prompt_file)
     with open_input(source, prompt, fields) as rows:
         prompts = rows.scan()
-        job = Job(load_checkpoint(model), recipe, max_new_tokens, size, device, dtype, max_pixels, prefill_bound)
+        checkpoint, memory = load_checkpoint(model), (prefill_bound, host_bytes)
+        job = Job(checkpoint, recipe, max_new_tokens, size, device, dtype, max_pixels, *memory)
         with _open_output(output, job.settings, fields, retry_errors) as results:
             missing = results.missing(prompts)
             totals = Totals(len(prompts) - len(missing))

@@ -15,7 +15,7 @@ import typer
 
 from sparsight.cli import options
 from sparsight.cli.output import check_folder
-from sparsight.cli.parsing import budget_list, count_list, names
+from sparsight.cli.parsing import budget_list, check_methods, check_one_of, count_list, names
 from sparsight.cli.progress import progress
 from sparsight.cli.terminal import show
 from sparsight.utils.suggest import unknown
@@ -50,6 +50,7 @@ def main(
             help=f"Language model with random weights, in bfloat16 on a GPU and float32 on a CPU: {', '.join(SHAPES)}.",
             metavar="NAME",
             rich_help_panel=options.MODEL,
+            callback=check_one_of("shape", SHAPES),
         ),
     ] = "small",
     contexts: Annotated[
@@ -58,11 +59,12 @@ def main(
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.", metavar="NUMBERS")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Length of each answer in tokens.", min=2)] = 100,
     methods: Annotated[
-        str, typer.Option(help="Methods, comma-separated; `sparsight methods` lists them.", metavar="NAMES")
+        str,
+        typer.Option(
+            help="Methods, comma-separated; `sparsight methods` lists them.", metavar="NAMES", callback=check_methods
+        ),
     ] = "full,vl-cache,elastic",
-    budgets: Annotated[
-        str, typer.Option(help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS")
-    ] = "0.1",
+    budgets: options.Budgets = "0.1",
     against: Annotated[
         str, typer.Option(help=f"Baselines, comma-separated: {', '.join(LIBRARIES)}, or none.", metavar="NAMES")
     ] = "transformers",
@@ -171,7 +173,7 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
     """A shape's model with random weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        ValueError: there is no such shape, or its weights do not fit.
+        ValueError: there is no such dtype or device, or the weights do not fit.
     """
     import torch
 
@@ -179,8 +181,6 @@ def _random(shape: str, device: str, dtype: str) -> PreTrainedModel:
     from sparsight.models.loading import DTYPES, find_device
     from sparsight.utils import memory
 
-    if shape not in SHAPES:
-        raise unknown("shape", shape, SHAPES)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     place = torch.device(find_device(device))

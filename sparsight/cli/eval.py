@@ -15,10 +15,11 @@ from rich.text import Text
 
 from sparsight.cli import options
 from sparsight.cli.output import check_folder
-from sparsight.cli.parsing import budget_list, names
+from sparsight.cli.papers import show_paper
+from sparsight.cli.parsing import budget_list, check_methods, check_one_of, names
 from sparsight.cli.progress import progress
 from sparsight.cli.terminal import show, stopped
-from sparsight.utils.suggest import unknown
+from sparsight.eval.papers import PAPERS
 from sparsight.utils.text import escape
 
 if TYPE_CHECKING:
@@ -47,11 +48,14 @@ def main(
         ),
     ] = "all",
     methods: Annotated[
-        str, typer.Option(help="Methods, comma-separated, or all; `sparsight methods` lists them.", metavar="NAMES")
+        str,
+        typer.Option(
+            help="Methods, comma-separated, or all; `sparsight methods` lists them.",
+            metavar="NAMES",
+            callback=check_methods,
+        ),
     ] = "all",
-    budgets: Annotated[
-        str, typer.Option(help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS")
-    ] = BUDGETS,
+    budgets: options.Budgets = BUDGETS,
     heads: options.Heads = None,
     limit: Annotated[int, typer.Option(help="Number of examples of each task.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the generated examples.", min=0)] = 0,
@@ -63,34 +67,67 @@ def main(
             help="Models without images: count the tokens of a task's passage as vision tokens.",
         ),
     ] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="host keeps the full cache in host memory: a new turn of a conversation attends to it, and what is "
+            "kept is chosen again.",
+            metavar="NAME",
+            callback=check_one_of("--keep", ("host",)),
+        ),
+    ] = None,
     harness: Annotated[
-        str, typer.Option(help="sparsight for its own tasks, lmms-eval for public benchmarks.", metavar="NAME")
+        str,
+        typer.Option(
+            help="sparsight for its own tasks, lmms-eval for public benchmarks.",
+            metavar="NAME",
+            callback=check_one_of("harness", HARNESSES),
+        ),
     ] = HARNESSES[0],
     include: Annotated[
         Path | None, typer.Option(help="Folder with additional tasks in lmms-eval's format.", metavar="DIR")
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Models without images: kvpress adds its methods on the same prompts.", metavar="NAME"),
+        typer.Option(
+            help="Models without images: kvpress adds its methods on the same prompts.",
+            metavar="NAME",
+            callback=check_one_of("--against", ["kvpress"]),
+        ),
+    ] = None,
+    paper: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Only show a paper's tables ({', '.join(PAPERS)}), all or those of --model, beside the results of "
+            "runs in the folders of --output, by default runs/PAPER.",
+            metavar="NAME",
+            callback=check_one_of("paper", PAPERS),
+        ),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    output: Annotated[Path, options.output("Folder of the run", "DIR", resumes=True)] = Path("runs/eval"),
+    output: Annotated[
+        Path | None, options.output("Folder of the run, by default runs/eval", "DIR", resumes=True)
+    ] = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
+    if paper is not None:
+        shown = None if model == options.DEFAULT_MODEL else model
+        show_paper(paper, shown, output or Path("runs") / paper, as_json=as_json)
+        return
     from sparsight.eval import render
     from sparsight.eval import tasks as tasks_module
     from sparsight.eval.evaluator import EvaluationConfig
+    from sparsight.eval.metrics import check_installed
     from sparsight.models.loading import load_checkpoint
 
-    if harness not in HARNESSES:
-        raise unknown("harness", harness, HARNESSES)
-    if against not in (None, "kvpress"):
-        raise unknown("--against", against, ["kvpress"])
+    if keep and harness != HARNESSES[0]:
+        raise ValueError("--keep is for conversations, of which lmms-eval has none: leave it out.")
     recipes = _recipes(model, methods, budgets, heads)
+    output = output or Path("runs/eval")
     check_folder(output, "results.json", replace=True)
     try:
         with progress("Evaluating", quiet=quiet or as_json) as on_progress:
@@ -102,9 +139,10 @@ def main(
                 if (passage_as_vision or against) and not checkpoint.text_only:
                     raise ValueError("--passage-as-vision and --against are for models without images.")
                 chosen = [tasks_module.task(name, known) for name in names(tasks, known)]
+                check_installed({metric for task in chosen for metric in task.metrics})
                 with ExitStack() as stack:
                     others = _kvpress(checkpoint, budgets, device, dtype, stack) if against else []
-                    config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision)
+                    config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision, keep)
                     report = _generated(model, checkpoint, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
         raise stopped(output) from stop
@@ -149,7 +187,7 @@ def _generated(
 
     on_progress("Loading the model", 0, config.total)
     loaded = load_model(checkpoint, device, dtype)
-    about = {**_about(model, loaded), "seed": config.seed}
+    about = {**_about(model, loaded), "seed": config.seed, "keep": config.keep}
     if checkpoint.text_only:
         # The text differs between versions of Python.
         about |= {"passage": "vision" if config.passage_as_vision else "text", "python": platform.python_version()}

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
     from sparsight.cache import CompressedCache
     from sparsight.cache.report import Report
-    from sparsight.cli.session import Question
-    from sparsight.eval.heatmap import Kept
+    from sparsight.cli.session import Question, Session
+    from sparsight.compression.recipe import Recipe
+    from sparsight.eval.heatmap import Kept, Moment
     from sparsight.models.layouts import Tile
+
+MAX_NEW_TOKENS = 100
+"""The longest answer that is generated to see what is recalled."""
 
 
 def main(
@@ -41,7 +45,7 @@ def main(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Plot which image patches stay in the KV cache, over the images."""
+    """Plot which image patches stay in the KV cache, over the images, and which are recalled during an answer."""
     from sparsight.cli.recipe_options import recipe_from_options
     from sparsight.cli.session import open_session, read_prompt, read_question
     from sparsight.engine.prompt_runner import PromptRunner
@@ -57,7 +61,8 @@ def main(
         raise ValueError(f"--output must be a .png file, got {output}.")
     check_file(output, replace=force)
     quiet = quiet or as_json
-    question = read_question(model, image, read_prompt(prompt, prompt_file), max_pixels, 1, quiet=quiet)
+    tokens = MAX_NEW_TOKENS if recipe.decode.recalls else 1
+    question = read_question(model, image, read_prompt(prompt, prompt_file), max_pixels, tokens, quiet=quiet)
     tiles = tiles_of(question)
     session = open_session(question, device, dtype, quiet=quiet)
     # The engine's prefill; there is no answer.
@@ -65,8 +70,9 @@ def main(
     runner.step()
     cache, report = runner.cache, runner.report
     kept = kept_of(cache, report)
+    moments = moments_of(session, recipe, tokens) if recipe.decode.recalls else []
     title = f"What {recipe.name} keeps at a {recipe.budget * 100:.3g}% budget"
-    figure = draw(tiles, kept, title=title, subtitle=f"“{question.prompt}”", footnote=summary(report))
+    figure = draw(tiles, kept, title=title, subtitle=f"“{question.prompt}”", footnote=summary(report), moments=moments)
     with writing(output):
         save(figure, output)
     result = json.dumps(describe(output, tiles, kept, report))
@@ -102,6 +108,52 @@ def kept_of(cache: CompressedCache, report: Report) -> Kept:
         by_layer=[kept / report.prompt_tokens[0] for kept in report.kept_per_layer()],
         sparsity=None if report.sparsity is None else [layer[0] for layer in report.sparsity],
     )
+
+
+def moments_of(session: Session, recipe: Recipe, max_new_tokens: int) -> list[Moment]:
+    """What a cache holds after each recall, with what is generated until the next one."""
+    from sparsight.cache import CompressedCache
+    from sparsight.compression import Recall
+    from sparsight.eval.heatmap import Moment
+
+    assert isinstance(recipe.decode, Recall)
+    cache = CompressedCache(session.model, recipe, session.inputs)
+    recorder = _Recorder(cache, recipe.decode.every)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "streamer": recorder}
+    # The engine does not show its caches between steps.
+    session.model.generate(**session.inputs, past_key_values=cache, **options)
+    tokenizer = session.processor.tokenizer
+    parts = [
+        tokenizer.decode(recorder.tokens[first : first + recipe.decode.every], skip_special_tokens=True)
+        for first in range(1, len(recorder.tokens), recipe.decode.every)
+    ]
+    return [Moment(*each) for each in zip(parts, recorder.held, strict=True)]
+
+
+class _Recorder:
+    """A streamer for ``model.generate`` that notes what a cache holds after each recall.
+
+    Attributes:
+        tokens: the answer so far.
+        held: fraction of all layers' KV heads that hold each prompt position, ``[T]``, by recall.
+    """
+
+    def __init__(self, cache: CompressedCache, every: int) -> None:
+        self.tokens: list[int] = []
+        self.held: list[Tensor] = []
+        self._cache, self._every, self._is_prompt = cache, every, True
+
+    def put(self, value: Tensor) -> None:
+        """Note a token; all except the first follow from one that the cache has processed."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.tokens += value.flatten().tolist()
+        if len(self.tokens) % self._every == 2 % self._every and len(self.tokens) > 1:
+            self.held.append(kept_of(self._cache, self._cache.report()).by_position.mean(0))
+
+    def end(self) -> None:
+        """Nothing to do."""
 
 
 def share_of_heads(positions: Tensor, length: int) -> Tensor:

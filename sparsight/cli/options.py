@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sparsight.cli.parsing import check_budget, check_budgets, check_method
 from sparsight.reader import model_path
 
 DEFAULT_MODEL = str(model_path())
@@ -49,13 +50,25 @@ Seed = Annotated[int, typer.Option(help="Seed of the generated pages.", min=0)]
 
 Method = Annotated[
     str,
-    typer.Option(help="Compression method; `sparsight methods` lists them.", metavar="NAME", rich_help_panel=METHOD),
+    typer.Option(
+        help="Compression method; `sparsight methods` lists them.",
+        metavar="NAME",
+        rich_help_panel=METHOD,
+        callback=check_method,
+    ),
 ]
 Budget = Annotated[
     float | None,
     typer.Option(
         help="Fraction of the prompt's KV entries to keep, in (0, 1]; by default the method's own.",
         rich_help_panel=METHOD,
+        callback=check_budget,
+    ),
+]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS", callback=check_budgets
     ),
 ]
 Score = Annotated[str | None, _part("score", " mixkv:post-vision is mixkv around post-vision.")]
@@ -66,6 +79,15 @@ PrefillBound = Annotated[
     float | None,
     typer.Option(
         help="Bound each layer's entries during prefill to this many times its budget, at least 1.",
+        rich_help_panel=METHOD,
+    ),
+]
+HostMemory = Annotated[
+    str,
+    typer.Option(
+        help="Keep the full keys and values of prompts in this much host memory, such as 8GiB: prompts that begin with "
+        "the same text and images are computed from where they differ.",
+        metavar="SIZE",
         rich_help_panel=METHOD,
     ),
 ]

@@ -10,8 +10,10 @@ from sparsight.compression.bacon_score import BACON
 from sparsight.compression.elite_window import EliteWindow
 from sparsight.compression.eviction import FixedPoint, Grow, HeavyHitter, Sliding
 from sparsight.compression.future_queries import FutureQueries
+from sparsight.compression.key_index import BlockBounds, Exact, KeyIndex, LowRank
 from sparsight.compression.last_query import LastQuery
 from sparsight.compression.mixkv_score import MixKV
+from sparsight.compression.recall import Recall
 from sparsight.compression.reconstruction import Reconstruction
 from sparsight.compression.reduce import Evict, MergeNearest, MergeSimilar, Reduce
 from sparsight.compression.score import Accumulated, LastWindow, PostVision, Random, Recency
@@ -43,7 +45,7 @@ Allocate = (
     | AcrossLayers
     | VisualHeads
 )
-DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter | LastQuery
+DecodeRule = Grow | FixedPoint | Sliding | HeavyHitter | LastQuery | Recall
 
 __all__ = [
     "BACON",
@@ -51,21 +53,26 @@ __all__ = [
     "AcrossHeads",
     "AcrossLayers",
     "Allocate",
+    "BlockBounds",
     "DecodeRule",
     "EliteWindow",
     "Evict",
+    "Exact",
     "FixedPoint",
     "FutureQueries",
     "Grow",
     "HeavyHitter",
+    "KeyIndex",
     "LastQuery",
     "LastWindow",
+    "LowRank",
     "MergeNearest",
     "MergeSimilar",
     "MixKV",
     "PostVision",
     "Pyramid",
     "Random",
+    "Recall",
     "Recency",
     "Reconstruction",
     "Reduce",

@@ -78,10 +78,14 @@ class VisualHeads:
 
     def __post_init__(self) -> None:
         checks.fraction("equal", self.equal, zero=True)
-        scores = tuple(tuple(layer) for layer in self.scores)
-        numbers = [score for layer in scores for score in layer]
-        if len({len(layer) for layer in scores}) > 1 or not all(math.isfinite(n) and n >= 0 for n in numbers):
-            raise ValueError("scores must be as many numbers of at least 0 for every layer, one for each KV head.")
+        try:
+            scores = tuple(tuple(layer) for layer in self.scores)
+            numbers = [score for layer in scores for score in layer]
+            valid = len({len(layer) for layer in scores}) < 2 and all(math.isfinite(n) and n >= 0 for n in numbers)
+        except TypeError:
+            valid = False
+        if not valid:
+            raise ValueError("Head scores must be as many numbers of at least 0 for every layer, one for each KV head.")
         # JSON brings lists, which a frozen part must not hold.
         object.__setattr__(self, "scores", scores)
 

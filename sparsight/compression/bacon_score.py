@@ -47,6 +47,7 @@ class BACON(WrappedScore):
     """
 
     kind: ClassVar[str] = "bacon"
+    needs_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.score, LastWindow | PostVision | Accumulated):

@@ -29,6 +29,7 @@ class EliteWindow(BaseScore):
 
     kind: ClassVar[str] = "elite-window"
     needs_full_prompt: ClassVar[bool] = True
+    needs_question: ClassVar[bool] = True
     threshold: float = 0.9
 
     def __post_init__(self) -> None:

@@ -102,11 +102,14 @@ class EvictionRule(ABC):
         kind: the rule's name in a recipe.
         croppable: whether new entries can be taken back, because they never replace older ones.
         tracks_attention: whether the rule goes by the attention that entries receive while the answer is generated.
+        recalls: whether entries of the prompt are fetched back, for which the full cache is kept. Such steps cannot be
+            captured or compiled.
     """
 
     kind: ClassVar[str]
     croppable: ClassVar[bool] = False
     tracks_attention: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False
 
     @abstractmethod
     def protected(self, held: Tensor) -> Tensor:

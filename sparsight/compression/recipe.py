@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sparsight.compression import Allocate, DecodeRule, Evict, LastQuery, Reduce, Score
+from sparsight.compression import Allocate, BlockBounds, DecodeRule, Evict, Exact, LastQuery, LowRank, Reduce, Score
 from sparsight.utils import checks
 from sparsight.utils.suggest import unknown
 
@@ -14,6 +15,9 @@ KINDS: dict[str, dict[str, type]] = {
     for role, parts in {"score": Score, "allocate": Allocate, "reduce": Reduce, "decode": DecodeRule}.items()
 }
 """The parts that a recipe can be made of: by role, then by kind."""
+
+PARTS: dict[str, Mapping[str, type]] = {**KINDS, "index": {part.kind: part for part in (Exact, BlockBounds, LowRank)}}
+"""The same, and the parts of parts by the name of their field."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,12 @@ class Recipe:
                 f"Decode rule {self.decode.kind!r} as configured drops one position in all KV heads of a layer, but "
                 f"under reduction {self.reduce.kind!r} as configured each keeps its own: give the reduction "
                 "per_head=False, or the rule per_head=True."
+            )
+
+        if self.decode.recalls and self.reduce.merges:
+            raise ValueError(
+                f"Decode rule {self.decode.kind!r} fetches entries back as they were, but reduction "
+                f"{self.reduce.kind!r} merges them into others: take 'evict'."
             )
 
     def fitted(self, length: int, vision: int) -> "Recipe":
@@ -127,11 +137,11 @@ def _nested(role: str, kinds: str) -> dict[str, Any]:
 
 def _part(role: str, data: dict[str, Any]) -> Any:
     """One part from its JSON object."""
-    numbers = {name: _part(role, value) if isinstance(value, dict) else value for name, value in data.items()}
+    numbers = {name: _part(name, value) if isinstance(value, dict) else value for name, value in data.items()}
     kind = numbers.pop("kind")
-    if kind not in KINDS[role]:
-        raise unknown(role, kind, KINDS[role])
-    return KINDS[role][kind](**numbers)
+    if kind not in PARTS[role]:
+        raise unknown(role, kind, PARTS[role])
+    return PARTS[role][kind](**numbers)
 
 
 def check_recipe(recipe: Any) -> None:

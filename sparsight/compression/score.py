@@ -122,6 +122,7 @@ class BaseScore(ABC):
         before_rope: whether the score's queries are those before RoPE.
         needs_replay: whether the model must process the prompt a second time.
         needs_frames: whether videos' frames must be found in the prompt.
+        needs_question: whether the text after the image decides; without it, other queries stand in.
     """
 
     kind: ClassVar[str]
@@ -129,6 +130,7 @@ class BaseScore(ABC):
     before_rope: ClassVar[bool] = False
     needs_replay: ClassVar[bool] = False
     needs_frames: ClassVar[bool] = False
+    needs_question: ClassVar[bool] = False
 
     @abstractmethod
     def queries(self, span: Span) -> range:
@@ -161,6 +163,7 @@ class PostVision(BaseScore):
     """
 
     kind: ClassVar[str] = "post-vision"
+    needs_question: ClassVar[bool] = True
     pool: Window = 1
     pooling: str = "max"
 
@@ -218,6 +221,7 @@ class LastWindow(BaseScore):
     """
 
     kind: ClassVar[str] = "last-window"
+    needs_question: ClassVar[bool] = True
     window: int = 32
     pool: Window = 7
     pooling: str = "max"

@@ -24,6 +24,7 @@ class TextGrounded(BaseScore):
 
     kind: ClassVar[str] = "text-grounded"
     needs_full_prompt: ClassVar[bool] = True
+    needs_question: ClassVar[bool] = True
 
     def queries(self, span: Span) -> range:
         """All query positions: text is ranked by all of them."""

@@ -35,6 +35,11 @@ class WrappedScore(BaseScore):
         return self.score.needs_frames
 
     @property
+    def needs_question(self) -> bool:  # type: ignore[override]  # a constant of other scores
+        """As the wrapped score."""
+        return self.score.needs_question
+
+    @property
     def pool(self) -> Any:
         """The window that the wrapped score is pooled in."""
         return getattr(self.score, "pool", 1)

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
@@ -17,6 +18,8 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsight.cache.bounded_prefill import check_bound
+from sparsight.cache.compressed_cache import check_keep
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recipe import Recipe, check_recipe
@@ -24,11 +27,15 @@ from sparsight.engine import model_runner
 from sparsight.engine.admission import most_bytes
 from sparsight.engine.positions import decode_positions
 from sparsight.engine.prefilled import PrefilledPrompt
+from sparsight.engine.prefix_files import PrefixFiles
+from sparsight.engine.prefix_memory import PrefixMemory
 from sparsight.engine.preparation import Preparation, to_device
 from sparsight.engine.prompt_runner import PromptRunner
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
+from sparsight.engine.session import Session
+from sparsight.engine.stats import EngineStats
 from sparsight.engine.vision_cache import VisionCache
 from sparsight.methods import Sparsight
 from sparsight.methods import recipe as recipe_by_name
@@ -41,6 +48,7 @@ class _Request:
     """A request that waits for its prefill.
 
     Attributes:
+        salt: only prompts of the same salt are reused.
         kv_bytes: the most memory that each of its answers may hold, once its inputs are known.
     """
 
@@ -48,6 +56,8 @@ class _Request:
     recipe: Recipe
     params: SamplingParams
     inputs: "Future[Mapping[str, Any]]"
+    keep_positions: bool
+    salt: str
     kv_bytes: int = 0
 
 
@@ -76,9 +86,13 @@ class Engine:
         prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
         vision_bytes: bytes of vision features that are kept for images that come again.
+        host_memory: bytes of full keys and values that are kept in host memory, so that a prompt that begins like an
+            earlier one, with the same system prompt, images or turns, is computed from where they differ.
+        prefix_dir: folder where such prompts are kept between runs, in as many bytes of files as ``host_memory``.
 
     Raises:
-        ValueError: an argument is out of range, or there is no such method.
+        ValueError: an argument is out of range, there is no such method, the model's prompts cannot be continued in
+            host memory, or the folder cannot be used.
     """
 
     def __init__(
@@ -92,19 +106,27 @@ class Engine:
         prefill_chunk: int | None = 512,
         prefill_bound: float | None = None,
         vision_bytes: int = 2**28,
+        host_memory: int = 0,
+        prefix_dir: str | Path | None = None,
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"model must be a loaded transformers model, got a {type(model).__name__}.")
         checks.count("max_running", max_running, least=1)
+        checks.count("vision_bytes", vision_bytes)
         if prefill_chunk is not None:
             checks.count("prefill_chunk", prefill_chunk, least=2)
         self.model, self.processor = model, processor
         self.recipe = _recipe(recipe)
+        if prefill_bound is not None:
+            check_bound(prefill_bound, self.recipe)
         self.kv_bytes = sys.maxsize if kv_memory is None else _bytes(kv_memory, model)
         self._pooled = kv_memory is not None
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
+        self._vision = VisionCache(model, vision_bytes)
+        self.prefixes = self._prefix_memory(host_memory, prefix_dir)
         self._generation_config: Any = model.generation_config
         self._preparation = Preparation(model, processor)
         self._batch = RunningBatch(model, self.kv_bytes)
-        self._vision = VisionCache(model, vision_bytes)
         self._lock = threading.Lock()
         self._closed = False
         self._waiting: deque[_Request] = deque()
@@ -114,6 +136,21 @@ class Engine:
         self._ready: list[Sequence] = []
         self._running: list[Sequence] = []
         self._alone: list[Sequence] = []
+
+    def _prefix_memory(self, max_bytes: int, folder: str | Path | None) -> PrefixMemory | None:
+        checks.count("host_memory", max_bytes)
+        if not max_bytes:
+            if folder is not None:
+                raise ValueError("prefix_dir needs host_memory: give both.")
+            return None
+        if self.prefill_bound is not None:
+            raise ValueError("host_memory does not go with prefill_bound: leave one of them out.")
+        check_keep(self.model)
+        if folder is None:
+            return PrefixMemory(max_bytes)
+        files = PrefixFiles(Path(folder), max_bytes, self.model)
+        self._vision.learn(files.image_tokens)
+        return PrefixMemory(max_bytes, files)
 
     # Requests
 
@@ -126,6 +163,8 @@ class Engine:
         inputs: Mapping[str, Any] | None = None,
         recipe: Recipe | str | None = None,
         params: SamplingParams | None = None,
+        keep_positions: bool = False,
+        salt: str = "",
     ) -> Handle:
         """Give the engine a request: a question about images, a conversation, or prepared inputs.
 
@@ -136,6 +175,8 @@ class Engine:
             inputs: what the processor returned for one prompt.
             recipe: how this prompt is compressed.
             params: how the answer is sampled and what ends it; the model's own defaults if None.
+            keep_positions: give the handle the positions of the entries kept.
+            salt: only images, and with ``host_memory`` prompts, of the same salt are reused.
 
         Returns:
             A handle, whose iterator yields the answer. What is wrong with images or the prompt is raised there.
@@ -163,7 +204,7 @@ class Engine:
                 raise ValueError("The engine is closed.") from error
             raise
         # Without the lock, which is taken while a step runs.
-        self._waiting.append(_Request(handle, chosen, params, future))
+        self._waiting.append(_Request(handle, chosen, params, future, keep_positions, salt))
         return handle
 
     @torch.inference_mode(False)
@@ -176,10 +217,18 @@ class Engine:
         handle = Handle(params.n, self._drive)
         with self._lock:
             try:
-                self._begin(_Request(handle, self.recipe, params, Future()), prompt, prompt.logits)
+                self._begin(
+                    _Request(handle, self.recipe, params, Future(), keep_positions=False, salt=""),
+                    prompt,
+                    prompt.logits,
+                )
             except Exception as error:
                 handle.fail(_failure(error))
         return handle
+
+    def session(self, images: Several[Image | str | Path] = (), **request: Any) -> Session:
+        """A conversation about some images; ``request`` are further arguments of :meth:`add` for all questions."""
+        return Session(self, images, **request)
 
     def abort(self, handle: Handle) -> None:
         """End a request: its answers are cut off where they are, and its memory is free after the next step."""
@@ -191,6 +240,8 @@ class Engine:
         with self._lock:
             self._drop_aborted()
         self._preparation.close()
+        if self.prefixes is not None:
+            self.prefixes.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -209,6 +260,18 @@ class Engine:
     def running(self) -> int:
         """Answers that are being generated."""
         return len(self._ready) + len(self._running) + len(self._alone)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Load and memory now; reading it does not wait for a step."""
+        sequences, prompt = [*self._ready, *self._running, *self._alone], self._prompt
+        return EngineStats(
+            running=len({id(each.handle) for each in sequences}) + (prompt is not None),
+            kv_bytes=sum(each.kv_bytes for each in sequences),
+            full_kv_bytes=sum(each.full_kv_bytes for each in sequences),
+            vision_hits=self._vision.hits,
+            vision_misses=self._vision.misses,
+        )
 
     @property
     def busy(self) -> bool:
@@ -242,8 +305,9 @@ class Engine:
     def _step(self) -> None:
         self._drop_aborted()
         self._place()
-        self._prefill()
         self._decode()
+        # Last: an answer's first token is there when the step ends, not after everyone's next one.
+        self._prefill()
 
     def _drop_aborted(self) -> None:
         for request in [each for each in tuple(self._waiting) if each.handle.aborted or self._closed]:
@@ -295,10 +359,11 @@ class Engine:
                 if len(sequences) + number > self.max_running or taken + needed > self.kv_bytes:
                     return None
                 self._waiting.popleft()
+                request.handle.admitted = time.perf_counter()
                 inputs = to_device(inputs, self.model)
                 longest = request.params.max_new_tokens
                 capacity = None if self._pooled else model_runner.static_capacity(self.model, longest)
-                how = self.prefill_chunk, self._vision, self.prefill_bound, capacity
+                how = self.prefill_chunk, self._vision, self.prefill_bound, self.prefixes, request.salt, capacity
                 return request, PromptRunner(self.model, request.recipe, inputs, *how)
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
@@ -318,6 +383,9 @@ class Engine:
             logits = runner.step()
             if logits is not None:
                 self._prompt = None
+                runner.remember()
+                if request.keep_positions:
+                    request.handle.kept_positions = runner.kept_positions()
                 self._begin(request, runner, logits)
         except Exception as error:
             self._prompt = None

@@ -22,6 +22,7 @@ class PrefilledPrompt:
         next_position: position of the first token of the answer.
         logits: of that token, ``[1, V]``.
         report: the cache's.
+        reused_tokens: how many of them were not computed.
         seconds: time that the prompt took.
     """
 
@@ -31,6 +32,7 @@ class PrefilledPrompt:
     next_position: int
     logits: Tensor
     report: Report
+    reused_tokens: int = 0
     seconds: float = 0.0
 
 

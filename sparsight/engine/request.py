@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 from sparsight.cache.report import Report
 from sparsight.engine.sampling import Sampled
 
@@ -41,6 +43,7 @@ class Completion:
         tokens: its tokens, the one that ended it included.
         finish_reason: ``stop`` (the model or a stop string ended it), ``length`` or ``aborted``.
         report: what the cache kept of the prompt.
+        reused_tokens: prompt tokens that were not computed, since an earlier prompt had begun with them.
         prefill_seconds: time that the engine worked on the prompt, its own and all answers'.
         decode_seconds: time from the first token to the last.
     """
@@ -49,6 +52,7 @@ class Completion:
     tokens: tuple[Sampled, ...]
     finish_reason: str
     report: Report
+    reused_tokens: int
     prefill_seconds: float
     decode_seconds: float
 
@@ -71,6 +75,9 @@ class Handle:
     Attributes:
         error: why the request failed; its ``__cause__`` is the exception, except for lack of memory.
         started: whether an answer has a token.
+        kept_positions: prompt positions that each KV head of a compressed layer keeps, int32 ``[H_kv, n]`` on the CPU,
+            padded with -1; by number of the layer, if requested.
+        admitted: when the engine began with the prompt, by ``time.perf_counter``; None before.
     """
 
     def __init__(self, number: int, drive: Callable[["Handle"], None]) -> None:
@@ -79,6 +86,8 @@ class Handle:
         self._completions: list[Completion | None] = [None] * number
         self.error: RequestError | None = None
         self.aborted = self.started = False
+        self.kept_positions: dict[int, Tensor] = {}
+        self.admitted: float | None = None
 
     @property
     def done(self) -> bool:
@@ -105,6 +114,10 @@ class Handle:
         pieces = iter(self)
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             yield piece
+
+    def take(self) -> list[Piece]:
+        """The pieces that wait to be read, for a reader who lets the engine work otherwise."""
+        return [self._pieces.popleft() for _ in range(len(self._pieces))]
 
     def wait(self) -> list[Completion]:
         """The complete answers, in order.

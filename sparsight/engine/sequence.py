@@ -49,6 +49,7 @@ class Sequence:
         self.cache_index = runner.sequence
         self.step: Callable[..., Any]
         self.reports_end = False
+        self._reused_tokens = runner.reused_tokens
         self.sampler = Sampler(params, runner.input_ids, index)
         self.tokens: list[Sampled] = []
         self.finished: str | None = None
@@ -62,6 +63,12 @@ class Sequence:
     def newest(self) -> int:
         """The newest token, which the model has not processed."""
         return self.tokens[-1].token_id
+
+    @property
+    def full_kv_bytes(self) -> int:
+        """Memory that the full cache would occupy at the answer's longest length."""
+        seen = self.report.tokens_seen
+        return self.report.full_bytes * (seen + self.params.max_new_tokens - 1) // seen
 
     def append(self, token: Sampled | Exception) -> None:
         """Take a new token, and end where it ends the answer. Raises what was returned in place of a token."""
@@ -92,9 +99,9 @@ class Sequence:
         rest = self._stream.finish()
         if rest:
             self._push(rest, None)
-        seconds = self._prefill_seconds, self._last - self._first
         report = self.cache.report() if self.reports_end else self.report
-        self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, report, *seconds))
+        work = self._reused_tokens, self._prefill_seconds, self._last - self._first
+        self.handle.complete(self.index, Completion(self._text, tuple(self.tokens), reason, report, *work))
 
     def _push(self, text: str, token: Sampled | None) -> None:
         self._text += text

@@ -4,8 +4,10 @@ import hashlib
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.models.families import FAMILIES
+
+KNOWN_IMAGES = 2**16
+"""Images whose number of vision tokens is remembered."""
 
 Sizes = dict[str, tuple[int, list[int]]]
 """For each tensor that is split into images, the dimension and the sizes."""
@@ -51,6 +56,36 @@ class _Entry(NamedTuple):
         return sum(layer.nbytes for layer in self.layers)
 
 
+@dataclass
+class Media:
+    """The images, or the videos, of a prompt.
+
+    Args:
+        encoder: the model's method that encodes them.
+        arguments: for all of them.
+        salt: images of different salts have different keys.
+    """
+
+    encoder: Any
+    arguments: dict[str, Any]
+    salt: str = ""
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """How the arguments are split."""
+        return _sizes(self.arguments)
+
+    @cached_property
+    def images(self) -> list[dict[str, Any]]:
+        """Arguments for each image, or each tile."""
+        return _split(self.arguments, self.sizes)
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """SHA-256 of each."""
+        return [_key(f"{self.salt} {self.encoder.__name__}", image) for image in self.images]
+
+
 class VisionCache:
     """Encodes images and videos with a model's vision tower, and keeps the features of the most recently used ones.
 
@@ -60,12 +95,17 @@ class VisionCache:
     Args:
         model: the model.
         max_bytes: bytes that may be kept, on the model's device.
+
+    Attributes:
+        hits: images and videos whose features were in the cache.
+        misses: images and videos that were encoded.
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
         self.model, self.max_bytes = model, max_bytes
-        self.nbytes = 0
+        self.nbytes = self.hits = self.misses = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._tokens: OrderedDict[bytes, int] = OrderedDict()
         # The same for all images.
         self._visual_indicator_features: Tensor | None = None
         self._lock = threading.Lock()
@@ -73,8 +113,25 @@ class VisionCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def media(self, inputs: Mapping[str, Any], salt: str = "") -> dict[str, Media]:
+        """The images and videos of one prompt, by modality; only those of the same salt share features."""
+        return {
+            modality: Media(encoder, arguments, salt)
+            for modality, encoder, arguments in self._arguments(inputs)
+            if any(name.startswith("pixel_values") for name in arguments)
+        }
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """The model's encoder of each modality, and what it takes of the inputs."""
+        for modality in ("image", "video"):
+            encoder = getattr(self.model.base_model, f"get_{modality}_features", None)
+            names = inspect.signature(encoder).parameters if encoder else ()
+            yield modality, encoder, {name: inputs[name] for name in names if inputs.get(name) is not None}
+
     @torch.no_grad()
-    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def encode(
+        self, inputs: Mapping[str, Any], media: Mapping[str, Media] | None = None, skip: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """A prompt's inputs with vision features, ``mm_encoder_outputs``, in place of pixels and their descriptions.
 
         Images that are not in the cache are encoded together. Without their grids a model cannot compute positions of
@@ -82,28 +139,28 @@ class VisionCache:
 
         Args:
             inputs: what the processor returned for one prompt, on the model's device.
+            media: what :meth:`media` returned for them.
+            skip: how many of the first images of each modality are not needed. A modality that needs none has None.
         """
-        encoded: dict[str, VisionFeatures] = {}
-        used: set[str] = set()
-        for modality in ("image", "video"):
-            encoder = getattr(self.model.base_model, f"get_{modality}_features", None)
-            names = inspect.signature(encoder).parameters if encoder else ()
-            arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
-            used |= arguments.keys()
-            if any(name.startswith("pixel_values") for name in arguments):
-                encoded[modality] = self._encode(encoder, arguments)
+        media = self.media(inputs) if media is None else media
+        skip = skip or {}
+        encoded = {modality: self._encode(each, skip.get(modality, 0)) for modality, each in media.items()}
+        used = {name for _, _, arguments in self._arguments(inputs) for name in arguments}
         prompt = {name: value for name, value in inputs.items() if name not in used}
         return prompt | {"mm_encoder_outputs": encoded} if encoded else prompt
 
-    def _encode(self, encoder: Any, arguments: dict[str, Any]) -> VisionFeatures:
-        """What ``encoder(**arguments)`` returns, of which only images that are not in the cache are computed."""
-        sizes = _sizes(arguments)
-        images = _split(arguments, sizes)
-        keys = [_key(encoder.__name__, image) for image in images]
+    def _encode(self, media: Media, skip: int) -> VisionFeatures | None:
+        """Features of all images but the first ``skip``; only those that are not in the cache are computed."""
+        keys, images = media.keys[skip:], media.images[skip:]
+        if not keys:
+            return None
         entries = {key: entry for key in keys if (entry := self._get(key)) is not None}
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in entries}
+        with self._lock:
+            self.hits += len(keys) - len(missing)
+            self.misses += len(missing)
         if missing:
-            for key, entry in zip(missing, self._run(encoder, list(missing.values()), sizes), strict=True):
+            for key, entry in zip(missing, self._run(media.encoder, list(missing.values()), media.sizes), strict=True):
                 entries[key] = entry
                 self._put(key, entry)
         pooled, *deepstack = zip(*(entries[key].layers for key in keys), strict=True)
@@ -112,6 +169,19 @@ class VisionCache:
             deepstack_features=deepstack or None,
             visual_indicator_features=self._visual_indicator_features,
         )
+
+    def learn(self, tokens: Mapping[bytes, int]) -> None:
+        """Remember numbers of vision tokens of images, by their keys."""
+        with self._lock:
+            self._tokens |= tokens
+            while len(self._tokens) > KNOWN_IMAGES:
+                self._tokens.popitem(last=False)
+
+    def tokens_of(self, media: Media) -> list[int]:
+        """Numbers of vision tokens of the first images, up to one that was not encoded before."""
+        with self._lock:
+            known = [self._tokens.get(key) for key in media.keys]
+        return [count for count in takewhile(lambda count: count is not None, known) if count is not None]
 
     def _run(self, encoder: Any, images: list[dict[str, Any]], sizes: Sizes) -> list[_Entry]:
         output = encoder(**_join(images, sizes), return_dict=True)
@@ -133,6 +203,7 @@ class VisionCache:
             return self._entries.get(key)
 
     def _put(self, key: bytes, entry: _Entry) -> None:
+        self.learn({key: len(entry.layers[0])})
         with self._lock:
             if key in self._entries or entry.nbytes > self.max_bytes:
                 return
@@ -142,8 +213,21 @@ class VisionCache:
                 self.nbytes -= self._entries.popitem(last=False)[1].nbytes
 
 
+def vision_places(config: Any, media: Collection[str], modality: str, input_ids: Tensor) -> Tensor:
+    """Indices of the vision tokens of one modality in a prompt ``[1, T]`` that has the given ones."""
+    # GLM-4V's video frames have image tokens; no prompt of it has both.
+    alone = len(media) == 1
+    tokens = FAMILIES[config.model_type].token_ids(config) if alone else [getattr(config, f"{modality}_token_id")]
+    return torch.isin(input_ids[0], input_ids.new_tensor(tokens)).nonzero()[:, 0]
+
+
 def slice_features(
-    config: Any, encoded: Mapping[str, VisionFeatures], input_ids: Tensor, start: int, stop: int
+    config: Any,
+    encoded: Mapping[str, VisionFeatures | None],
+    input_ids: Tensor,
+    start: int,
+    stop: int,
+    skipped: Mapping[str, int] | None = None,
 ) -> dict[str, VisionFeatures]:
     """The ``mm_encoder_outputs`` of a chunk of a prompt: the features of its vision tokens.
 
@@ -153,15 +237,14 @@ def slice_features(
         input_ids: the prompt, ``[1, T]``.
         start: the chunk's first token.
         stop: the first token after the chunk.
+        skipped: how many of the first vision tokens of each modality have no features in ``encoded``.
     """
     chunk = {}
     for modality, features in encoded.items():
-        # GLM-4V's video frames have image tokens; no prompt of it has both.
-        alone = len(encoded) == 1
-        tokens = FAMILIES[config.model_type].token_ids(config) if alone else [getattr(config, f"{modality}_token_id")]
-        vision = torch.isin(input_ids[0], input_ids.new_tensor(tokens))
-        part = slice(int(vision[:start].sum()), int(vision[:stop].sum()))
-        if part.start < part.stop:
+        places = vision_places(config, encoded, modality, input_ids) - start
+        first = (skipped or {}).get(modality, 0)
+        part = slice(int((places < 0).sum()) - first, int((places < stop - start).sum()) - first)
+        if features is not None and part.start < part.stop:
             deepstack = features.deepstack_features and [_slice(layer, part) for layer in features.deepstack_features]
             chunk[modality] = VisionFeatures(
                 pooler_output=_slice(features.pooler_output, part),

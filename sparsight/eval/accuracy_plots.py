@@ -13,11 +13,14 @@ from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MARKERS, MUTED
 PANEL = 4.3, 3.6
 """Inches."""
 
+LEGEND_ROWS = 16
+"""Rows of a legend beside a panel, at most."""
+
 
 def draw_budgets(results: Mapping[str, Any], metric: str | None = None) -> Figure:
     """A metric (by default the task's main one) of every method against the budget, a panel per task."""
     tasks = results["tasks"]
-    figure, panels, spare = _grid(len(tasks))
+    figure, panels, spare = _grid(len(tasks), 1 + len(methods_of(results)))
     for panel, task in zip(panels, tasks, strict=True):
         name = metric or task["metric"]
         _panel(panel, f"{task['task']}  ({task['examples']} examples)", metrics_of(task)[name])
@@ -47,7 +50,7 @@ def draw_page_sizes(results: Mapping[str, Any], budget: float) -> Figure | None:
     tasks = [task for task in results["tasks"] if task.get("full_by_records")]
     if not tasks:
         return None
-    figure, panels, spare = _grid(len(tasks))
+    figure, panels, spare = _grid(len(tasks), 1 + len(methods_of(results)))
     for panel, task in zip(panels, tasks, strict=True):
         _panel(panel, f"{task['task']} at {budget * 100:.3g} %", metrics_of(task)[task["metric"]])
         full = task["full_by_records"]
@@ -68,11 +71,11 @@ def methods_of(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["method"] for task in results["tasks"] for cell in task["cells"]))
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes], Axes | None]:
-    """A figure, its panels, and the axes for the legend if the last row has free space."""
+def _grid(count: int, names: int) -> tuple[Figure, list[Axes], Axes | None]:
+    """A figure, its panels, and the axes for the legend of ``names`` if the last row has free space."""
     columns = min(3, count)
     rows = -(-count // columns)
-    legend_width = 0 if rows * columns > count else 1.7
+    legend_width = 0 if rows * columns > count else 1.7 * _legend_columns(names)
     figure = Figure(
         figsize=(PANEL[0] * columns + legend_width, PANEL[1] * rows), dpi=DPI, facecolor="white", layout="constrained"
     )
@@ -84,7 +87,7 @@ def _grid(count: int) -> tuple[Figure, list[Axes], Axes | None]:
 
 def _panel(panel: Axes, title: str, metric: Metric) -> None:
     panel.set_title(title, size=10.5, weight="bold", color=INK, loc="left")
-    panel.set_ylabel(metric.title, size=9, color=MUTED, labelpad=1)
+    panel.set_ylabel(metric.title.replace(", ", ",\n"), size=9, color=MUTED, labelpad=1)
     if metric.percent:
         panel.set_ylim(-0.03, 1.03)
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -131,6 +134,11 @@ def _legend(figure: Figure, panels: Sequence[Axes], spare: Axes | None) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
     if spare is None:
-        figure.legend(handles, labels, loc="outside right upper", **style)
+        figure.legend(handles, labels, loc="outside right upper", ncols=_legend_columns(len(handles)), **style)
     else:
         spare.legend(handles, labels, loc="center left", ncols=2, **style)
+
+
+def _legend_columns(names: int) -> int:
+    """Columns of a legend beside one row of panels."""
+    return -(-names // LEGEND_ROWS)

@@ -61,8 +61,12 @@ class Turn:
 
 
 @torch.inference_mode()
-def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversations) -> list[Turn]:
+def converse(
+    snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversations, keep: str | None = None
+) -> list[Turn]:
     """Hold the conversations with a recipe's cache; its decode rule applies to every token.
+
+    With ``keep="host"`` a turn attends to the full cache, and the conversation so far is compressed again.
 
     Each turn is answered twice: with the right answer forced, which the next turn continues, and by greedy decoding,
     unless answers are forced.
@@ -71,7 +75,7 @@ def converse(snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversat
         ValueError: an answer cannot be generated.
     """
     model: Any = snapshot.model
-    cache, logits = snapshot.cache(recipe), snapshot.logits
+    cache, logits = snapshot.cache(recipe, keep), snapshot.logits
     ids, mask = conversations.inputs["input_ids"], conversations.inputs["attention_mask"]
     first, length = next_positions(model, conversations.inputs), ids.shape[1]
     turns = []

@@ -49,6 +49,7 @@ class EvaluationConfig:
         seed: seed of the examples.
         batch_size: examples per batch.
         passage_as_vision: mark the passages of text tasks as vision tokens, so that a method treats them like an image.
+        keep: ``"host"`` for caches that keep the full prompt in host memory, to which a new turn attends.
     """
 
     tasks: Sequence[Task]
@@ -57,6 +58,7 @@ class EvaluationConfig:
     seed: int
     batch_size: int
     passage_as_vision: bool = False
+    keep: str | None = None
 
     @property
     def all_recipes(self) -> list[Method]:
@@ -204,7 +206,7 @@ def _measure(
         elif isinstance(recipe, KvpressMethod):
             turns = recipe.follow(conversation)
         else:
-            turns = converse(snapshot, recipe, conversation)
+            turns = converse(snapshot, recipe, conversation, config.keep)
         results = score_answers(examples, conversation, turns, full, tokenizer, ends)
         if recipe is FULL:
             for example, result in zip(examples, results, strict=True):

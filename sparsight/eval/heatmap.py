@@ -24,6 +24,9 @@ from sparsight.utils.plot_style import COLORS, DPI, FAINT, INK, MUTED
 GROUPS = 4
 """Panels beside each tile, each a group of layers."""
 
+MOMENTS = 10
+"""Moments of an answer beside each other, at most."""
+
 WIDTH, MARGIN, GAP, CAPTION, HEADER, BARS = 12.0, 0.45, 0.22, 0.3, 1.35, 1.55
 """Inches."""
 
@@ -49,6 +52,19 @@ class Kept:
     by_position: Tensor
     by_layer: Sequence[float]
     sparsity: Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a cache holds while a part of the answer is generated.
+
+    Args:
+        text: the part.
+        by_position: fraction of all layers' KV heads that hold each prompt position, ``[T]``.
+    """
+
+    text: str
+    by_position: Tensor
 
 
 def layer_groups(layers: int) -> list[list[int]]:
@@ -89,11 +105,14 @@ def enlarged(tile: Tile, scale: int) -> NDArray[np.float64]:
     return np.asarray(image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)) / 255
 
 
-def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote: str = "") -> Figure:
-    """The figure: each tile with a panel per group of layers beside it, then bars by layer."""
+def draw(
+    tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote: str = "", moments: Sequence[Moment] = ()
+) -> Figure:
+    """The figure: each tile with a panel per group of layers beside it, moments of an answer, then bars by layer."""
     groups = layer_groups(len(kept.by_layer))
     blocks = [_Block(tile, len(groups)) for tile in tiles]
-    height = HEADER + sum(block.height for block in blocks) + BARS + 1.35
+    strip = _Strip(tiles, moments)
+    height = HEADER + sum(block.height for block in blocks) + strip.height + BARS + 1.35
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     page = _Page(figure, height)
     page.text(MARGIN, 0.62, title, size=17, weight="bold")
@@ -104,8 +123,9 @@ def draw(tiles: Sequence[Tile], kept: Kept, title: str, subtitle: str, footnote:
     for block in blocks:
         block.paint(page, top, kept, groups)
         top += block.height
+    strip.paint(page, top)
     _legend(page)
-    _bars(page, top + 0.25, kept)
+    _bars(page, top + strip.height + 0.25, kept)
     page.text(MARGIN, height - 0.25, footnote, size=8, color=MUTED)
     return figure
 
@@ -218,6 +238,35 @@ class _Block:
             axes.axhline(place / rows, color="white", linewidth=1, alpha=0.8)
         for place in self.tile.seams[1]:
             axes.axvline(place / columns, color="white", linewidth=1, alpha=0.8)
+
+
+class _Strip:
+    """Each tile at the moments of an answer, at most :data:`MOMENTS`, spread evenly."""
+
+    def __init__(self, tiles: Sequence[Tile], moments: Sequence[Moment]) -> None:
+        places = np.linspace(0, len(moments) - 1, min(MOMENTS, len(moments))).round().astype(int)
+        self.tiles, self.moments = tiles, [moments[place] for place in places]
+        self.width = (WIDTH - 2 * MARGIN - (MOMENTS - 1) * GAP / 2) / MOMENTS
+        self.heights = [self.width * tile.pixels.shape[0] / tile.pixels.shape[1] for tile in tiles]
+        self.height = CAPTION + sum(CAPTION + height for height in self.heights) + GAP if moments else 0.0
+
+    def paint(self, page: _Page, top: float) -> None:
+        if not self.moments:
+            return
+        page.text(MARGIN, top + CAPTION - 0.1, "Held while the answer is generated", size=10, weight="bold")
+        families = font_families("".join("".join(moment.text.split()) for moment in self.moments))
+        known = frozenset(" ").union(*(characters(findfont(family)) for family in families))
+        top += CAPTION
+        for tile, height in zip(self.tiles, self.heights, strict=True):
+            for number, moment in enumerate(self.moments):
+                left = MARGIN + number * (self.width + GAP / 2)
+                part = one_line(moment.text, known, 14)
+                page.text(left, top + CAPTION - 0.1, part, size=8, color=MUTED, family=families)
+                axes = page.axes(left, top + CAPTION, self.width, height)
+                axes.imshow(marked(tile, moment.by_position[tile.tokens]), aspect="auto")
+                axes.set(xticks=(), yticks=())
+                axes.spines[:].set(color=FAINT, linewidth=0.8)
+            top += CAPTION + height
 
 
 def _legend(page: _Page) -> None:

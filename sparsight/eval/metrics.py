@@ -1,6 +1,6 @@
 """Metrics of one answer, and how they are aggregated over many: pure functions and a table of the metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -100,6 +100,13 @@ the first one is predicted by the prefill, which no method changes."""
 def metrics_of(task: Mapping[str, Any]) -> dict[str, Metric]:
     """The metrics of a task in results, by name."""
     return {name: Metric(**fields) for name, fields in task["metrics"].items()}
+
+
+def check_installed(names: Collection[str]) -> None:
+    """Raise ValueError if a library is missing that one of the metrics needs."""
+    for name, library in {"anls": _anls_score, "rouge_l": _rouge_scorer}.items():
+        if name in names:
+            library()
 
 
 @lru_cache(maxsize=1)

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from sparsight.attention.interface import is_causal, visible
 from sparsight.attention.rope import Rope
 from sparsight.cache import CompressedCache
+from sparsight.cache.language_inputs import LanguageInputs
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.prefill import Prefill, fitted
-from sparsight.cache.replay import LanguageInputs, replay
+from sparsight.cache.replay import replay
 from sparsight.compression import Allocate, Reconstruction, Score
 from sparsight.compression.recipe import Recipe
 from sparsight.engine.prefilled import next_logits
@@ -99,13 +100,13 @@ class PrefillSnapshot:
         return [_of(recipe, prefill) for prefill in self._observed[parts]]
 
     @torch.inference_mode()
-    def cache(self, recipe: Recipe) -> CompressedCache:
-        """A recipe's cache after prefill."""
-        cache = CompressedCache(self.model, recipe, self.inputs)
+    def cache(self, recipe: Recipe, keep: str | None = None) -> CompressedCache:
+        """A recipe's cache after prefill; ``keep`` is that of :class:`~sparsight.CompressedCache`."""
+        cache = CompressedCache(self.model, recipe, self.inputs, keep=keep)
         for index, layer in enumerate(self._recorder.layers):
             if not isinstance(layer, CompressedLayer):
                 cache.layers[index] = copy.deepcopy(layer)
-        cache.adopt(self.observe(recipe))
+        cache.adopt(self.observe(recipe), self._recorder.inputs)
         return cache
 
 

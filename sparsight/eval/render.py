@@ -34,12 +34,17 @@ def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
         save(figure, figures[name])
     texts = {
         "results.json": json.dumps(results, indent=1) + "\n",
-        "report.md": _render("report.md", results, {name: path.name for name, path in figures.items()}),
+        "report.md": markdown(results, {name: path.name for name, path in figures.items()}),
         "report.html": _render("report.html", results, {name: _inline(path) for name, path in figures.items()}),
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
     return [*(folder / name for name in texts), *figures.values()]
+
+
+def markdown(results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    """``report.md``, with the paths of the figures by name: the figures, then a section ``### TASK`` for each task."""
+    return _render("report.md", results, figures)
 
 
 def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
@@ -59,11 +64,14 @@ def budgets_of(results: Mapping[str, Any]) -> list[float]:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """A headline and a table per task: methods by budgets, each with its interval below, the best values in bold."""
+    """A headline and a table per task: methods by budgets, each with its interval below, the best values in bold.
+
+    With the full cache alone the headlines say everything and the tables are empty.
+    """
     for task in results["tasks"]:
         metric = metrics_of(task)[task["metric"]]
         full = task["full"][task["metric"]]
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(task["cells"]))
         shown.add_column("method", header_style="bold cyan")
         for budget in budgets_of(results):
             shown.add_column(f"{budget * 100:.3g} %", justify="right", header_style="bold cyan")
@@ -85,8 +93,8 @@ def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 
 
 def rows(results: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A task's table of a metric: each method with a mapping per budget of ``value``, ``span``, ``best``, ``mark`` and
-    ``p_value``.
+    """A task's table of a metric: each method with a mapping per budget of ``budget``, ``value``, ``span``, ``best``,
+    ``mark`` and ``p_value``.
 
     The mark is ``+`` or ``-`` where the method is better or worse than VL-Cache at the same budget with p < 0.05.
     """
@@ -99,6 +107,7 @@ def rows(results: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list
             found = cell["metrics"][name]
             row.append(
                 {
+                    "budget": cell["budget"],
                     "value": show(metric, found["value"]),
                     "span": span(metric, found),
                     "best": found["value"] == best(task, name, cell["budget"]),

@@ -21,36 +21,15 @@ from sparsight.methods.random import RandomCache
 from sparsight.methods.snapkv import SnapKV
 from sparsight.methods.sparsemm import SparseMM, with_shipped_scores
 from sparsight.methods.sparsight import Sparsight
+from sparsight.methods.sparsight_recall import SparsightRecall
 from sparsight.methods.streaming_llm import StreamingLLM
 from sparsight.methods.tgv_kv import TGVKV
 from sparsight.methods.vl_cache import VLCache
+from sparsight.utils.method_names import ALIASES, METHODS
 from sparsight.utils.suggest import unknown
 
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "vl-cache": VLCache,
-    "elastic": ElasticCache,
-    "h2o": H2O,
-    "streaming-llm": StreamingLLM,
-    "snapkv": SnapKV,
-    "pyramidkv": PyramidKV,
-    "adakv": AdaKV,
-    "prefixkv": PrefixKV,
-    "look-m": LookM,
-    "aircache": AirCache,
-    "sparsemm": SparseMM,
-    "mixkv": MixKVCache,
-    "bacon": BACONCache,
-    "tgv-kv": TGVKV,
-    "expected-attention": ExpectedAttention,
-    "kvzip": KVzip,
-    "infinipot-v": InfiniPotV,
-    "sparsight": Sparsight,
-    "random": RandomCache,
-    "full": Full,
-}
-
-ALIASES = {"local": "streaming-llm"}
-"""Other names of a method in the literature."""
+RECIPES: dict[str, Callable[..., Recipe]] = {name: globals()[function] for name, function in METHODS.items()}
+"""The methods by name."""
 
 
 def recipe(name: str, **numbers: Any) -> Recipe:
@@ -69,7 +48,6 @@ def recipe(name: str, **numbers: Any) -> Recipe:
 
 
 __all__ = [
-    "ALIASES",
     "H2O",
     "RECIPES",
     "TGVKV",
@@ -89,6 +67,7 @@ __all__ = [
     "SnapKV",
     "SparseMM",
     "Sparsight",
+    "SparsightRecall",
     "StreamingLLM",
     "VLCache",
     "recipe",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sparsight.compression import Evict, Grow, LastWindow, VisualHeads
 from sparsight.compression.recipe import Recipe
@@ -43,9 +44,9 @@ def SparseMM(
         equal: fraction of the budget beyond the window that is shared equally (the paper's ``rho``).
 
     Raises:
-        ValueError: a number is out of range, or the file cannot be read or does not hold head scores.
+        ValueError: a number is out of range, or the file cannot be read, or ``heads`` or the file are not head scores.
     """
-    scores = read_scores(heads) if isinstance(heads, str | Path) else tuple(map(tuple, heads))
+    scores: Any = read_scores(heads) if isinstance(heads, str | Path) else heads
     return Recipe(
         name="sparsemm",
         budget=budget,

@@ -1,6 +1,6 @@
 """Frames: which vision tokens of a prompt stand for the same place at different times."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -29,7 +29,7 @@ def find_frames(config: Any, inputs: Mapping[str, Any], vision: Tensor) -> tuple
     found = []
     for ids, mask in zip(inputs["input_ids"].cpu(), vision, strict=True):
         frames: list[Tensor] = []
-        for run in _runs(mask):
+        for run in vision_runs(mask):
             number, size = 1, len(run)
             if videos and int(ids[run[0]]) == token:
                 if len(run) >= videos[0][0] * videos[0][1]:
@@ -41,9 +41,13 @@ def find_frames(config: Any, inputs: Mapping[str, Any], vision: Tensor) -> tuple
                     seen = 0
             # What a family puts at the end of a video belongs to no frame.
             frames += run[: number * size].view(number, size)
-        groups = [torch.stack(list(group)) for _, group in groupby(frames, key=len)]
-        found.append(tuple(groups))
+        found.append(as_videos(frames))
     return tuple(found)
+
+
+def as_videos(frames: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Positions ``[F, patches]`` of each video, from those ``[patches]`` of each frame."""
+    return tuple(torch.stack(list(group)) for _, group in groupby(frames, key=len))
 
 
 def _videos(config: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
@@ -57,7 +61,7 @@ def _videos(config: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[int, int]]
         yield from [(pixels.shape[1], total // (len(pixels) * pixels.shape[1]))] * len(pixels)
 
 
-def _runs(mask: Tensor) -> Iterator[Tensor]:
+def vision_runs(mask: Tensor) -> Iterator[Tensor]:
     """Positions of the true elements of a mask ``[T]`` that follow each other."""
     positions = mask.nonzero()[:, 0]
     breaks = [index for index, (one, next_one) in enumerate(pairwise(positions.tolist()), 1) if next_one != one + 1]

@@ -70,11 +70,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_image(file: BinaryIO, name: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Like :func:`open_image`, for an open file, which error messages call ``name``."""
+def read_image(
+    file: BinaryIO, name: str | Path, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
+    """Like :func:`open_image`, for an open file in one of ``formats``, which error messages call ``name``."""
     name = printable(name)
     with _allow(max_pixels):
-        image = _identify(name, file, max_pixels)
+        image = _identify(name, file, max_pixels, formats)
         try:
             return to_rgb(ImageOps.exif_transpose(image))
         # Decoders raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, IndexError and more.
@@ -93,15 +95,15 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError("damaged picture", f"{name} is damaged or cut short: {first_sentence(error)}")
 
 
-def _identify(name: str, file: BinaryIO, max_pixels: int) -> Image.Image:
+def _identify(name: str, file: BinaryIO, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     """The image with its header read, but no pixels decoded."""
     too_large = f"more than the limit of {max_pixels:,} pixels"
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError("too many pixels", f"{name} has {too_large}.") from error
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
+        known = ", ".join(formats)
         raise ImageError("not a picture", f"{name} is not a picture of a known format ({known}).") from error
     except Exception as error:
         raise _damaged(name, error) from error

@@ -43,7 +43,7 @@ def check_text(checkpoint: Checkpoint, text: str) -> None:
     """
     if not is_unicode(text):
         raise ValueError("The prompt is not valid Unicode.")
-    for token in sorted(_special_tokens(checkpoint)):
+    for token in sorted(special_tokens(checkpoint)):
         if token in text:
             raise ValueError(
                 f"The prompt must not spell {token!r}, which is a special token of the model: "
@@ -116,7 +116,7 @@ def _without_template(processor: Any, images: Sequence[Image], prompt: str) -> B
     return processor(images=list(images) or None, text=text, return_tensors="pt")
 
 
-def _special_tokens(checkpoint: Checkpoint) -> set[str]:
+def special_tokens(checkpoint: Checkpoint) -> set[str]:
     """Texts with a meaning for the tokenizer, the chat template, the processor or the model."""
     processor, config = checkpoint.processor, checkpoint.config
     tokenizer, template = processor.tokenizer, str(processor.chat_template)

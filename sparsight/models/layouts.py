@@ -24,12 +24,14 @@ class Tile:
         pixels: float32 ``[H, W, 3]``.
         tokens: int64 ``[rows, columns]``, the vision token of each cell. All cells cover the same number of pixels.
         seams: the rows and the columns of cells at which a separately encoded part of the tile begins.
+        image: which of the prompt's images it belongs to.
     """
 
     name: str
     pixels: Tensor
     tokens: Tensor
     seams: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    image: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,15 @@ class ImageTiles:
 Layout = Callable[[Any, Mapping[str, Any]], list[ImageTiles]]
 
 
-def find_tiles(layout: Layout, config: Any, inputs: Mapping[str, Any], image_processor: Any) -> list[Tile]:
+def find_tiles(layout: Layout, config: Any, inputs: Mapping[str, Any], image_processor: Any = None) -> list[Tile]:
     """The tiles of a prompt's images, with ``tokens`` as positions in the prompt.
 
     Args:
         layout: the family's layout.
         config: the model's config.
         inputs: the processor's outputs for one prompt.
-        image_processor: the image processor, whose normalisation is undone: pixels are in ``[0, 1]``.
+        image_processor: the image processor, whose normalisation is undone: pixels are in ``[0, 1]``. Without it they
+            are what the model gets.
 
     Raises:
         ValueError: the prompt does not hold as many vision tokens as its images have by the layout.
@@ -68,8 +71,9 @@ def find_tiles(layout: Layout, config: Any, inputs: Mapping[str, Any], image_pro
         replace(
             tile,
             name=f"Image {number}, {tile.name}".rstrip(", ") if len(images) > 1 else tile.name.capitalize(),
-            pixels=_unnormalise(tile.pixels, image_processor),
+            pixels=_unnormalise(tile.pixels, image_processor) if image_processor else tile.pixels,
             tokens=positions[offset + tile.tokens],
+            image=number - 1,
         )
         for number, (image, offset) in enumerate(zip(images, first, strict=False), start=1)
         for tile in image.tiles

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.utils import CONFIG_NAME
 
 from sparsight.models.install import PACKAGES, checkpoint_folder
 from sparsight.reader import model_path
@@ -82,6 +85,8 @@ def load_checkpoint(name: str, text: bool = False) -> Checkpoint:
     is_path = os.path.exists(name) or name.startswith((".", "~", "/")) or name.count("/") > 1
     if is_path and not os.path.isdir(name):
         raise ValueError(f"There is no model folder {shown}.")
+    if not is_path:
+        _check_hub(name, shown)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     # Loading raises OSError, ValueError, KeyError and more, from several libraries.
@@ -96,6 +101,21 @@ def load_checkpoint(name: str, text: bool = False) -> Checkpoint:
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{shown} has no processor for images.")
     return Checkpoint(name, config, processor)
+
+
+def _check_hub(name: str, shown: str) -> None:
+    """Raise ValueError if a model is neither in the hub's cache nor on the hub; transformers would retry for 20 s."""
+    try:
+        if try_to_load_from_cache(name, CONFIG_NAME) is not None or file_exists(name, CONFIG_NAME):
+            return
+    except (HFValidationError, HfHubHTTPError):
+        # The hub was reached or need not be; transformers says what is wrong.
+        return
+    except Exception as error:
+        raise ValueError(
+            f"There is no folder {shown}, and the Hugging Face Hub cannot be reached: {first_sentence(error)}"
+        ) from error
+    raise ValueError(f"There is neither a folder {shown} nor a public model of that name on the Hugging Face Hub.")
 
 
 def _installed(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsight.models.families import CROSS_ATTENTION, FAMILIES, family_of
-from sparsight.models.frames import find_frames
+from sparsight.models.frames import as_videos, find_frames
 from sparsight.models.layouts import find_grids
 
 LAST_WINDOW = 32
@@ -69,6 +69,32 @@ class Prompt:
         grids = tuple(self.grids[index] for index in chosen)
         frames = tuple(self.frames[index] for index in chosen if self.frames)
         return Prompt(self.vision_mask[chosen], self.valid_mask[chosen], spans, grids, frames)
+
+    def continued(self, valid: Tensor, turn: "Prompt") -> tuple["Prompt", Tensor]:
+        """The prompts with what followed them, as prompts of one piece: all padding comes first.
+
+        Args:
+            valid: bool ``[B, n]`` on the CPU, which tokens after the prompts, the turn's included, are valid.
+            turn: what the last of them are.
+
+        Returns:
+            The longer prompts, and the column that each of theirs was before, int64 ``[B, T + n]``.
+        """
+        valid = torch.cat([self.valid_mask, valid], dim=1)
+        order = valid.int().argsort(dim=1, stable=True)
+        place, first = order.argsort(dim=1), valid.shape[1] - turn.length
+        vision = torch.zeros_like(valid)
+        vision[:, : self.length], vision[:, first:] = self.vision_mask, turn.vision_mask
+        vision, valid = vision.gather(1, order), valid.gather(1, order)
+        grids, frames = [], []
+        for sequence, own in enumerate(place):
+            shifted = [own[grid + first] for grid in turn.grids[sequence]]
+            grids.append((*(own[grid] for grid in self.grids[sequence]), *shifted))
+            if self.frames:
+                videos = [*self.frames[sequence], *(video + first for video in turn.frames[sequence])]
+                frames.append(as_videos(own[frame] for video in videos for frame in video))
+        spans = tuple(_span(*masks) for masks in zip(vision, valid, strict=True))
+        return Prompt(vision, valid, spans, tuple(grids), tuple(frames)), order
 
 
 def locate(config: Any, inputs: Mapping[str, Any], *, grids: bool = False, frames: bool = False) -> Prompt:

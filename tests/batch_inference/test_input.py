@@ -137,7 +137,11 @@ def test_columns_that_json_cannot_hold_are_not_kept(tmp_path: Path) -> None:
         ("rows.csv", b"id,image\n", "{path} has the unknown suffix '.csv'. The input is JSON lines (.jsonl, "),
         ("page.png", b"\x89PNG", "{path} has the unknown suffix '.png'. The input is"),
         ("text.parquet", b"hello", "{path} is not a Parquet file, or damaged: "),
-        ("twice.jsonl", b'{"id": "a"}\n{"id": "a"}\n', "Two rows have the id 'a': ids must be unique."),
+        (
+            "twice.jsonl",
+            b'{"id": 1}\n\n{"id": "a"}\n{"id": 1}\n',
+            "Line 1 and line 4 have the id 1: ids must be unique.",
+        ),
     ],
 )
 def test_files_that_are_no_input(tmp_path: Path, name: str, content: bytes | None, sentence: str) -> None:
@@ -146,6 +150,12 @@ def test_files_that_are_no_input(tmp_path: Path, name: str, content: bytes | Non
         path.write_bytes(content)
     with pytest.raises(ValueError, match="^" + re.escape(sentence.format(path=path))):
         Input(path).scan()
+
+
+def test_rows_of_a_table_with_the_same_id_are_named(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"id": [7, 8, 7], "image": [b"x"] * 3}), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"^Row 1 and row 3 have the id 7: ids must be unique\.$"):
+        Input(tmp_path / "twice.parquet", "Why?").scan()
 
 
 def test_folders_and_addresses_that_are_no_input(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_is_wrong_with_everything_is_said_at_once(llava: str, asked: Path, 
     with pytest.raises(ValueError, match="Cannot read"):
         sparsight.batch(tmp_path / "nothing.jsonl", model=llava)
     row = {"id": "a", "image": "a.png", "prompt": "x"}
-    with pytest.raises(ValueError, match="Two rows have the id 'a'"):
+    with pytest.raises(ValueError, match="Row 0 and row 1 have the id 'a': ids must be unique"):
         sparsight.batch([row, row], model=llava)
     with pytest.raises(ValueError, match="Unknown dtype 'int8'"):
         list(sparsight.batch(asked, model=llava, dtype="int8"))

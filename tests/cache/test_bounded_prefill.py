@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsight import RECIPES, CompressedCache, VLCache, recipe
+from sparsight import CompressedCache, VLCache, recipe
 from sparsight.bench.shapes import SHAPES
 from sparsight.cache.bounded_prefill import BoundedPrefill, allowance
 from sparsight.cache.layer import CompressedLayer
@@ -17,11 +17,11 @@ from tests.support import models, reference
 from tests.support.families import text_config
 from tests.support.memory import PeakMemory
 from tests.support.models import NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generate
-from tests.support.recipes import recipe_for
+from tests.support.recipes import STATIC, recipe_for
 
 EVICTING = [
     name
-    for name in RECIPES
+    for name in STATIC
     if name != "full" and isinstance(recipe(name).reduce, Evict) and not recipe(name).score.needs_replay
 ]
 IN_CHUNKS = [name for name in EVICTING if not recipe(name).score.needs_full_prompt]

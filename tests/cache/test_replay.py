@@ -153,7 +153,7 @@ def test_several_caches_and_beams_share_a_model():
             models.generate(model, inputs, 4, num_beams=2),
         )
     language = model.get_decoder()
-    assert len(language._forward_hooks) == 2
+    assert len(language._forward_hooks) == 1
     del each, others
     assert not language._forward_hooks
     assert not language._forward_pre_hooks

@@ -106,6 +106,19 @@ def test_one_row_answers_as_generate_does(
         assert found["kept"] == pytest.approx(sum(single["kept_per_layer"]) / len(single["kept_per_layer"]))
 
 
+def test_rows_on_the_same_image_answer_as_without_host_memory(
+    run: Run, folder: Path, options: tuple[Any, ...], tmp_path: Path
+) -> None:
+    source = write_rows(folder, count=2 * COUNT)
+    for memory, output in (("0", "expected.jsonl"), ("64MiB", "reused.jsonl")):
+        code, _, err = run("batch", source, tmp_path / output, *options, "--host-memory", memory, "--json")
+        assert (code, err) == (0, "")
+    assert read(tmp_path / "reused.jsonl") == read(tmp_path / "expected.jsonl")
+    code, _, err = run("batch", source, tmp_path / "other.jsonl", *options, "--host-memory", "much")
+    assert code == 2
+    assert "--host-memory takes a number of bytes such as 8GiB or 500MB, not 'much'." in err
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 @pytest.mark.parametrize("kind", ["folder", "bytes", "data set"])
 def test_every_kind_of_input_and_output_has_the_same_answers(

@@ -55,6 +55,12 @@ def test_an_unknown_method(refused: Callable[..., str], command: str) -> None:
 
 
 @COMMANDS
+def test_an_unknown_score(refused: Callable[..., str], command: str) -> None:
+    assert refused(command, "--score", "mixkv:foo").startswith("Unknown score 'foo': Known are post-vision, ")
+    assert refused(command, "--score", "recency:foo").startswith("Score 'recency' wraps no other: 'recency:foo' must")
+
+
+@COMMANDS
 def test_a_file_that_is_not_an_image(refused: Callable[..., str], command: str, image: str, tmp_path: Path) -> None:
     text, cut = tmp_path / "text.png", tmp_path / "cut.png"
     text.write_text("hello")

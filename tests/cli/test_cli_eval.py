@@ -15,6 +15,8 @@ from sparsight import RECIPES
 from sparsight.cli import eval as command
 from sparsight.cli import main
 from sparsight.cli.options import DEFAULT_MODEL
+from sparsight.eval import metrics
+from sparsight.eval.metrics import check_installed
 from sparsight.eval.result_store import CELLS, ResultStore
 from sparsight.reader import model_path
 from tests.support import tiny
@@ -84,6 +86,27 @@ def test_tables_and_the_names_of_the_files_are_printed(run: Run, talker: str, tm
     for name in ("results.json", "report.md", "report.html", "accuracy.png"):
         assert name in out
         assert (tmp_path / "run" / name).exists()
+
+
+def test_the_full_cache_alone_has_headlines_and_no_empty_tables(run: Run, talker: str, tmp_path: Path) -> None:
+    code, out, err = run("eval", "--model", talker, *SMALL, "--methods", "full", "--output", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert " ".join(out.split()).count(", full cache ") == 2
+    assert "method" not in out
+
+
+def test_a_missing_library_is_named_before_the_weights_are_loaded(
+    run: Run, talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics._anls_score.cache_clear()
+    monkeypatch.setitem(sys.modules, "anls_star", None)
+    monkeypatch.setattr("sparsight.models.loading.load_model", lambda *_: pytest.fail("loaded"))
+    code, out, err = run("eval", "--model", talker, *SMALL, "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err == ("Error: ANLS needs the package anls-star, which is not installed: pip install 'sparsight[eval]'.\n")
+    # Tasks of models without images need none.
+    check_installed({"exact", "perplexity", "divergence", "held"})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_run_resumes_and_gives_the_same_results(
@@ -204,6 +227,8 @@ def test_budgets_are_sorted_and_unique() -> None:
         (("--budgets", "0.1,2"), "budget must be a number in (0, 1], got 2.0."),
         (("--budgets", "0.1;0.2"), "Budgets are numbers separated by commas, such as 0.01,0.05,"),
         (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
+        (("--keep", "disk"), "Unknown --keep 'disk': Known are host."),
+        (("--keep", "host", "--harness", "lmms-eval"), "--keep is for conversations, of which lmms-eval has none"),
         (("--harness", "lmmseval"), "Unknown harness 'lmmseval': did you mean 'lmms-eval'? Known are sparsight, "),
         (
             ("--harness", "lmms-eval"),
@@ -220,6 +245,18 @@ def test_unmeasurable_options_are_refused(
     assert err.startswith(f"Error: {message}")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_conversations_with_the_full_cache_in_host_memory(run: Run, talker: str, tmp_path: Path) -> None:
+    small = ("--tasks", "conversation:2", "--methods", "vl-cache,sparsight-recall", "--budgets", "0.1", "--limit", 2)
+    code, out, _ = run("eval", "--model", talker, *small, "--keep", "host", "--json", "--output", tmp_path / "run")
+    assert code == 0
+    report = json.loads(out)
+    assert report["keep"] == "host"
+    assert [cell["method"] for cell in report["tasks"][0]["cells"]] == ["vl-cache", "sparsight-recall"]
+    code, _, err = run("eval", "--model", talker, *small, "--output", tmp_path / "run")
+    assert code == 2
+    assert "has a run with keep 'host', not None: give --output another folder" in err
 
 
 def test_a_folder_of_another_run_is_refused(run: Run, talker: str, tmp_path: Path) -> None:
@@ -250,3 +287,38 @@ def test_a_missing_harness_says_how_to_install_it(
     assert (code, out) == (2, "")
     assert err.startswith("Error: lmms-eval cannot be used: ")
     assert err.endswith(" Install it with pip install 'sparsight[lmms-eval]'.\n")
+
+
+def test_a_papers_tables_are_shown_beside_an_empty_column(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("eval", "--paper", "tgv-kv", "--model", "llava-hf/llava-1.5-7b-hf", "--output", tmp_path)
+    assert (code, err) == (0, "")
+    assert "arXiv 2606.03075" in " ".join(out.split())
+    assert [line.split() for line in out.splitlines() if line.startswith("snapkv ")][:2] == [
+        ["snapkv", "50", "%", "17.9", "23.0", "54.1", "47.3"],
+        ["snapkv", "20", "%", "16.6", "20.5", "53.6", "44.6"],
+    ]
+    assert "Table 3, LLaVA-1.5-7B" in out and "Qwen" not in out.partition("Table 2")[2]
+    # On one line, to be copied.
+    assert out.splitlines()[-1].startswith("sparsight eval --harness lmms-eval --model llava-hf/llava-1.5-7b-hf ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_holds_a_papers_cells_with_their_source(run_json: Callable[..., Any]) -> None:
+    shown = run_json("eval", "--paper", "tgv-kv")
+    (cell,) = [
+        cell
+        for cell in shown["cells"]
+        if (cell["checkpoint"], cell["task"], cell["method"], cell["budget"])
+        == ("Qwen/Qwen3-VL-8B-Instruct", "docvqa_val", "tgv-kv", 0.05)
+    ]
+    assert (cell["value"], cell["ours"], cell["arxiv"], cell["table"]) == (88.0, None, "2606.03075", 2)
+    assert set(shown["commands"]) == {cell["checkpoint"] for cell in shown["cells"]}
+
+
+def test_unknown_papers_and_their_models_are_refused(run: Run) -> None:
+    assert (
+        run("eval", "--paper", "tgvkv")[2] == "Error: Unknown paper 'tgvkv': did you mean 'tgv-kv'? Known are tgv-kv.\n"
+    )
+    code, out, err = run("eval", "--paper", "tgv-kv", "--model", "other")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: The tables have no model 'other', only llava-hf/llava-1.5-7b-hf, ")

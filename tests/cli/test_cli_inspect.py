@@ -26,14 +26,14 @@ class Drawn:
 
     tiles: list[Tile]
     kept: Kept
-    words: dict[str, str]
+    words: dict[str, Any]
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     seen, draw = Drawn(), heatmap.draw
 
-    def spy(tiles: list[Tile], kept: Kept, **words: str) -> Any:
+    def spy(tiles: list[Tile], kept: Kept, **words: Any) -> Any:
         seen.tiles, seen.kept, seen.words = tiles, kept, words
         return draw(tiles, kept, **words)
 
@@ -94,6 +94,33 @@ def test_the_plot_and_the_json_show_what_the_cache_keeps(
         ],
     }
     assert Image.open(output).format == "PNG"
+
+
+def test_what_is_recalled_is_drawn_with_the_parts_of_the_answer(
+    run_json: Callable[..., Any], llava: str, image: str, tmp_path: Path, drawn: Drawn
+) -> None:
+    arguments = ("inspect", "--model", llava, "--image", image, "--prompt", "What is it?", "--budget", 0.3)
+    run_json(*arguments, "--method", "sparsight", "--output", tmp_path / "a.png")
+    assert drawn.words["moments"] == []
+    run_json(*arguments, "--method", "sparsight-recall", "--output", tmp_path / "b.png")
+    moments, chosen = drawn.words["moments"], recipe("sparsight-recall", budget=0.3)
+
+    checkpoint, weights = load_checkpoint(llava), AutoModelForImageTextToText.from_pretrained(llava)
+    inputs = prepare(checkpoint, [open_image(image)], "What is it?")
+
+    def answered(tokens: int) -> tuple[CompressedCache, torch.Tensor]:
+        cache = CompressedCache(weights, chosen, inputs)
+        output = weights.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+        return cache, output[0, inputs["input_ids"].shape[1] :]
+
+    _, answer = answered(command.MAX_NEW_TOKENS)
+    parts = [answer[first : first + 4] for first in range(1, len(answer), 4)]
+    decode = checkpoint.processor.tokenizer.decode
+    assert [moment.text for moment in moments] == [decode(part, skip_special_tokens=True) for part in parts]
+    for number in (0, len(moments) - 1):
+        # An answer that ends with the first token after a recall.
+        cache, _ = answered(2 + 4 * number)
+        assert torch.equal(moments[number].by_position, command.kept_of(cache, cache.report()).by_position.mean(0))
 
 
 def test_several_images_are_plotted_separately(

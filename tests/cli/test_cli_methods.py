@@ -24,7 +24,29 @@ def test_json_holds_every_recipe_and_its_paper(run_json: Callable[..., Any]) -> 
     assert listed["elastic"]["summary"].startswith("Elastic Cache: ")
 
 
-def test_the_table_fits_eighty_columns(
+def test_methods_are_grouped_by_what_they_need_and_add_to_the_prefill(run_json: Callable[..., Any]) -> None:
+    groups = {
+        (tuple(method["needs"]), method["prefill"]["queries"], method["prefill"]["passes"]): set()
+        for method in run_json("methods")
+    }
+    for method in run_json("methods"):
+        prefill = method["prefill"]
+        groups[tuple(method["needs"]), prefill["queries"], prefill["passes"]].add(method["name"])
+    assert groups[("question",), "last", 1] >= {"vl-cache", "snapkv", "aircache", "mixkv", "sparsight"}
+    assert groups[("question", "calibration"), "last", 1] == {"sparsemm"}
+    assert groups[("question",), "all", 1] == {"tgv-kv"}
+    assert groups[(), "all", 1] == {"elastic", "h2o", "prefixkv", "look-m", "expected-attention"}
+    assert groups[(), "none", 1] == {"streaming-llm", "infinipot-v", "random", "full"}
+    assert groups[(), "none", 2] == {"kvzip"}
+
+
+def test_json_says_which_prefills_can_be_bounded(run_json: Callable[..., Any]) -> None:
+    bounded = {method["name"]: method["prefill"]["bounded"] for method in run_json("methods")}
+    # It merges, processes the prompt twice, knows its window at the end, sums as it goes.
+    assert [bounded[name] for name in ("elastic", "kvzip", "aircache", "h2o")] == ["no", "no", "at once", "chunks"]
+
+
+def test_the_tables_fit_eighty_columns(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -32,9 +54,9 @@ def test_the_table_fits_eighty_columns(
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["method", "score", "allocate", "reduce", "decode"]
-    assert lines[1].split() == ["vl-cache", "post-vision", "sparsity", "evict", "grow"]
-    assert lines[2].split() == ["elastic", "accumulated", "uniform", "merge-nearest", "fixed-point"]
+    assert lines[0] == "Needs nothing but the prompt; the prefill observes every query"
+    assert lines[1].split() == ["method", "score", "allocate", "reduce", "decode", "bounded"]
+    assert lines[2].split() == ["elastic", "accumulated", "uniform", "merge-nearest", "fixed-point", "no"]
     assert "arXiv 2410.23317" in " ".join(out.split())
 
 
@@ -43,6 +65,6 @@ def test_names_are_complete_in_a_narrow_terminal(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    lines = run("methods")[1].splitlines()[1 : len(RECIPES) + 1]
-    expected = [[name, *(getattr(recipe(name), role).kind for role in KINDS)] for name in RECIPES]
-    assert [line.split() for line in lines] == expected
+    rows = [line.split()[:5] for line in run("methods")[1].splitlines()]
+    for name in RECIPES:
+        assert [name, *(getattr(recipe(name), role).kind for role in KINDS)] in rows

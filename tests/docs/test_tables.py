@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from docs import tables
@@ -26,6 +28,13 @@ def test_a_row_holds_paper_year_parts_and_a_line():
     )
     (row,) = [line for line in tables.methods_table().splitlines() if line.startswith("| `random`")]
     assert row.startswith("| `random` |  |  | `random` |")
+
+
+def test_every_method_is_listed_once_by_its_requirements():
+    lines = tables.requirements_table().splitlines()[2:]
+    assert sorted(name for line in lines for name in re.findall("`(.+?)`", line)) == sorted(RECIPES)
+    (row,) = [line for line in lines if "`kvzip`" in line]
+    assert row.endswith("observes no queries, and processes the prompt twice |  |  | `kvzip` |")
 
 
 def test_what_stands_between_the_markers_is_rewritten_and_nothing_else():

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from sparsight import RequestError, SamplingParams
+from sparsight import Engine, RequestError, SamplingParams
 from tests.engine.requests import (
     Ask,
     add,
@@ -85,6 +85,14 @@ def test_arguments_are_checked_at_once():
             engine(kv_memory=memory)
     with pytest.raises(ValueError, match="prefill_chunk must be a whole number of at least 2"):
         engine(prefill_chunk=1)
+    with pytest.raises(ValueError, match="vision_bytes must be a whole number of at least 0, got -1"):
+        Engine(model("llava"), None, vision_bytes=-1)
+    with pytest.raises(ValueError, match="prefill_bound must be a number of at least 1, got 0"):
+        Engine(model("llava"), None, prefill_bound=0.5)
+    with pytest.raises(ValueError, match="'merge-nearest' merges"):
+        Engine(model("llava"), None, recipe="elastic", prefill_bound=2)
+    with pytest.raises(ValueError, match="model must be a loaded transformers model, got a str"):
+        Engine("llava", None)
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 2])

@@ -16,7 +16,7 @@ from tests.engine.requests import Ask, add, engine, generated
 from tests.support import recorder
 from tests.support.families import TINY
 from tests.support.models import NO_IMAGE, NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generate, inputs, logits, model
-from tests.support.recipes import recipe_for
+from tests.support.recipes import STATIC, recipe_for
 
 TOKENS = 64
 BOUNDED = ("gemma3", "aya_vision", "qwen3_5")
@@ -50,7 +50,7 @@ def through_steps(tiny, chosen, given, tokens=TOKENS):
 
 
 @on_the_cpu
-@pytest.mark.parametrize("name", sparsight.RECIPES)
+@pytest.mark.parametrize("name", STATIC)
 def test_every_method_gives_the_same_tokens_replayed(name, recorded):
     tiny = model("llava")
     given = inputs("llava", ONE_IMAGE, NO_TEXT_AFTER, NO_IMAGE)

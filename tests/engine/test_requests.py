@@ -12,6 +12,7 @@ from tests.engine.requests import (
     PROMPTS,
     Ask,
     add,
+    alone,
     check_empty,
     engine,
     generated,
@@ -109,6 +110,30 @@ def test_answers_to_a_processed_batch_are_those_of_its_prompts_alone(family, met
         assert handles[1].wait()[0].token_ids == expected.token_ids
         assert other.wait()[0].token_ids == generated(family, Ask(1))
         check_empty(running)
+
+
+def test_positions_of_the_entries_kept_are_handed_over_if_requested():
+    recipe, given = recipe_of("llava", Ask()), inputs_of("llava", Ask())
+    cache = CompressedCache(model("llava"), recipe, given)
+    with torch.no_grad():
+        model("llava")(**given, past_key_values=cache)
+    with engine() as running:
+        first, second = (running.add(inputs=given, recipe=recipe, keep_positions=keep) for keep in (True, False))
+        running.run()
+    assert second.kept_positions == {}
+    assert list(first.kept_positions) == cache.report().layers
+    for layer, positions in first.kept_positions.items():
+        assert positions.tolist() == cache.kept_positions(layer)[0].tolist()
+
+
+def test_pieces_can_be_taken_without_work():
+    with engine() as running:
+        handle = add(running, "llava", Ask())
+        assert handle.take() == [] and running.busy
+        running.run()
+        taken = [piece.token.token_id for piece in handle.take() if piece.token]
+    assert taken == handle.completions[0].token_ids == alone("llava", Ask())[0][0]
+    assert handle.take() == []
 
 
 # Messages and images

@@ -161,6 +161,14 @@ def test_what_an_encoding_depends_on_is_in_the_key():
     assert len(cache) == 5
 
 
+def test_images_of_another_salt_are_encoded_again(towers):
+    model, inputs = models.model("llava"), models.inputs("llava", ONE_IMAGE)
+    cache, calls = VisionCache(model, 10**9), towers(model)
+    for salt, encoded in (("one", 1), ("other", 2), ("one", 2), ("other", 2)):
+        cache.encode(inputs, cache.media(inputs, salt))
+        assert len(calls) == encoded
+
+
 def test_the_least_recently_used_image_leaves_when_the_bytes_are_spent(towers):
     model = models.model("llava")
     prompts = [models.inputs("llava", ONE_IMAGE, seed=seed) for seed in range(4)]

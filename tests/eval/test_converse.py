@@ -141,6 +141,20 @@ def test_what_is_right_to_its_end_is_not_generated_again(wrong: bool, monkeypatc
     assert len(resumed) == wrong
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["vl-cache", "sparsight-recall"])
+def test_with_the_full_cache_in_host_memory_a_turn_begins_as_with_the_full_cache(family: str, method: str) -> None:
+    given = batch(family)
+    recorded = PrefillSnapshot(models.model(family), given.inputs)
+    full, kept, lost = (
+        converse(recorded, chosen, given, keep)
+        for chosen, keep in ((Full(), None), (recipe(method, budget=0.2), "host"), (recipe(method, budget=0.2), None))
+    )
+    assert_close(kept[1].logits[:, 0], full[1].logits[:, 0], **LOGITS)
+    assert not torch.allclose(lost[1].logits[:, 0], full[1].logits[:, 0], **LOGITS)
+    assert kept[1].held < full[1].held
+
+
 def test_recipes_do_not_disturb_each_other() -> None:
     given, chosen = batch("llava"), recipe("elastic", budget=0.4)
     recorded = PrefillSnapshot(models.model("llava"), given.inputs)

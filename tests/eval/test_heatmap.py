@@ -12,6 +12,7 @@ from sparsight.eval.heatmap import (
     NO_FONT,
     WIDTH,
     Kept,
+    Moment,
     characters,
     draw,
     font_families,
@@ -106,6 +107,26 @@ def test_every_tile_has_its_own_panels_and_name() -> None:
     texts = [text.get_text() for text in figure.texts]
     assert {"Image", "4 × 3 patches", "Image 2, base", "2 × 4 patches"} <= set(texts)  # noqa: RUF001
     assert texts.count("Layer 0") == texts.count("Layer 1") == 2
+
+
+def test_moments_of_an_answer_are_spread_evenly() -> None:
+    tile, held = white_tile(), torch.zeros(31, 20)
+    # At moment k only position 2 + k % 12, which is a cell of the tile, is held.
+    held[range(31), [2 + number % 12 for number in range(31)]] = 1
+    moments = [Moment(f"part\n{number}", each) for number, each in enumerate(held)]
+    kept = Kept(range(1), torch.zeros(1, 20), [0.1], None)
+    figure = draw([tile], kept, "title", "subtitle", moments=moments)
+    # The tile, a layer, and the legend at the end.
+    strip = panels(figure)[2:-1]
+    shown = [0, 3, 7, 10, 13, 17, 20, 23, 27, 30]
+    for number, pixels in zip(shown, strip, strict=True):
+        cells = (distance_to_marker(pixels) < 0.02)[2::5, 2::5]
+        assert cells.flatten().nonzero()[0].tolist() == [number % 12]
+    texts = [text.get_text() for text in figure.texts]
+    assert [text for text in texts if text.startswith("part")] == [f"part {number}" for number in shown]
+    plain = draw([tile], kept, "title", "subtitle")
+    assert "Held while the answer is generated" in set(texts) - {text.get_text() for text in plain.texts}
+    assert plain.get_figheight() < figure.get_figheight()
 
 
 def test_seams_are_drawn_in_every_panel() -> None:

@@ -94,6 +94,11 @@ METHODS = {
         recipe("sparsight", budget=0.4, height=3, width=3, recent=0.1),
         Method("sparsight", 0.4, height=3, width=3),
     ),
+    "sparsight-recall": (recipe("sparsight-recall", budget=0.2), Method("sparsight", 0.2, decode="recall")),
+    "sparsight-recall for every token": (
+        recipe("sparsight-recall", budget=0.1, every=1, pool=(3, 3), width=7, recent=0.5),
+        Method("sparsight", 0.1, decode="recall", every=1, window_of_recall=(3, 3), width=7, recent=0.5),
+    ),
     "sparsemm": (
         recipe("sparsemm", budget=0.4, heads=VISUAL_HEADS, window=4),
         Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5, pooling="average"),
@@ -179,8 +184,20 @@ def test_every_family_grouping_and_dtype(family, heads, dtype, method):
 
 
 @pytest.mark.parametrize(
-    "method", ["h2o", "streaming-llm", "snapkv", "pyramidkv", "prefixkv", "look-m", "adakv", "aircache", "sparsight"]
-)
+    "method",
+    [
+        "h2o",
+        "streaming-llm",
+        "snapkv",
+        "pyramidkv",
+        "prefixkv",
+        "look-m",
+        "adakv",
+        "aircache",
+        "sparsight",
+        "sparsight-recall",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", ["1:1", "1:8"])
 def test_other_methods_with_other_heads_and_dtypes(heads, dtype, method):
@@ -230,6 +247,10 @@ def test_long_answers_of_heavy_hitters():
 def test_long_answers_in_a_sliding_window():
     check("llava", "1:2", torch.float32, "padded batch", "streaming-llm", tokens=60)
     check("llava", "1:2", torch.float32, "padded batch", "adakv in a ring", tokens=60)
+
+
+def test_long_answers_with_recall():
+    check("qwen2_5_vl", "1:2", torch.float32, "padded batch", "sparsight-recall", tokens=40)
 
 
 def test_long_answers_under_the_fixed_point():

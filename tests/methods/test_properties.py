@@ -76,6 +76,10 @@ def test_any_score_goes_with_any_allocation_reduction_and_decode_rule(kinds):
         with pytest.raises(ValueError, match="the heads share one choice: give the reduction per_head=True"):
             Recipe("mixed", 0.2, **parts)
         parts["reduce"] = dataclasses.replace(parts["reduce"], per_head=True)
+    if parts["decode"].recalls and parts["reduce"].merges:
+        with pytest.raises(ValueError, match="merges them into others: take 'evict'"):
+            Recipe("mixed", 0.2, **parts)
+        return
     cache = CompressedCache(model, Recipe("mixed", 0.2, **parts), inputs)
     logits = models.logits(model, inputs, 12, past_key_values=cache)
     assert torch.stack(logits).isfinite().all()
@@ -85,7 +89,7 @@ def test_any_score_goes_with_any_allocation_reduction_and_decode_rule(kinds):
         assert all(1 <= count <= length for count in heads)
     # Half an entry a head by rounding.
     assert sum(map(sum, kept)) <= 2 * (0.2 * 3 * (31 + 65) + 6)
-    if kinds[3] != "grow":
+    if kinds[3] not in ("grow", "recall"):
         held = [heads for layer in report.held for heads in layer]
         assert sum(map(sum, held)) <= 2 * (0.2 * 3 * (31 + 65 + 2 * 11) + 6 * 5)
 

@@ -25,6 +25,12 @@ def test_head_scores_may_be_a_path(tmp_path: Path, kind: type) -> None:
         SparseMM(heads=kind(tmp_path / "none.json"))
 
 
+@pytest.mark.parametrize("heads", [5, [1.0, 2.0], [[1.0], [2.0, 3.0]], [["a"]], [[-1.0]], [[None]]])
+def test_what_are_no_head_scores_is_refused(heads: object) -> None:
+    with pytest.raises(ValueError, match="Head scores must be as many numbers of at least 0 for every layer"):
+        SparseMM(heads=heads)  # type: ignore[arg-type]
+
+
 def test_the_shipped_scores_are_added_for_the_shipped_model_only(tmp_path: Path) -> None:
     scored = SparseMM(0.2, heads=head_scores_path())
     for name in (model_path(), str(model_path())):

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,8 +8,10 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import sparsight
+from sparsight.models import loading
 from sparsight.models.loading import Checkpoint, load_checkpoint, load_model
 from sparsight.reader import model_path
 from tests.support import tiny
@@ -47,10 +50,36 @@ def test_a_path_that_is_not_a_folder_is_refused_without_a_request_to_the_hub(tmp
             load_checkpoint(name)
 
 
-def test_a_hub_id_that_cannot_be_reached_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_refused_at_once_where_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("it would retry"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"^nobody/nothing is not a model that can be loaded: [^\n]+\.$"):
+    sentence = r"^There is no folder nobody/nothing, and the Hugging Face Hub cannot be reached: [^\n]+\.$"
+    with pytest.raises(ValueError, match=sentence):
         load_checkpoint("nobody/nothing")
+
+
+def test_a_hub_id_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("it would retry"))
+    monkeypatch.setattr(loading, "file_exists", lambda *_: False)
+    with pytest.raises(ValueError, match="There is neither a folder nobody/nothing nor a public model of that name on"):
+        load_checkpoint("nobody/nothing")
+
+
+def test_a_cached_hub_id_is_loaded_without_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--somebody--llava"
+    shutil.copytree(folder, cached / "snapshots" / "0")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    loading._check_hub("somebody/llava", "somebody/llava")
+
+
+def test_a_name_that_no_model_can_have_is_reported() -> None:
+    with pytest.raises(ValueError, match=r"^some body is not a model that can be loaded: Repo id must use [^\n]+\.$"):
+        load_checkpoint("some body")
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}", '{"model_type": "unheard-of"}'])

@@ -2,9 +2,12 @@
 
 import torch
 
-from sparsight import recipe
+from sparsight import RECIPES, recipe
 from sparsight.cache.compressed_cache import compressible
 from sparsight.compression import VisualHeads
+
+STATIC = [name for name in RECIPES if not recipe(name).decode.recalls]
+"""Methods whose decode steps can be captured and compiled."""
 
 INSTRUCTIONS = ((21, 22, 23, 24), (25, 26, 27))
 """Token ids of what comes before a repeated prompt: tiny models have no tokenizer."""

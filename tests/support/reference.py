@@ -47,6 +47,8 @@ class Method:
     height: int = 1
     width: int = 5
     merge: str = "pivotal"
+    every: int = 4
+    window_of_recall: tuple[int, int] = (1, 7)
 
     @property
     def rule(self) -> str:
@@ -445,9 +447,11 @@ class Twin:
         output = torch.empty_like(query)
         for b, row in enumerate(self.rows[module.layer_idx]):
             tokens_seen = position + 1 - self.valid[b].index(True)
+            if self.method.rule == "recall":
+                self.recall(module.layer_idx, b, query[b, :, 0], position, scaling)
             for h, entries in enumerate(row.heads):
                 rule = self.method.rule
-                allowance = row.shares[h] * tokens_seen if rule != "grow" else math.inf
+                allowance = row.shares[h] * tokens_seen if rule not in ("grow", "recall") else math.inf
                 if rule == "fixed-point":
                     allowance = elastic.allowance(row.shares[h], tokens_seen)
                 recent = max(1, round(self.method.recent * len(entries)))
@@ -465,6 +469,23 @@ class Twin:
                     for entry, weight in zip(entries, weights.tolist(), strict=True):
                         entry.score += weight / group
         return output
+
+    def recall(self, layer: int, b: int, query: Tensor, position: int, scaling: float) -> None:
+        """Every few tokens, each KV head holds what a ranking by the newest token's attention has it keep."""
+        length = self.keys[layer].shape[2]
+        if (position - length) % self.method.every:
+            return
+        kv_heads = self.keys[layer].shape[1]
+        own = [j for j in range(length) if self.valid[b][j]]
+        grids = [[[j - own[0] for j in row] for row in grid] for grid in self.grids[b]] if self.grids else []
+        for h, entries in enumerate(self.rows[layer][b].heads):
+            keys, values = self.keys[layer][b, h, own], self.values[layer][b, h, own]
+            heads = query.unflatten(0, (kv_heads, -1))[h].double()
+            weights = [(keys.double() @ each * scaling).softmax(0) for each in heads]
+            score = grid_pooled(torch.stack(weights).mean(0).tolist(), grids, *self.method.window_of_recall)
+            kept = len([entry for entry in entries if entry.position < length])
+            places = vl_cache_positions(score, kept, self.method.recent)
+            entries[:kept] = [Entry(own[j], keys[j], values[j]) for j in places]
 
     def positions(self, layer: int, b: int, h: int) -> list[int]:
         return [entry.position for entry in self.rows[layer][b].heads[h]]

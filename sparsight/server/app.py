@@ -1,0 +1,105 @@
+"""The application: endpoints, error handlers and the engine's lifetime."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+import sparsight
+from sparsight.engine.engine import Engine
+from sparsight.server import chat, completions, kept, metrics, page_router, responses, status
+from sparsight.server.access_log import AccessLog
+from sparsight.server.errors import APIError, unexpected
+from sparsight.server.images import ImageLoader
+from sparsight.server.keys import KeyGuard, RateLimit
+from sparsight.server.middleware import BodyLimit, HeaderLimit, LocalHost
+from sparsight.server.service import Service
+from sparsight.server.settings import Settings
+from sparsight.server.validation import body_error
+
+ROUTERS = (
+    status.router,
+    metrics.router,
+    chat.router,
+    completions.router,
+    responses.router,
+    kept.router,
+    page_router.router,
+)
+
+SENTENCES = {400: "The body cannot be parsed.", 404: "There is no such path.", 405: "The path has no such method."}
+
+
+def create_app(
+    engine: Engine,
+    name: str,
+    settings: Settings,
+    images: ImageLoader,
+    keys: Sequence[str] = (),
+    *,
+    loopback: bool = False,
+) -> FastAPI:
+    """The application over an engine, which it steps, and closes when it ends.
+
+    Args:
+        engine: the engine; nobody else uses it.
+        name: what clients call the model.
+        settings: the limits.
+        images: opens the images of requests; the application closes it.
+        keys: API keys, one of which every request needs; none if it is empty.
+        loopback: whether only this machine can connect.
+    """
+    service = Service(engine, name, settings, images)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+        await images.close()
+
+    app = FastAPI(title="Sparsight", version=sparsight.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(APIError, _api_error)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    # The last one added is the outermost.
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        max_total=settings.max_bodies_bytes,
+        seconds=settings.body_seconds,
+    )
+    if settings.requests_per_minute is not None:
+        app.add_middleware(RateLimit, per_minute=settings.requests_per_minute)
+    if keys:
+        app.add_middleware(KeyGuard, keys=keys)
+    elif loopback:
+        app.add_middleware(LocalHost)
+    app.add_middleware(HeaderLimit, max_headers=settings.max_headers, max_bytes=settings.max_header_bytes)
+    app.add_middleware(AccessLog, metrics=service.metrics)
+    return app
+
+
+def _api_error(_: Request, error: Any) -> Response:
+    return error.response()
+
+
+def _malformed(_: Request, error: Any) -> Response:
+    return body_error(error.errors(), error.body).response()
+
+
+def _http_error(_: Request, error: Any) -> Response:
+    response = APIError(error.status_code, SENTENCES.get(error.status_code, "The request is wrong.")).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _unexpected(_: Request, error: Exception) -> Response:
+    return unexpected().response()
