@@ -63,14 +63,8 @@ class PromptRunner:
     ) -> None:
         started = time.perf_counter()
         self.model = model
-<<<<<<< HEAD
         self.cache = CompressedCache(model, recipe, inputs, capacity, bound)
         self.cache.copies_prompt |= prefixes is not None
-=======
-        self.cache = CompressedCache(model, recipe, inputs, prefill_bound=bound)
-        if prefixes is not None:
-            self.cache.copies_prompt = True
->>>>>>> recall
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._vision, self._media = vision, vision.media(inputs, salt)
         self._prefixes, self._salt, self._ids = prefixes, salt, inputs["input_ids"]
