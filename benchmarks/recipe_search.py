@@ -407,7 +407,8 @@ INTRODUCTION = """# The search for the `sparsight` recipe
 Written by `benchmarks/recipe_search.py`. All figures are of the small model that ships: the share of right answers in
 percent at five budgets, and the mean surprisal of a token of the right answers in nats, over these budgets. An answer
 is right if every one of its tokens is the most likely one given those before it; for lists that is exact match, not
-ROUGE-L. Of the methods here only `sparsemm` is calibrated to the model.
+ROUGE-L. `tgv-kv` keeps here what it drops while decoding. Of the methods here only `sparsemm` is calibrated to the
+model, and only `kvzip` processes the prompt twice.
 """
 
 ABOUT = {
@@ -425,7 +426,10 @@ a row, with the same budget for every head. The rows after it change its score o
   difference by cosine from the image's mean key or mean value, and the distance from the image's mean value.
 - `heads by peaks`: SparseMM's allocation, by the squared peaks of the prompt itself instead of calibrated scores.
 - `now and later`: the chosen recipe, with a weight of 0.15, a floor of 0.1 and pooling (1, 5). The rows after it change
-  one number or part each. Attention and peaks are those of the last query and the mean of all, one half each.""",
+  one number or part each. Attention and peaks are those of the last query and the mean of all, one half each.
+
+The recipe was chosen in earlier rounds on other training pages (seeds 11 to 13, 10 to 24 examples of each task a
+round); these tables repeat the search on examples of their own.""",
 }
 
 
