@@ -16,15 +16,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sparsight import CompressedCache, recipe
+from sparsight import CompressedCache, Recipe, recipe
 from sparsight.bench import machine
+from sparsight.compression import Evict, Grow, PostVision, Uniform
 from sparsight.eval.tasks import task
 from sparsight.models.inputs import prepare
 from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader import model_path
 
-METHODS = ("sparsight", "snapkv", "h2o")
 BUDGET = 0.1
+METHODS = {
+    "post-vision": Recipe("post-vision", BUDGET, PostVision(pool=(1, 5)), Uniform(), Evict(), Grow()),
+    "snapkv": recipe("snapkv", budget=BUDGET),
+    "h2o": recipe("h2o", budget=BUDGET),
+}
+"""Recipes whose prompts can be cut between chunks."""
+
 CASES = ((None, None), (3, None), (3, 300), (3, 128), (3, 64), (8, 128))
 """Prefill bound and tokens per chunk."""
 
@@ -44,7 +51,7 @@ def main(
         inputs = prepare(checkpoint, list(page.pictures()), question)
         tokens = inputs["input_ids"].shape[1]
         for method, bound, chunk in right:
-            cache = CompressedCache(model, recipe(method, budget=BUDGET), inputs, prefill_bound=bound)
+            cache = CompressedCache(model, METHODS[method], inputs, prefill_bound=bound)
             output_ids = model.generate(
                 **inputs, past_key_values=cache, max_new_tokens=8, do_sample=False, prefill_chunk_size=chunk
             )

@@ -7,6 +7,7 @@ from sparsight.compression.across_layers import AcrossLayers
 from sparsight.compression.allocate import Pyramid, SharedMass, SparsityAware, StrengthSkewness, Uniform
 from sparsight.compression.allocate_heads import AcrossHeads, VisualHeads
 from sparsight.compression.bacon_score import BACON
+from sparsight.compression.distinct_values import DistinctValues
 from sparsight.compression.elite_window import EliteWindow
 from sparsight.compression.eviction import FixedPoint, Grow, HeavyHitter, Sliding
 from sparsight.compression.future_queries import FutureQueries
@@ -31,6 +32,7 @@ Score = (
     | FutureQueries
     | Reconstruction
     | TemporalChange
+    | DistinctValues
     | Recency
     | Random
 )
@@ -55,6 +57,7 @@ __all__ = [
     "Allocate",
     "BlockBounds",
     "DecodeRule",
+    "DistinctValues",
     "EliteWindow",
     "Evict",
     "Exact",

@@ -114,7 +114,8 @@ class VisualHeads:
 def round_to_sum(numbers: Sequence[float]) -> list[int]:
     """Integers near ``numbers`` with the same sum, itself an integer: the largest remainders are rounded up."""
     floors = [math.floor(number) for number in numbers]
-    by_remainder = sorted(range(len(floors)), key=lambda index: floors[index] - numbers[index])
+    # Floating-point errors must not order remainders that are equal.
+    by_remainder = sorted(range(len(floors)), key=lambda index: round(floors[index] - numbers[index], 9))
     for index in by_remainder[: round(sum(numbers) - sum(floors))]:
         floors[index] += 1
     return floors

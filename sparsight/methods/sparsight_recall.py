@@ -1,11 +1,8 @@
 """Sparsight with recall."""
 
-from dataclasses import replace
-
-from sparsight.compression import Exact, KeyIndex, Recall
+from sparsight.compression import Evict, Exact, KeyIndex, PostVision, Recall, Uniform
 from sparsight.compression.recipe import Recipe
 from sparsight.compression.score import Window
-from sparsight.methods.sparsight import Sparsight
 
 
 def SparsightRecall(
@@ -22,7 +19,8 @@ def SparsightRecall(
 
     The project's own method.
 
-    Score, allocation and reduction: as in `sparsight`. Decoding: new entries are appended, and every few tokens the
+    Score: attention of the text after the image, max-pooled on the image's patch grid. Allocation: every KV head keeps as
+    much, since decoding replaces what the question has left. Reduction: each head evicts its lowest scores. Decoding: new entries are appended, and every few tokens the
     newest query ranks all positions of the prompt; entries that rank highest replace those that rank lowest. The
     numbers were measured on the shipped model (benchmarks/recall.py).
 
@@ -35,5 +33,11 @@ def SparsightRecall(
         width: width of the score's pooling window, an odd number. Without a patch grid it lies along the sequence.
         recent: fraction of a layer's entries that are reserved for the most recent ones of the prompt.
     """
-    base = Sparsight(budget, height=height, width=width, recent=recent)
-    return replace(base, name="sparsight-recall", decode=Recall(every, index, pool))
+    return Recipe(
+        name="sparsight-recall",
+        budget=budget,
+        score=PostVision(pool=(height, width)),
+        allocate=Uniform(),
+        reduce=Evict(recent=recent),
+        decode=Recall(every, index, pool),
+    )

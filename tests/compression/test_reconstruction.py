@@ -63,6 +63,21 @@ def test_the_best_of_all_layers_and_heads_are_counted(layers, heads, length, bud
             assert counts[layer][head] == sum(each[2:] == (layer, head) for each in ranked)
 
 
+@pytest.mark.parametrize(
+    ("floor", "counts"),
+    [(0.0, [[1, 3], [7, 1]]), (0.5, [[2, 3], [5, 2]]), (1.0, [[3, 3], [3, 3]])],
+)
+def test_a_floor_brings_every_head_nearer_to_the_equal_share(floor, counts):
+    # Of 12 entries the first layer's second head wins two and the second layer's first head six; the last one stays.
+    scores = torch.zeros(2, 2, 10)
+    scores[0, 1, :2] = 1.0
+    scores[1, 0, :6] = 2.0
+    always = torch.arange(10) == 9
+    statistics = [LayerStatistics(each, 0.0, torch.zeros_like(always), always) for each in scores]
+    shares = AcrossLayers(floor=floor).shares(statistics, 0.3)
+    assert [[round(10 * share) for share in layer] for layer in shares] == counts
+
+
 def test_the_instructions_survive_json():
     made = KVzip(0.2, instructions=[[4, 5], [6]])
     assert Recipe.from_json(made.to_json()) == made

@@ -89,16 +89,17 @@ METHODS = {
         recipe("aircache", budget=0.7, threshold=1.0),
         Method("aircache", 0.7, recent=0, elite=1.0),
     ),
-    "sparsight": (recipe("sparsight", budget=0.2, recent=0.2), Method("sparsight", 0.2, recent=0.2)),
+    "sparsight": (recipe("sparsight", budget=0.2), Method("sparsight", 0.2, recent=0)),
     "sparsight, tall window": (
-        recipe("sparsight", budget=0.4, height=3, width=3, recent=0.1),
-        Method("sparsight", 0.4, height=3, width=3),
+        recipe("sparsight", budget=0.4, height=3, width=3, weight=0.6, floor=0.5),
+        Method("sparsight", 0.4, recent=0, height=3, width=3, weight=0.6, floor_of_all=0.5),
     ),
-    "sparsight-recall": (recipe("sparsight-recall", budget=0.2), Method("sparsight", 0.2, decode="recall")),
+    "sparsight-recall": (recipe("sparsight-recall", budget=0.2), Method("sparsight-recall", 0.2, decode="recall")),
     "sparsight-recall for every token": (
         recipe("sparsight-recall", budget=0.1, every=1, pool=(3, 3), width=7, recent=0.5),
-        Method("sparsight", 0.1, decode="recall", every=1, window_of_recall=(3, 3), width=7, recent=0.5),
+        Method("sparsight-recall", 0.1, decode="recall", every=1, window_of_recall=(3, 3), width=7, recent=0.5),
     ),
+    "sparsight, one entry": (recipe("sparsight", budget=0.001, floor=0), Method("sparsight", 0.001, recent=0)),
     "sparsemm": (
         recipe("sparsemm", budget=0.4, heads=VISUAL_HEADS, window=4),
         Method("sparsemm", 0.4, head_scores=VISUAL_HEADS, window=4, pool=5, pooling="average"),

@@ -46,6 +46,8 @@ class Method:
     decode: str = ""
     height: int = 1
     width: int = 5
+    weight: float = 0.15
+    floor_of_all: float = 0.1
     merge: str = "pivotal"
     every: int = 4
     window_of_recall: tuple[int, int] = (1, 7)
@@ -144,6 +146,49 @@ def grid_pooled(score: list[float], grids: list[list[list[int]]], height: int, w
                 near = [j for line in lines for j in line[max(0, x - width // 2) : x + width // 2 + 1]]
                 pooled[position] = max(score[j] for j in near)
     return pooled
+
+
+def sparsight_scores(
+    attention: Tensor,
+    post_vision: list[int],
+    vision: list[bool],
+    values: Tensor,
+    grids: list[list[list[int]]],
+    method: Method,
+) -> list[list[float]]:
+    """Sparsight: for every KV head, attention with neighbours, and values far from the image's mean by its peaks."""
+    attention, values = attention.double(), values.double()
+    rows, seen = post_vision[-64:], [j for j, flag in enumerate(vision) if flag]
+    group, length = len(attention) // len(values), len(vision)
+    scores = []
+    for h, value in enumerate(values):
+        heads = attention[h * group : (h + 1) * group]
+        mean, last = heads[:, rows].mean((0, 1)), heads[:, rows[-1]].mean(0)
+        pooled = grid_pooled(((mean + last) / 2).tolist(), grids, method.height, method.width)
+        peaks = [sum(max((head[i, j].item() for j in seen), default=0) for head in heads) / group for i in rows]
+        peak = (sum(peaks) / len(rows) + peaks[-1]) / 2
+        center = value[seen].mean(0)
+        far = {j: math.dist(value[j].tolist(), center.tolist()) for j in seen}
+        spread = max(far.values(), default=0) - min(far.values(), default=0)
+        distinct = [(far[j] - min(far.values())) / spread if j in far and spread else 0.0 for j in range(length)]
+        scores.append([s + method.weight * peak * d for s, d in zip(pooled, distinct, strict=True)])
+    return scores
+
+
+def counts_of_all(scores: list[list[list[float]]], budget: float, floor: float) -> list[list[int]]:
+    """The best entries of all heads in all layers, of which the last always is, with an equal share for every head."""
+    heads, length = len(scores[0]), len(scores[0][0])
+    everyone = [
+        (math.inf if j == length - 1 else score, place)
+        for place, head in enumerate(head for layer in scores for head in layer)
+        for j, score in enumerate(head)
+    ]
+    number = len(scores) * heads
+    total = max(number, round(budget * number * length))
+    winners = [place for _, place in sorted(everyone, key=lambda one: -one[0])[:total]]
+    exact = [floor * total / number + (1 - floor) * winners.count(place) for place in range(number)]
+    counts = largest_remainders(exact, total)
+    return [counts[first : first + heads] for first in range(0, number, heads)]
 
 
 def pyramid_budgets(layers: int, keep: float, length: int, window: float, steepness: float) -> list[float]:
@@ -322,8 +367,8 @@ class Twin:
             self.importance = []
             grids = [[[j - start for j in row] for row in grid] for grid in self.grids[b]] if self.grids else []
             scores = [
-                self.score(layer, rows, vision, keys.shape[1], grids)
-                for layer, keys in zip(attention, self.keys, strict=True)
+                self.score(layer, rows, vision, values[b, :, start:stop], grids)
+                for layer, values in zip(attention, self.values, strict=True)
             ]
             shares = self.layer_shares(gammas, scores, vision)
             for index in range(self.layers):
@@ -350,15 +395,17 @@ class Twin:
         attention: Tensor,
         post_vision: list[int],
         vision: list[bool],
-        kv_heads: int,
+        values: Tensor,
         grids: list[list[list[int]]],
     ) -> list[list[float]]:
         """Importance of each position, for every KV head of a layer."""
-        method, length = self.method, attention.shape[-1]
+        method, length, kv_heads = self.method, attention.shape[-1], len(values)
+        if method.name == "sparsight":
+            return sparsight_scores(attention, post_vision, vision, values, grids, method)
         if method.name == "streaming-llm":
             return [[float(j) for j in range(length)]] * kv_heads
         rows = list(range(length))
-        if method.name in ("vl-cache", "sparsight"):
+        if method.name in ("vl-cache", "sparsight-recall"):
             rows = post_vision
         elif method.name == "aircache":
             scores, importance = elite_scores(attention, post_vision, vision, kv_heads, method.elite)
@@ -370,11 +417,11 @@ class Twin:
         if method.name in ("elastic", "prefixkv") or not method.per_head:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = sums.tolist()
+        if method.name == "sparsight-recall":
+            return [grid_pooled(score, grids, method.height, method.width) for score in scores]
         if method.name in WINDOWED:
             window = method.fitted_window(length)
             return [window_pooled(score, window, method.pool, method.pooling) for score in scores]
-        if method.name == "sparsight":
-            return [grid_pooled(score, grids, method.height, method.width) for score in scores]
         return scores
 
     def layer_shares(self, gammas: list[float], scores: list[list[list[float]]], vision: list[bool]) -> list[Any]:
@@ -384,6 +431,8 @@ class Twin:
             return aircache_shares(self.importance, vision, method.budget)
         if method.name == "sparsemm":
             return sparsemm_shares(method.head_scores, length, method.budget, window, method.equal)
+        if method.name == "sparsight":
+            return [[n / length for n in layer] for layer in counts_of_all(scores, method.budget, method.floor_of_all)]
         if method.name == "adakv":
             equal = entries_to_keep(method.budget, length)
             counts = [adakv_counts(layer, equal, window, method.floor_of_heads) for layer in scores]
