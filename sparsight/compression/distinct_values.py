@@ -32,6 +32,7 @@ class DistinctValues(BaseScore):
 
     kind: ClassVar[str] = "distinct-values"
     needs_full_prompt: ClassVar[bool] = True
+    needs_question: ClassVar[bool] = True
     window: int = 64
     pool: Window = 1
     weight: float = 0.1

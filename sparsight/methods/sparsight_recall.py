@@ -19,8 +19,8 @@ def SparsightRecall(
 
     The project's own method.
 
-    Score: attention of the text after the image, max-pooled on the image's patch grid. Allocation: every KV head keeps as
-    much, since decoding replaces what the question has left. Reduction: each head evicts its lowest scores. Decoding: new entries are appended, and every few tokens the
+    Score: attention of the text after the image, max-pooled on the image's patch grid. Allocation: every KV head keeps
+    as much. Reduction: each head evicts its lowest scores. Decoding: new entries are appended, and every few tokens the
     newest query ranks all positions of the prompt; entries that rank highest replace those that rank lowest. The
     numbers were measured on the shipped model (benchmarks/recall.py).
 
