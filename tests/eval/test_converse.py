@@ -142,7 +142,7 @@ def test_what_is_right_to_its_end_is_not_generated_again(wrong: bool, monkeypatc
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("method", ["vl-cache"])
+@pytest.mark.parametrize("method", ["vl-cache", "sparsight-recall"])
 def test_with_the_full_cache_in_host_memory_a_turn_begins_as_with_the_full_cache(family: str, method: str) -> None:
     given = batch(family)
     recorded = PrefillSnapshot(models.model(family), given.inputs)
