@@ -2,7 +2,8 @@
 
 Keys carry their rotary position and attention does not depend on the order of its entries, so dropping an entry and
 appending the new one is overwriting one slot. Everything here is tensors, and a step reads none of them on the host:
-the same code runs eagerly, in a CUDA graph and compiled. A row is one KV head of one sequence, ``N = B * H_kv``.
+the same code runs eagerly, in a CUDA graph and compiled. Only what a rule recalls is fetched outside of it. A row is
+one KV head of one sequence, ``N = B * H_kv``.
 """
 
 from abc import ABC, abstractmethod
