@@ -412,9 +412,9 @@ model, and only `kvzip` processes the prompt twice.
 """
 
 ABOUT = {
-    "heldout": f"""The first examples of [docs/accuracy.md](../accuracy.md) (held-out pages, seed {HELDOUT_SEED}),
-measured after the recipe had been chosen. `before` is the recipe before this search. `*`: differs from `sparsight` at
-the same budget in a paired sign-flip test, p < 0.05, without correction for the number of tests.""",
+    "heldout": f"""The examples of [docs/accuracy.md](../accuracy.md) (held-out pages, seed {HELDOUT_SEED}), measured
+after the recipe had been chosen. `before` is the recipe before this search. `*`: differs from `sparsight` at the same
+budget in a paired sign-flip test, p < 0.05, without correction for the number of tests.""",
     SPLIT: f"""Pages of the training split, seed {SEED}. `before` is post-vision attention, max-pooled over 5 patches of
 a row, with the same budget for every head. The rows after it change its score or its budgets:
 
@@ -428,7 +428,7 @@ a row, with the same budget for every head. The rows after it change its score o
 - `now and later`: the chosen recipe, with a weight of 0.15, a floor of 0.1 and pooling (1, 5). The rows after it change
   one number or part each. Attention and peaks are those of the last query and the mean of all, one half each.
 
-The recipe was chosen in earlier rounds on other training pages (seeds 11 to 13, 10 to 24 examples of each task a
+The recipe was chosen in earlier rounds on other training pages (seeds 11 to 13, 9 to 24 examples of each task a
 round); these tables repeat the search on examples of their own.""",
 }
 
