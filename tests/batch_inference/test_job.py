@@ -207,11 +207,11 @@ def fail_decode(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[int]], bo
     decode: Any = Engine._logits
     sizes: list[int] = []
 
-    def limited(self: Any, sequences: list[Any], cache: Any) -> Any:
+    def limited(self: Any, sequences: list[Any], cache: Any, step: Any) -> Any:
         sizes.append(len(sequences))
         if fails(sizes):
             raise error
-        return decode(self, sequences, cache)
+        return decode(self, sequences, cache, step)
 
     monkeypatch.setattr(Engine, "_logits", limited)
     return sizes
