@@ -21,6 +21,8 @@ BUDGET = 0.1
 
 def main(page: Annotated[Path, typer.Argument(help="The page; the results are in a folder of its name.")]) -> None:
     """Write the page, and one page for each task to the folder beside it."""
+    for old in page.with_suffix("").glob("*.md"):
+        old.unlink()
     for path, text in pages(page).items():
         path.write_text(text)
 

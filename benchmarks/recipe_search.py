@@ -1,6 +1,6 @@
 """The search for the `sparsight` recipe, on pages of the training split.
 
-    python -m benchmarks.recipe_search runs/recipe-search.jsonl docs/accuracy/recipe-search.md
+    python -m benchmarks.recipe_search runs/recipe-search.jsonl docs/recipe-search.md
 
 Methods and the chosen recipe are also measured on the held-out pages of docs/accuracy.md.
 
@@ -412,7 +412,7 @@ model, and only `kvzip` processes the prompt twice.
 """
 
 ABOUT = {
-    "heldout": f"""The examples of [docs/accuracy.md](../accuracy.md) (held-out pages, seed {HELDOUT_SEED}), measured
+    "heldout": f"""The examples of [accuracy.md](accuracy.md) (held-out pages, seed {HELDOUT_SEED}), measured
 after the recipe had been chosen. `before` is the recipe before this search. `*`: differs from `sparsight` at the same
 budget in a paired sign-flip test, p < 0.05, without correction for the number of tests.""",
     SPLIT: f"""Pages of the training split, seed {SEED}. `before` is post-vision attention, max-pooled over 5 patches of

@@ -308,9 +308,10 @@ class Engine:
     def _step(self) -> None:
         self._drop_aborted()
         self._place()
-        self._decode()
-        # Last: an answer's first token is there when the step ends, not after everyone's next one.
-        self._prefill()
+        # The prompt last: its first token is there when the step ends, not after everyone's next one. After a failure
+        # none, as there may be too little memory for another answer.
+        if self._decode():
+            self._prefill()
 
     def _drop_aborted(self) -> None:
         for request in [each for each in tuple(self._waiting) if each.handle.aborted or self._closed]:
@@ -439,8 +440,9 @@ class Engine:
 
     # Decoding
 
-    def _decode(self) -> None:
-        """Generate one token of every running answer."""
+    def _decode(self) -> bool:
+        """Generate one token of every running answer; whether none failed."""
+        sequences = [*self._running, *self._alone]
         if self._running:
             try:
                 self._batch.advance()
@@ -455,6 +457,7 @@ class Engine:
             except Exception as error:
                 self._fail(sequence, error)
         self._drop_finished()
+        return all(each.finished != "error" for each in sequences)
 
     def _batch_logits(self) -> Tensor | None:
         """Logits ``[B, V]`` of the running batch. If the model fails, as out of memory, its newest sequences end."""

@@ -16,7 +16,7 @@ def Sparsight(
     neighbouring patches; plus, for later questions, how far a vision token's value is from the image's mean, times the
     largest weight that the text gives a vision token in that KV head. Allocation: a tenth of the budget is shared
     equally, for the rest the KV heads of all layers compete. Reduction: each head evicts its lowest scores. Decoding:
-    new entries are appended. The choices were measured on the shipped model (docs/accuracy/recipe-search.md).
+    new entries are appended. The choices were measured on the shipped model (docs/recipe-search.md).
 
     Args:
         budget: fraction of the prompt's KV entries to keep, averaged over all KV heads, in (0, 1].

@@ -14,7 +14,7 @@ from sparsight.server.errors import APIError
 from sparsight.server.middleware import Guard
 from sparsight.utils.text import printable
 
-OPEN_PATH, PAGE, PAGE_FILES = "/health", "/", "/page/"
+OPEN_PATH, PAGE, PAGE_FILES, METRICS = "/health", "/", "/page/", "/metrics"
 """What needs no key: a browser sends none when it opens the page, whose files are the same everywhere."""
 
 _KEY = re.compile(r"[!-~]{16,256}")
@@ -73,8 +73,8 @@ class KeyGuard(Guard):
 class RateLimit(Guard):
     """Limits the requests of each API key, or of all clients together if there are no keys.
 
-    A key may send ``per_minute`` requests at once, and gets them back evenly over a minute. Only POST counts: what else
-    there is costs little, and dashboards ask for it every few seconds.
+    A key may send ``per_minute`` requests at once, and gets them back evenly over a minute. What needs no key does not
+    count, nor does :data:`METRICS`, which dashboards ask for every few seconds.
     """
 
     def __init__(self, app: ASGIApp, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -85,7 +85,7 @@ class RateLimit(Guard):
 
     async def check(self, scope: Scope, receive: Receive) -> Receive:
         """Count."""
-        wait = 0.0 if scope["method"] != "POST" else self._take(scope.get("state", {}).get("key_id"))
+        wait = 0.0 if is_open(scope) or scope["path"] == METRICS else self._take(scope.get("state", {}).get("key_id"))
         if wait:
             message = f"There may be at most {self.per_minute:,} requests a minute."
             raise APIError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=math.ceil(wait))
@@ -103,7 +103,7 @@ class RateLimit(Guard):
 def is_open(scope: Scope) -> bool:
     """Whether a request needs no key."""
     path: str = scope["path"]
-    return path in (OPEN_PATH, PAGE) or path.startswith(PAGE_FILES)
+    return path == OPEN_PATH or (scope["method"] == "GET" and (path == PAGE or path.startswith(PAGE_FILES)))
 
 
 def _digest(key: bytes) -> str:

@@ -59,8 +59,8 @@ def test_the_full_cache_is_freed_layer_by_layer(name, monkeypatch):
         with memory:
             compact_all(cache)
 
-    def one_counted(layer, shares):
-        compact_one(layer, shares)
+    def one_counted(layer, *arguments):
+        compact_one(layer, *arguments)
         alive.append(memory.live)
 
     monkeypatch.setattr(CompressedCache, "_compact", counted)

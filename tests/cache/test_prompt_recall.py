@@ -22,6 +22,7 @@ from tests.support.models import NO_TEXT_AFTER, ONE_IMAGE, THREE_IMAGES, generat
 
 BATCH = (ONE_IMAGE, THREE_IMAGES, NO_TEXT_AFTER)
 INDEXES = [Exact(), BlockBounds(4), LowRank(4, 4)]
+WITHOUT = recipe("sparsight-recall", budget=0.2).combined(decode="grow")
 HEAD_WISE = recipe("adakv", budget=0.2).combined(decode="recall")
 
 
@@ -116,9 +117,10 @@ def test_a_list_is_read_out_at_a_tenth_as_with_the_full_cache():
     model, processor = sparsight.load()
     example = task("transcribe:4").example(0, 0)
     (inputs,) = [conversations(processor, [example], model.device, model.dtype).inputs]
+    recalling = recipe("sparsight-recall", budget=0.1)
     answers = [
         model.generate(**inputs, past_key_values=CompressedCache(model, chosen, inputs), max_new_tokens=60)
-        for chosen in (recipe("full"), recipe("sparsight-recall", budget=0.1), recipe("sparsight", budget=0.1))
+        for chosen in (recipe("full"), recalling, recalling.combined(decode="grow"))
     ]
     assert answers[0].tolist() == answers[1].tolist()
     assert answers[0].tolist() != answers[2].tolist()
@@ -129,7 +131,7 @@ def test_the_report_counts_the_index_and_the_host_copy(index):
     model, inputs = models.model("llava"), models.inputs("llava", THREE_IMAGES)
     caches = [
         CompressedCache(model, chosen, inputs)
-        for chosen in (recipe("sparsight", budget=0.2), recipe("sparsight-recall", budget=0.2, index=index))
+        for chosen in (WITHOUT, recipe("sparsight-recall", budget=0.2, index=index))
     ]
     for cache in caches:
         generate(model, inputs, 4, past_key_values=cache)

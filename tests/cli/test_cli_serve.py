@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import logging
 import subprocess
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,16 +31,24 @@ def test_every_limit_has_an_option(run, monkeypatch):
         assert f"--{field.name.replace('_', '-')}" in help_text
 
 
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """The command sets up logging to standard error, which is another stream in every test."""
+    loggers = [logging.getLogger(name) for name in ("sparsight", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["--method", "none"], "Unknown method 'none'"),
         (["--host", "host.invalid"], "Cannot listen on host.invalid port 8000"),
         (["--port", "0", "--model", "/none"], "There is no model folder /none."),
-        (
-            ["--port", "0", "--prefill-bound", "0.5"],
-            "answer with these options: prefill_bound must be",
-        ),
+        (["--port", "0", "--prefill-bound", "0.5"], "prefill_bound must be a number of at least 1, got 0.5."),
         (["--port", "0", "--kv-memory", "2"], "answer with these options: The request may need"),
     ],
 )

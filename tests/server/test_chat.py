@@ -42,7 +42,7 @@ def test_the_answer_and_what_the_cache_held(client):
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (587, 4, 591)
     held = usage.model_extra["sparsight"]
     assert held["method"] == "sparsight" and held["budget"] == 0.1
-    assert held["kept"] == 59
+    assert held["kept"] == pytest.approx(0.1 * 587, abs=0.5)
     assert held["kv_bytes"] < held["full_kv_bytes"] / 5
 
 

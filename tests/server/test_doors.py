@@ -144,12 +144,16 @@ def paths(server: RunningServer) -> Iterator[str]:
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "DELETE", "TRACE", "XYZ"])
 @pytest.mark.parametrize("key", [None, "wrong"])
 def test_every_path_and_method_needs_a_key(guarded: RunningServer, method: str, key: str | None) -> None:
-    known = [*paths(guarded), "/metrics", "/docs", "/redoc", "/openapi.json", "/", "/nothing", "/v1", "/health/"]
+    known = [*paths(guarded), "/metrics", "/docs", "/redoc", "/openapi.json", "/nothing", "/v1", "/health/"]
     assert {CHAT, "/v1/models", "/ready", "/health"} <= set(known)
     for path in known:
         if path != "/health":
             assert send(guarded, method, path, key=key)[0] == 401, path
     assert send(guarded, "GET", "/health", key=key) == (200, {"status": "ok"})
+    # The page's own files are the same everywhere.
+    for path in ("/", "/page/page.js"):
+        assert send(guarded, method, path, key=key)[0] == (200 if method == "GET" else 401), path
+    assert send(guarded, method, "/page/../v1/models", key=key)[0] == (404 if method == "GET" else 401)
 
 
 @pytest.mark.parametrize("path", ["//v1/models", "/health/../v1/models", "/health%2f..%2fv1/models", "/v1/./models"])

@@ -45,7 +45,9 @@ OPERATIONS = [
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
     ("/v1/responses", "POST"),
+    ("/v1/sparsight/examples", "GET"),
     ("/v1/sparsight/kept/{id}", "GET"),
+    ("/v1/sparsight/methods", "GET"),
 ]
 
 
