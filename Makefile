@@ -54,11 +54,15 @@ performance: $(VENV)/.ready
 # The prompt's token and 64 more.
 BENCH := --force --shape small --new-tokens 65 --methods vl-cache,elastic,snapkv --against transformers,kvpress --device cpu --dtype float32
 
+PREFILLS := full,vl-cache,elastic,h2o,streaming-llm,snapkv,pyramidkv,adakv,prefixkv,look-m,aircache,mixkv,bacon,tgv-kv,expected-attention,kvzip,infinipot-v,sparsight,sparsight-recall,random
+
 bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 1 --rounds 12 --output benchmarks/results/small-cpu-1-thread
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 16 --output benchmarks/results/small-cpu-2-threads
 	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 4 --output benchmarks/results/small-cpu-growth
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 5 --compile --output benchmarks/results/small-cpu-compiled
+	$(BIN)/sparsight bench --force --shape small --new-tokens 3 --methods $(PREFILLS) --against transformers --device cpu --dtype float32 \
+		--contexts 2900 --threads 1 --rounds 5 --output benchmarks/results/small-cpu-prefill
 
 # Weights of 6 GiB, held twice.
 bench-compiled: $(VENV)/.ready

@@ -13,6 +13,9 @@ from sparsight.bench.tables import name_of, number
 PAGE = Path(__file__).parent / "performance.md"
 RESULTS = PAGE.parents[1] / "benchmarks" / "results"
 KERNELS = "kernels-gpu.json"
+PREFILL = "small-cpu-prefill"
+"""The run that compares the prefills of all methods."""
+
 BUDGET = 0.1
 NOT_MEASURED = "not yet measured"
 
@@ -49,8 +52,11 @@ DEVICES = ("cpu", "cuda")
 def with_results(page: str, results: Path = RESULTS) -> str:
     """The page with its measured part replaced."""
     runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob("*/bench.json"))}
+    prefill = runs.pop(PREFILL, None)
     kernels = json.loads((results / KERNELS).read_text()) if (results / KERNELS).exists() else {}
     parts = [targets(list(runs.values()), kernels), *(part for name, run in runs.items() for part in of_run(name, run))]
+    if prefill is not None:
+        parts += of_prefills(prefill)
     if kernels.get("decode"):
         parts += of_kernels(kernels)
     return replace_part(page, "bench", "make performance", "\n" + "\n\n".join(parts) + "\n")
@@ -180,6 +186,31 @@ def of_run(name: str, run: Run) -> Iterator[str]:
     if len({case["context"] for case in run["cells"] if case["reason"] is None}) > 1:
         for figure, title in (("speed-up", "Speed-up by context"), ("growth", "Costs by context")):
             yield f"![{title}](../{RESULTS.parent.name}/{RESULTS.name}/{name}/{figure}.png)"
+
+
+def of_prefills(run: Run) -> Iterator[str]:
+    """Time to the first token with each method."""
+    yield f"### Prefill of every method, {run['model']}, {run['dtype']}, {run['machine']}, {run['threads']} thread"
+    (context,) = {case["context"] for case in run["cells"]}
+    yield (
+        f"{run['date']}, torch {run['torch']}, transformers {run['transformers']}; prompts of {tokens(context)} "
+        f"tokens, rounds: {run['rounds']}; medians with ranges in brackets, ratios within a round. `{run['command']}`"
+    )
+    header = ["method", "first token, ms", VS_TRANSFORMERS, "statistics, ms", "compaction, ms"]
+    yield table(header, [prefill_row(case) for case in run["cells"]])
+
+
+def prefill_row(case: CaseResult) -> list[str]:
+    """A case's time to the first token, and what of it is statistics and compaction."""
+    if case["reason"] is not None:
+        return [name_of(case), case["reason"], "", "", ""]
+    stages = [case["seconds"][stage] for stage in ("statistics", "compaction")]
+    return [
+        name_of(case),
+        spread(case["seconds"]["first_token"]),
+        ratio(case["of_full"]["first_token"]),
+        *("" if each is None else number(each["median"] * 1e3) for each in stages),
+    ]
 
 
 def times_row(case: CaseResult) -> list[str]:

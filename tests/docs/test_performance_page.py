@@ -124,3 +124,12 @@ def test_kernels_are_shown_where_a_gpu_measured_them(tmp_path: Path, measured: b
     assert kernel == ("85%" if measured else "not yet measured")
     assert ("| llava-1.5-7b | 2k | 4 | 4,000 | 85% | 3 |" in page) is measured
     assert ("| full | 100 | 20 |" in page) is measured
+
+
+def test_prefills_of_all_methods_are_a_table_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, performance.PREFILL, run("cpu", (2900, 1)))
+    page = performance.with_results(EMPTY, tmp_path)
+    assert row(page, "vl-cache 10 %")[1:3] == ["106,050 (101,000-111,100)", "1.010"]
+    assert row(page, "elastic 10 %")[1].startswith("does not fit")
+    # A few tokens say little about decoding.
+    assert "per token, ms" not in page and performance.NOT_MEASURED in page
