@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import psutil
@@ -141,9 +141,9 @@ def serving(command: list[str], model: str, threads: int) -> Iterator[Server]:
                     log.seek(0)
                     raise SystemExit(log.read().decode()[-2000:])
                 try:
-                    httpx.get(f"{url}/health", timeout=5).raise_for_status()
+                    httpx2.get(f"{url}/health", timeout=5).raise_for_status()
                     break
-                except httpx.HTTPError:
+                except httpx2.HTTPError:
                     time.sleep(0.2)
             yield Server(url, model, psutil.Process(process.pid))
         finally:
@@ -247,7 +247,7 @@ async def overload(server: Server, seconds: float) -> dict[str, Any]:
     health: list[float] = []
     end = time.perf_counter() + seconds
     generator = random.Random(SEED)
-    async with server.client as client, httpx.AsyncClient() as prober:
+    async with server.client as client, httpx2.AsyncClient() as prober:
 
         async def one(question: Question) -> None:
             start = time.perf_counter()
@@ -304,7 +304,7 @@ async def cancelled(server: Server, count: int) -> dict[str, Any]:
     await some(server, questions, generator, count // 10)
     before = server.process.memory_info().rss
     await some(server, questions, generator, count)
-    metrics = httpx.get(f"{server.url}/metrics").text
+    metrics = httpx2.get(f"{server.url}/metrics").text
     held = next(float(line.split()[1]) for line in metrics.splitlines() if line.startswith("sparsight:kv_bytes "))
     after = server.process.memory_info().rss
     return {"requests": count, "rss_before": before, "rss_after": after, "growth": after / before - 1, "kv_bytes": held}

@@ -2,7 +2,7 @@
 
 import math
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -68,7 +68,7 @@ def test_usage_in_every_event(client):
 
 def test_events_end_with_done(server):
     body = {"model": MODEL, "messages": asking(), "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+    with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = list(response.iter_lines())
     assert lines[-2:] == ["data: [DONE]", ""]
@@ -298,8 +298,8 @@ def test_models(client):
 def test_no_path(client, server):
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL, input="text")
-    response = httpx.get(f"{server.url}/v1/chat/completions")
+    response = httpx2.get(f"{server.url}/v1/chat/completions")
     assert response.status_code == 405 and response.headers["allow"] == "POST"
     assert response.json()["error"]["message"] == "The path has no such method."
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{server.url}/ready").status_code == 200
+    assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{server.url}/ready").status_code == 200

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from random import Random
 
-import httpx
+import httpx2
 import pytest
 
 from tests.server.conftest import MODEL, asking
@@ -56,7 +56,7 @@ def check_idle(server, counts):
 
 @pytest.mark.parametrize("read", [0, 1, 5])
 def test_streaming(server, steps_after_abort, read):
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=LONG | {"stream": True}) as response:
+    with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=LONG | {"stream": True}) as response:
         lines = response.iter_lines()
         for _ in range(read):
             next(lines)
@@ -65,8 +65,8 @@ def test_streaming(server, steps_after_abort, read):
 
 def test_not_streaming(server, steps_after_abort):
     def send():
-        with httpx.Client() as client, pytest.raises(httpx.ReadTimeout):
-            client.post(f"{server.url}/v1/chat/completions", json=LONG, timeout=httpx.Timeout(10, read=1))
+        with httpx2.Client() as client, pytest.raises(httpx2.ReadTimeout):
+            client.post(f"{server.url}/v1/chat/completions", json=LONG, timeout=httpx2.Timeout(10, read=1))
 
     sender = threading.Thread(target=send)
     sender.start()
@@ -87,8 +87,8 @@ def test_before_the_answer_begins(server, monkeypatch):
             gone.append(url)
 
     monkeypatch.setattr(server.service.images, "load", load)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=LONG, timeout=httpx.Timeout(10, read=0.5))
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{server.url}/v1/chat/completions", json=LONG, timeout=httpx2.Timeout(10, read=0.5))
     assert started.is_set()
     wait_until(lambda: not server.service.active)
     assert len(gone) == 1 and not server.service.engine.busy
@@ -98,13 +98,13 @@ def test_half_a_request(server):
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
     wait_until(lambda: not server.service.active)
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
 def test_many_clients_of_which_some_go(server):
     """All that stay get the right answer, and nothing is held in the end."""
     questions = ["How much is JU?", "How much is KM?", "Read the list."]
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx2.Client(base_url=server.url, timeout=120) as client:
         path = "/v1/chat/completions"
         bodies = {text: {"model": MODEL, "messages": asking(text), "max_tokens": 60} for text in questions}
         expected = {
@@ -118,8 +118,8 @@ def test_many_clients_of_which_some_go(server):
         def send(text, goes, patience):
             if not goes:
                 return client.post(path, json=bodies[text]).json()["choices"][0]["message"]["content"]
-            with suppress(httpx.ReadTimeout):
-                client.post(path, json=bodies[text], timeout=httpx.Timeout(60, read=patience))
+            with suppress(httpx2.ReadTimeout):
+                client.post(path, json=bodies[text], timeout=httpx2.Timeout(60, read=patience))
             return None
 
         with ThreadPoolExecutor(16) as pool:

@@ -1,6 +1,6 @@
 """What the cache of a finished request kept, patch by patch."""
 
-import httpx
+import httpx2
 import pytest
 import torch
 
@@ -15,7 +15,7 @@ from tests.server.conftest import MODEL, QUESTION, RECEIPT, asking
 
 
 def kept(server, id, **options):
-    return httpx.get(f"{server.url}/v1/sparsight/kept/{id}", **options)
+    return httpx2.get(f"{server.url}/v1/sparsight/kept/{id}", **options)
 
 
 @pytest.mark.parametrize("stream", [False, True])

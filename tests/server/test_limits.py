@@ -4,7 +4,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -37,7 +37,7 @@ def test_a_full_queue_is_refused_at_once_and_what_was_accepted_is_answered(small
 
     monkeypatch.setattr(small.service.engine, "step", slow_step)
     body = {"model": MODEL, "messages": asking()}
-    with httpx.Client(base_url=small.url, timeout=60) as client, ThreadPoolExecutor(12) as pool:
+    with httpx2.Client(base_url=small.url, timeout=60) as client, ThreadPoolExecutor(12) as pool:
         sent = [pool.submit(client.post, "/v1/chat/completions", json=body) for _ in range(12)]
         refused = 0
         while refused < 10:
@@ -82,8 +82,8 @@ def test_openai_maps_503_to_its_exception(small, monkeypatch):
     with pytest.raises(openai.InternalServerError) as caught:
         small.client().chat.completions.create(model=MODEL, messages=asking())
     assert caught.value.status_code == 503 and caught.value.code == "shutting_down"
-    assert httpx.get(f"{small.url}/ready").status_code == 503
-    assert httpx.get(f"{small.url}/health").status_code == 200
+    assert httpx2.get(f"{small.url}/ready").status_code == 503
+    assert httpx2.get(f"{small.url}/health").status_code == 200
 
 
 def test_an_error_of_the_model_ends_one_request(small, monkeypatch, caplog):

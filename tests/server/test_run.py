@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import httpx
+import httpx2
 import pytest
 
 from sparsight.server.run import bind
@@ -47,7 +47,7 @@ class Streams:
             assert self.started.acquire(timeout=60)
 
     def _read(self, url: str, body: dict, lines: list[str]) -> None:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+        with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
             for line in filter(None, response.iter_lines()):
                 lines.append(line)
                 if len(lines) == 3:
@@ -62,12 +62,12 @@ def test_running_requests_are_answered_after_a_signal_and_new_ones_refused():
     with serving() as (process, url):
         streams = Streams(url, 4, 150)
         process.send_signal(signal.SIGTERM)
-        while httpx.get(f"{url}/ready").status_code == 200:
+        while httpx2.get(f"{url}/ready").status_code == 200:
             pass
-        response = httpx.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": asking()})
+        response = httpx2.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": asking()})
         assert response.status_code == 503 and response.headers["retry-after"]
         assert response.json()["error"]["code"] == "shutting_down"
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx2.get(f"{url}/health").status_code == 200
         streams.finish()
         assert process.wait(timeout=30) == 0
     for lines in streams.lines:
@@ -89,14 +89,14 @@ def test_requests_that_take_too_long_end_with_an_error():
 def test_a_second_signal_ends_the_process_at_once():
     with serving() as (process, url):
         body = {"model": MODEL, "messages": asking(), "max_tokens": 1000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
-            while httpx.get(f"{url}/ready").status_code == 200:
+            while httpx2.get(f"{url}/ready").status_code == 200:
                 pass
             process.send_signal(signal.SIGTERM)
-            with pytest.raises(httpx.RemoteProtocolError):
+            with pytest.raises(httpx2.RemoteProtocolError):
                 list(lines)
         assert process.wait(timeout=10) == 130
 

@@ -4,7 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import httpx
+import httpx2
 import pytest
 import requests
 import schemathesis
@@ -32,7 +32,7 @@ def description(server):
 @pytest.fixture(scope="session")
 def connection(server):
     """A client for each request would load certificates each time."""
-    with httpx.Client(base_url=server.url, timeout=SECONDS) as opened:
+    with httpx2.Client(base_url=server.url, timeout=SECONDS) as opened:
         yield opened
 
 
