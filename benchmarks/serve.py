@@ -37,6 +37,7 @@ import typer
 from benchmarks.batch import MODEL, draw, endless_model
 from benchmarks.batch import run as run_batch
 from sparsight.bench import machine
+from sparsight.cli.serve import BUNDLED_NAME
 from sparsight.models.inputs import apply_chat_template
 from sparsight.models.loading import load
 from sparsight.reader import model_path
@@ -101,12 +102,19 @@ def main(
         with ours(folder / MODEL, threads) as own, theirs(folder / MODEL, threads) as other:
             result |= asyncio.run(speed(own, other, rounds))
             result["bare_prefill_seconds"] = bare_prefill(folder / MODEL)
+            write(output, result)
         with ours(folder / MODEL, threads) as own:
             result["batch"] = asyncio.run(against_batch(own, folder, rows, threads))
+            write(output, result)
     with ours(model_path(), threads) as own:
         result["overload"] = asyncio.run(overload(own, seconds))
+        write(output, result)
         result["cancelled"] = asyncio.run(cancelled(own, requests))
-    print(json.dumps(result, indent=2))
+    write(output, result)
+
+
+def write(output: Path, result: dict[str, Any]) -> None:
+    """Write what has been measured so far."""
     output.write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -115,7 +123,8 @@ def main(
 
 def ours(model: Path, threads: int) -> Any:
     """``sparsight serve``."""
-    return serving(["-m", "sparsight", "serve", "--model", str(model)], model.name, threads)
+    name = BUNDLED_NAME if model == model_path() else model.name
+    return serving(["-m", "sparsight", "serve", "--model", str(model)], name, threads)
 
 
 def theirs(model: Path, threads: int) -> Any:

@@ -158,6 +158,7 @@ def main(
     from sparsight.server.images import ImageLoader
     from sparsight.server.keys import read_keys
     from sparsight.server.run import bind, is_loopback, run
+    from sparsight.utils.threads import one_thread
 
     recipe = recipe_from_options(model, method, budget, heads)
     host_bytes = byte_count("--host-memory", host_memory)
@@ -168,7 +169,8 @@ def main(
     configure_logging(json_log)
     terminal = console()
     with bind(host, port) as bound:
-        with terminal.status(f"Loading {options.model_name(model)}"):
+        # The engine's own thread is to have all cores.
+        with terminal.status(f"Loading {options.model_name(model)}"), one_thread():
             loaded, processor = load(model, device=device, dtype=dtype)
             engine = Engine(
                 loaded,
