@@ -170,7 +170,7 @@ def _lines() -> Iterator[str]:
             raise ValueError("Standard input is not UTF-8 text.") from error
         return
     with suppress(ImportError):
-        # Line editing and history in input().
+        # Importing it is what gives input() line editing and history.
         import readline  # noqa: F401
     show("Ask a question; /image PATH adds an image, /help lists the commands.", stderr=True)
     with suppress(EOFError):

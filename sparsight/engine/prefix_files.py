@@ -174,7 +174,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     with safe_open(path, "pt") as file:
-        # Copies, as the file may be removed or replaced while its tensors are in use.
+        # Copies, as the file may be removed or replaced while its tensors are in use. An open file is no mapping.
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
