@@ -26,6 +26,7 @@ class PromptRecall:
         first: the position of the sequence's first token.
         answer: the position of the first token after the prompt.
         kept: entries of the prompt that each KV head holds, in its first slots.
+        score: the recipe's score of the prompt, ``[H_kv, T]``, which the rule may add to its ranking.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class PromptRecall:
         first: int,
         answer: int,
         kept: Sequence[int],
+        score: Tensor,
     ) -> None:
         self.rule, self.reduce, self.first, self.answer, self.kept = rule, reduce, first, answer, kept
         self._full = full
         self._index = rule.index.build(keys) if rule.index.resident else None
         # Where positions are ranked.
-        self.grids = [grid.to("cpu" if self._index is None else keys.device) for grid in grids]
+        device = torch.device("cpu") if self._index is None else keys.device
+        self.grids = [grid.to(device) for grid in grids]
+        self._prior = (rule.prior * score).to(device, keys.dtype) if rule.prior else None
 
     def __deepcopy__(self, memo: dict) -> "PromptRecall":
         """The same object, which does not change."""
@@ -51,8 +55,8 @@ class PromptRecall:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index that are resident."""
-        return sum(each.nbytes for each in self._index or ())
+        """Bytes that are resident for the ranking."""
+        return 0 if self._index is None else sum(each.nbytes for each in (*self._index, self._prior) if each is not None)
 
     def is_due(self, position: int) -> bool:
         """Whether the token at ``position`` recalls."""
@@ -79,6 +83,8 @@ class PromptRecall:
         index = self._index or self.rule.index.build(keys)
         query = query.unflatten(0, (heads, -1)).to(index[0].device)
         ranking = self.rule.rank(query, index, length, scaling, self.grids)
+        if self._prior is not None:
+            ranking = ranking + self._prior
         chosen = torch.zeros(heads, length, dtype=torch.bool)
         # Heads that keep the same number are selected together.
         groups = [slice(heads)] if len(set(self.kept)) == 1 else [slice(head, head + 1) for head in range(heads)]
@@ -119,6 +125,6 @@ def begin_recall(prefill: Prefill, kept: Sequence[Sequence[int]], full: Sequence
         assert isinstance(recipe.decode, Recall)
         keys, _, _ = prefill.entries(sequence)
         grids = prefill.grids(sequence, torch.device("cpu"))
-        places = span.start, prefill.prompt.length
-        recalls.append(PromptRecall(recipe.decode, recipe.reduce, full[sequence], keys, grids, *places, own))
+        places, score = (span.start, prefill.prompt.length), prefill.scores[sequence]
+        recalls.append(PromptRecall(recipe.decode, recipe.reduce, full[sequence], keys, grids, *places, own, score))
     return recalls
