@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 DTYPES = ("int8",)
 """What entries can be stored in, besides their own dtype."""
 

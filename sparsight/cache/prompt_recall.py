@@ -56,7 +56,9 @@ class PromptRecall:
     @property
     def nbytes(self) -> int:
         """Bytes that are resident for the ranking."""
-        return 0 if self._index is None else sum(each.nbytes for each in (*self._index, self._prior) if each is not None)
+        return (
+            0 if self._index is None else sum(each.nbytes for each in (*self._index, self._prior) if each is not None)
+        )
 
     def is_due(self, position: int) -> bool:
         """Whether the token at ``position`` recalls."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sparsight.cli.parsing import check_budget, check_budgets, check_method
+from sparsight.cli.parsing import check_budget, check_budgets, check_method, check_one_of
 from sparsight.reader import model_path
 
 DEFAULT_MODEL = str(model_path())
@@ -88,6 +88,15 @@ HostMemory = Annotated[
         help="Keep the full keys and values of prompts in this much host memory, such as 8GiB: prompts that begin with "
         "the same text and images are computed from where they differ.",
         metavar="SIZE",
+        rich_help_panel=METHOD,
+    ),
+]
+HostDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 stores the keys and values in host memory in 8 bits: about half the bytes, and rounded.",
+        metavar="NAME",
+        callback=check_one_of("--host-dtype", ("int8",)),
         rich_help_panel=METHOD,
     ),
 ]

@@ -15,7 +15,8 @@ from sparsight.utils import checks
 class Recall(Grow):
     """Every few tokens, hold those entries of the prompt that the newest token attends to.
 
-    The first token of an answer, and every ``every``-th after it, ranks all positions of the prompt before it attends.
+    The first token of an answer, and every ``every``-th after it, ranks all positions of the prompt before it attends;
+    so does the last token of a new turn, if the full cache is not kept for turns.
     Each KV head then holds the positions that rank highest, as many as it kept of the prompt and chosen as the recipe's
     reduction chooses; what it lacks is fetched from the full cache, in place of what ranks lowest. New entries are
     appended.

@@ -101,9 +101,17 @@ METHODS = {
     "sparsight-recall for every token": (
         recipe("sparsight-recall", budget=0.1, every=1, pool=(3, 3), prior=0.3, width=7, weight=0.4),
         Method(
-            "sparsight", 0.1, recent=0, floor_of_all=0.6, width=7, weight=0.4,
-            decode="recall", every=1, window_of_recall=(3, 3), prior=0.3,
-        ),  # fmt: skip
+            "sparsight",
+            0.1,
+            recent=0,
+            floor_of_all=0.6,
+            width=7,
+            weight=0.4,
+            decode="recall",
+            every=1,
+            window_of_recall=(3, 3),
+            prior=0.3,
+        ),
     ),
     "vl-cache with recall": (
         VLCache(budget=0.1, recent=0.5).combined(decode="recall"),
