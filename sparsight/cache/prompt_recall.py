@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsight.cache.prefill import Prefill
 from sparsight.compression import Recall
-from sparsight.compression.reduce import Reduce
+from sparsight.compression.reduce import Evict, top_mask
 from sparsight.compression.score import Grids
 
 FullStates = Callable[[], tuple[Tensor, Tensor]]
@@ -32,7 +32,7 @@ class PromptRecall:
     def __init__(
         self,
         rule: Recall,
-        reduce: Reduce,
+        reduce: Evict,
         full: FullStates,
         keys: Tensor,
         grids: Grids,
@@ -47,6 +47,7 @@ class PromptRecall:
         # Where positions are ranked.
         device = torch.device("cpu") if self._index is None else keys.device
         self.grids = [grid.to(device) for grid in grids]
+        self._always = torch.stack([reduce.always(count, keys.shape[1]) for count in kept]).to(device)
         self._prior = (rule.prior * score).to(device, keys.dtype) if rule.prior else None
 
     def __deepcopy__(self, memo: dict) -> "PromptRecall":
@@ -56,9 +57,9 @@ class PromptRecall:
     @property
     def nbytes(self) -> int:
         """Bytes that are resident for the ranking."""
-        return (
-            0 if self._index is None else sum(each.nbytes for each in (*self._index, self._prior) if each is not None)
-        )
+        if self._index is None:
+            return 0
+        return sum(each.nbytes for each in (*self._index, self._always, self._prior) if each is not None)
 
     def is_due(self, position: int) -> bool:
         """Whether the token at ``position`` recalls."""
@@ -87,13 +88,7 @@ class PromptRecall:
         ranking = self.rule.rank(query, index, length, scaling, self.grids)
         if self._prior is not None:
             ranking = ranking + self._prior
-        chosen = torch.zeros(heads, length, dtype=torch.bool)
-        # Heads that keep the same number are selected together.
-        groups = [slice(heads)] if len(set(self.kept)) == 1 else [slice(head, head + 1) for head in range(heads)]
-        for group in groups:
-            positions = self.reduce.select(ranking[group], self.kept[group.start or 0])
-            chosen[group].scatter_(1, positions.cpu(), True)
-        return chosen
+        return top_mask(ranking, self.kept, self._always, per_head=self.reduce.per_head).cpu()
 
     @torch.no_grad()
     def _exchange(self, chosen: Tensor, storage: tuple[Tensor, Tensor, Tensor], starts: Tensor) -> None:
@@ -124,7 +119,9 @@ def begin_recall(prefill: Prefill, kept: Sequence[Sequence[int]], full: Sequence
     recalls = []
     for sequence, (span, own) in enumerate(zip(prefill.prompt.spans, kept, strict=True)):
         recipe = prefill.recipe_of(sequence)
+        # Recipes that recall evict.
         assert isinstance(recipe.decode, Recall)
+        assert isinstance(recipe.reduce, Evict)
         keys, _, _ = prefill.entries(sequence)
         grids = prefill.grids(sequence, torch.device("cpu"))
         places, score = (span.start, prefill.prompt.length), prefill.scores[sequence]

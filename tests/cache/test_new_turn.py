@@ -132,6 +132,21 @@ def test_a_turn_after_8_bits_attends_to_keys_and_values_rounded_by_hand(family, 
     assert 2 * rounded.report().host_bytes < plain.report().host_bytes
 
 
+@pytest.mark.parametrize("decode", ["recall", "grow"])
+def test_a_turn_without_the_host_attends_to_what_its_last_token_ranks_highest(decode):
+    first = batch("llava")
+    model, recipe = models.model("llava"), VLCache(budget=0.2).combined(decode=decode)
+    cache = CompressedCache(model, recipe, first)
+    inputs = followed(first, answer(model, first, cache)[0], SHORT)
+    held = [cache.kept_positions(layer) for layer in range(3)]
+    with torch.no_grad():
+        seen = cache.get_seq_length()
+        model(inputs["input_ids"][:, seen:], attention_mask=inputs["attention_mask"], past_key_values=cache)
+    changed = [not torch.equal(before, cache.kept_positions(layer)) for layer, before in enumerate(held)]
+    assert changed == [decode == "recall"] * 3
+    assert [each.shape for each in held] == [cache.kept_positions(layer).shape for layer in range(3)]
+
+
 def test_videos_are_found_again():
     first = models.inputs("qwen2_5_vl", ONE_VIDEO)
     model, cache = kept_on_host("qwen2_5_vl", first, "infinipot-v")

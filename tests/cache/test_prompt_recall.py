@@ -141,8 +141,9 @@ def test_the_report_counts_what_the_ranking_needs_and_the_host_copy(index):
         generate(model, inputs, 4, past_key_values=cache)
     plain, recalling = (cache.report() for cache in caches)
     heads = [host.states(layer)[0] for host in caches[1].host for layer in range(3)]
-    # The index, and for each key its score.
-    ranking = sum(each.nbytes for keys in heads for each in (*index.build(keys), keys[..., 0].contiguous()))
+    # The index, and for each key its score and whether it always stays.
+    numbers = sum(keys[..., 0].numel() * (keys.element_size() + 1) for keys in heads)
+    ranking = numbers + sum(each.nbytes for keys in heads for each in index.build(keys))
     assert recalling.bytes_held == plain.bytes_held + (ranking if index.resident else 0)
     assert recalling.held == plain.held
     assert plain.host_bytes == 0
