@@ -47,7 +47,9 @@ class PromptRecall:
         # Where positions are ranked.
         device = torch.device("cpu") if self._index is None else keys.device
         self.grids = [grid.to(device) for grid in grids]
-        self._always = torch.stack([reduce.always(count, keys.shape[1]) for count in kept]).to(device)
+        always = torch.stack([reduce.always(count, keys.shape[1]) for count in kept]).to(device)
+        # Mostly the same in all heads.
+        self._always = always[:1].clone() if (always == always[0]).all() else always
         self._prior = (rule.prior * score).to(device, keys.dtype) if rule.prior else None
 
     def __deepcopy__(self, memo: dict) -> "PromptRecall":

@@ -166,7 +166,7 @@ def top_positions(score: Tensor, kept: int, always: Tensor, *, per_head: bool) -
 def top_mask(score: Tensor, kept: Sequence[int], always: Tensor, *, per_head: bool) -> Tensor:
     """Whether :func:`top_positions` chooses a position, bool ``[H_kv, T]``, where head ``h`` keeps ``kept[h]``.
 
-    ``always`` is bool ``[H_kv, T]``.
+    ``always`` is bool ``[H_kv, T]`` or ``[1, T]``.
     """
     ranked = _ranked(score, always, per_head=per_head).expand_as(score)
     lowest = [head.kthvalue(len(head) - count + 1).values for head, count in zip(ranked, kept, strict=True)]

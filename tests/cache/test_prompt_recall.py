@@ -141,8 +141,8 @@ def test_the_report_counts_what_the_ranking_needs_and_the_host_copy(index):
         generate(model, inputs, 4, past_key_values=cache)
     plain, recalling = (cache.report() for cache in caches)
     heads = [host.states(layer)[0] for host in caches[1].host for layer in range(3)]
-    # The index, and for each key its score and whether it always stays.
-    numbers = sum(keys[..., 0].numel() * (keys.element_size() + 1) for keys in heads)
+    # The index, the score of each key, and which positions always stay.
+    numbers = sum(keys[..., 0].numel() * keys.element_size() + keys.shape[1] for keys in heads)
     ranking = numbers + sum(each.nbytes for keys in heads for each in index.build(keys))
     assert recalling.bytes_held == plain.bytes_held + (ranking if index.resident else 0)
     assert recalling.held == plain.held
