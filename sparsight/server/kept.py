@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sparsight.cache.report import Report
 from sparsight.engine.recall_log import Recalled
+from sparsight.models.layouts import Box
 from sparsight.server.errors import APIError
-from sparsight.server.prompts import Box, Grid
+from sparsight.server.prompts import Grid
 from sparsight.server.schema import ERRORS
 
 router = APIRouter()
@@ -73,7 +74,7 @@ class KeptTile(BaseModel):
     """A rectangle of the prompt's ``image``-th image, of ``width`` x ``height`` pixels as the model gets them.
 
     It is cut into patches. ``box`` has its left, top, right and bottom in the image as it was sent, as fractions of the
-    sides; it is null where the model cuts an image into several rectangles.
+    sides, and beyond them where the model adds a margin; it is null where it is not known how the model cuts images.
     """
 
     name: str

@@ -1,5 +1,7 @@
 """The page in a real browser: ``make test-page`` installs what drives it."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
 from sparsight.server.page_router import HEADERS
 from tests.server.conftest import QUESTION, RECEIPT, RunningServer
@@ -129,6 +132,35 @@ def test_the_heat_map_follows_the_question_the_budget_and_the_layer(visit):
     visit.page.locator(".turn:first-child button").click()
     visit.page.wait_for_timeout(500)
     assert visit.colors() == seen[1]
+
+
+def test_of_tiles_that_overlap_the_patch_shows_that_more_heads_keep(visit):
+    visit.choose(RECEIPT)
+    plain = pixels(visit)
+
+    def cut(route):
+        body = route.fetch().json()
+        tile = {"name": "", "image": 0, "rows": 1, "columns": 2, "width": 2, "height": 1}
+        boxes = [0, 0, 1, 1], [-0.5, 0, 0.5, 0.5], [0.5, 0, 1, 0.5]
+        body["tiles"] = [{**tile, "box": box} for box in boxes]
+        # The base keeps its right half, the tile at the left its visible part.
+        body["layers"] = [{"layer": 0, "heads": [{"patches": [[1], [1], []], "others": 0}]}]
+        route.fulfill(json=body)
+
+    visit.page.route("**/v1/sparsight/kept/*", cut)
+    visit.ask()
+    visit.answers()
+    assert "50.0 %" not in visit.page.inner_text("#kept") and "33.3 %" in visit.page.inner_text("#kept")
+    # Upper left: the tile's, marked. Lower left: the base's, faded. Right: the base's, marked.
+    shown = pixels(visit)
+    strong = [abs(one[2] - other[2]) for one, other in zip(plain, shown, strict=True)]
+    assert strong[0] == strong[1] == strong[3] > 50 > strong[2] > 0
+
+
+def pixels(visit: Visit) -> list[tuple[int, int, int]]:
+    """Colours in the middle of the picture's quarters: upper left, upper right, lower left, lower right."""
+    image = Image.open(io.BytesIO(base64.b64decode(visit.colors().split(",")[1]))).convert("RGB")
+    return [image.getpixel((x * image.width // 4, y * image.height // 4)) for y in (1, 3) for x in (1, 3)]
 
 
 def test_an_answer_streams_and_stops(visit, slowly):
