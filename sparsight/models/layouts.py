@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom, as fractions of an image's sides."""
 

@@ -43,7 +43,11 @@ def place_tiles(tiles: Sequence[Tile], cut: Cut | None, image_processor: Any, si
         grids = [cut.grid(image_processor, *size) for size in sizes]
     else:
         return [replace(tile, box=None) for tile in tiles]
-    found = [(image, box) for image, grid in enumerate(grids) for box in _boxes(*grid, full_first=cut is not None and cut.full_first)]
+    found = [
+        (image, box)
+        for image, grid in enumerate(grids)
+        for box in _boxes(*grid, full_first=cut is not None and cut.full_first)
+    ]
     if len(found) != len(tiles):
         return [replace(tile, box=None) for tile in tiles]
     return [replace(tile, image=image, box=box) for tile, (image, box) in zip(tiles, found, strict=True)]

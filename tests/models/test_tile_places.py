@@ -76,9 +76,7 @@ def test_tiles_have_no_place_where_it_is_not_known_how_images_were_cut():
 
 
 def test_what_is_cropped_is_not_in_the_box():
-    processor = SimpleNamespace(
-        do_center_crop=True, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 14}
-    )
+    processor = SimpleNamespace(do_center_crop=True, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 14})
     assert visible_box(processor, 112, 56) == (0.375, 0.0, 0.625, 1.0)
     processor.size = {"height": 56, "width": 28}
     assert visible_box(processor, 5, 9) == (0.25, 0.25, 0.75, 0.75)

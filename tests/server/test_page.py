@@ -217,7 +217,9 @@ def test_what_was_recalled_at_a_token_is_shown_under_the_pointer(visit):
     for index in (1, 5, 9):
         tokens.nth(index).hover()
         assert visit.page.locator(".token.current").all_inner_texts() == [tokens.nth(index).inner_text()]
-        found = re.search(r"at “(.+)”, ([\d.]+) % of its patches held, ([\d.]+) % fetched", visit.page.inner_text("#kept"))
+        found = re.search(
+            r"at “(.+)”, ([\d.]+) % of its patches held, ([\d.]+) % fetched", visit.page.inner_text("#kept")
+        )
         assert found[1] == tokens.nth(index).inner_text().strip()
         assert 0 < float(found[3]) < float(found[2]) < 15
         seen.append(visit.colors())
