@@ -97,7 +97,7 @@ def main(
     from sparsight.bench import machine, tables
     from sparsight.bench.benchmark import BenchmarkConfig, run_benchmark
     from sparsight.bench.kvpress import Kvpress
-    from sparsight.bench.shapes import random_inputs, weight_bytes
+    from sparsight.bench.shapes import random_inputs, weight_bytes, without_tokenizer
     from sparsight.bench.summary import summarize
     from sparsight.cache import CompressedCache
     from sparsight.cli.recipe_options import with_scores
@@ -110,6 +110,8 @@ def main(
         if name not in LIBRARIES:
             raise unknown("comparison", name, LIBRARIES)
     recipes = [with_scores(each, model, heads) for each in _recipes(names(methods, METHODS), budget_list(budgets))]
+    if model is None:
+        recipes = list(map(without_tokenizer, recipes))
     plan = BenchmarkConfig(
         contexts=count_list("--contexts", contexts),
         batches=count_list("--batch", batch),
