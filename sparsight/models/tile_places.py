@@ -35,7 +35,7 @@ def place_tiles(tiles: Sequence[Tile], cut: Cut | None, image_processor: Any, si
     Returns:
         The tiles. Their ``box`` is None where it is not known how the images were cut.
     """
-    if all(tile.box is not None for tile in tiles) and max(tile.image for tile in tiles) < len(sizes):
+    if all(tile.box is not None and tile.image < len(sizes) for tile in tiles):
         return [_cropped(tile, image_processor, sizes[tile.image]) for tile in tiles]
     if len(tiles) == len(sizes):
         grids = [(1, 1)] * len(sizes)
@@ -115,6 +115,11 @@ def _slices(image_processor: Any, width: int, height: int) -> tuple[int, int]:
     return rows, columns
 
 
-CLOSEST_RATIO, LONGEST_EDGE = Cut(_closest_ratio), Cut(_longest_edge)
-COVERING, SLICES = Cut(_covering, full_first=True), Cut(_slices, full_first=True)
-"""InternVL and Aya Vision, Idefics3 and SmolVLM, Ovis2, MiniCPM-V."""
+CLOSEST_RATIO = Cut(_closest_ratio)
+"""InternVL, Aya Vision."""
+LONGEST_EDGE = Cut(_longest_edge)
+"""Idefics3, SmolVLM."""
+COVERING = Cut(_covering, full_first=True)
+"""Ovis2."""
+SLICES = Cut(_slices, full_first=True)
+"""MiniCPM-V."""
