@@ -101,7 +101,7 @@ HostDtype = Annotated[
     typer.Option(
         help="int8 stores the keys and values in host memory in 8 bits: about half the bytes, and rounded.",
         metavar="NAME",
-        callback=check_one_of("--host-dtype", ("int8",)),
+        callback=check_one_of("value of --host-dtype", ("int8",)),
         rich_help_panel=METHOD,
     ),
 ]
