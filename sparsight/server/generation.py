@@ -105,6 +105,8 @@ class Generation:
         Raises:
             APIError: as :meth:`pieces`.
         """
+        assert self._stream is not None
+        self._stream.each_step = False
         while await self.pieces():
             pass
         return self.completions
