@@ -121,6 +121,11 @@ class EngineLoop:
         """End a request; its memory is free after the next step."""
         self.engine.abort(stream.handle)
 
+    def take(self, stream: Stream) -> list[Piece]:
+        """The pieces that have not been handed to the event loop."""
+        with self._changed:
+            return stream.handle.take()
+
     def _run(self) -> None:
         while True:
             with self._changed:

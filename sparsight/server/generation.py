@@ -95,9 +95,12 @@ class Generation:
         if not pieces and self._stream.handle.kept_positions:
             report, positions = self.completions[0].report, self._stream.handle.kept_positions
             self._service.kept.add(self.id, Kept(self._key_id, report, self._grids, positions))
-        self.new_tokens += sum(piece.token is not None for piece in pieces)
-        self._observation.pieces(self._stream.handle, pieces)
+        self._count(self._stream, pieces)
         return pieces
+
+    def _count(self, stream: Stream, pieces: Sequence[Piece]) -> None:
+        self.new_tokens += sum(piece.token is not None for piece in pieces)
+        self._observation.pieces(stream.handle, pieces)
 
     async def finish(self) -> list[Completion]:
         """The complete answers.
@@ -132,6 +135,8 @@ class Generation:
         self.abort()
         self._service.active.discard(self)
         if self._stream is not None:
+            # Of a complete answer that nobody waits for any more.
+            self._count(self._stream, self._service.loop.take(self._stream))
             reasons = self._observation.end(self._stream.handle, self.params.n, self.prompt_tokens)
             self.log |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
             self.log |= {"finish_reason": ",".join(dict.fromkeys(reasons))}

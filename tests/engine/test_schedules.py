@@ -158,7 +158,7 @@ def test_every_method(method):
         check_empty(running)
 
 
-@pytest.mark.parametrize("share, steps", [(5, 1), (4, 2)])
+@pytest.mark.parametrize(("share", "steps"), [(5, 1), (4, 2)])
 def test_a_short_rest_of_a_prompt_is_processed_with_its_last_chunk(share, steps):
     ask = Ask(tokens=1)
     length = inputs_of("llava", ask)["input_ids"].shape[1]
