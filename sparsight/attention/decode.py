@@ -64,14 +64,14 @@ class Tiles(NamedTuple):
     """Tiles of ``W`` slots that ``N`` rows of any length use, for one attention over all of them.
 
     Attributes:
-        index: int64 ``[T]``, which tile of the storage each is.
+        tile: int64 ``[T]``, which tile of the storage each is.
         row: int64 ``[T]``, whose it is.
         place: int64 ``[T]``, its index where every row has ``longest`` tiles.
         bias: float32 ``[T, 1, W]``, -inf where a slot is vacant, otherwise 0.
         longest: tiles of the longest row.
     """
 
-    index: Tensor
+    tile: Tensor
     row: Tensor
     place: Tensor
     bias: Tensor
@@ -94,16 +94,16 @@ def attend_tiles(
     Returns:
         ``[B, H, 1, D_v]``.
     """
-    index, row, place, bias, longest = tiles
+    tile, row, place, bias, longest = tiles
     packed = _pack(query, heads).flatten(0, 1).float() * (scaling or query.shape[-1] ** -0.5)
     rows, group, _ = packed.shape
-    logits = torch.baddbmm(bias, packed[row], _taken(keys, index, bias.shape[2]).float().mT)
+    logits = torch.baddbmm(bias, packed[row], _taken(keys, tile, bias.shape[2]).float().mT)
     # The largest of each tile, then of each row: softmax over rows in parts.
     largest = logits.new_full((rows * longest, group), -torch.inf).index_copy_(0, place, logits.amax(-1))
     largest = largest.view(rows, longest, group).amax(1)
     weights = logits.sub_(largest[row][..., None]).exp_()
     sums = weights.new_zeros(rows, group).index_add_(0, row, weights.sum(-1))
-    parts = torch.bmm(weights.to(values.dtype), _taken(values, index, bias.shape[2])).float()
+    parts = torch.bmm(weights.to(values.dtype), _taken(values, tile, bias.shape[2])).float()
     output = parts.new_zeros(rows, *parts.shape[1:]).index_add_(0, row, parts)
     return output.div_(sums[..., None]).to(values.dtype).view(*query.shape[:-1], -1)
 
