@@ -143,7 +143,7 @@ def tiles_of(starts: Tensor, used: Tensor, positions: Tensor) -> list[Tiles]:
     bias = torch.zeros(vacant.shape, device=vacant.device).masked_fill_(vacant, -torch.inf)[:, None]
     row %= rows
     parts = zip(*(each.split(by_layer.sum(1).tolist()) for each in (tile, row, row * longest + nth, bias)), strict=True)
-    return [Tiles(*part, longest) for part in parts]
+    return [Tiles(own_tile, own_row, place, mask, longest) for own_tile, own_row, place, mask in parts]
 
 
 def rounded_up(slots: Any) -> Any:
