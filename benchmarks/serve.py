@@ -1,8 +1,8 @@
 """`sparsight serve` against `transformers serve`, `sparsight batch` and a bare prefill, and under too much load.
 
 The openai client asks about pages that the model that ships can read. The speeds are measured without an
-end-of-sequence token, so that all answers have equally many tokens; the turns of both servers are interleaved. Clients
-and servers share the machine.
+end-of-sequence token, so that all answers have equally many tokens, and no page comes twice; the turns of both servers
+are interleaved. Clients and servers share the machine.
 
     python -m benchmarks.serve --output benchmarks/results/serve-cpu.json
 """
@@ -164,56 +164,55 @@ def serving(command: list[str], model: str, threads: int) -> Iterator[Server]:
 
 async def speed(own: Server, other: Server, rounds: int) -> dict[str, Any]:
     """Requests per second of one and of eight clients, and seconds to the first token of one."""
-    questions = pages(64)
     found: dict[str, dict[str, list[float]]] = {OURS: {}, THEIRS: {}}
     for server in (own, other):
-        await ask(server, questions[0])
+        await rate(server, pages(1, 0), 1)
     for number in range(rounds):
+        one, eight, first = (pages(count, 100 * number + start) for count, start in ((4, 1), (16, 5), (6, 21)))
         for label, server in ((OURS, own), (THEIRS, other))[:: 1 if number % 2 == 0 else -1]:
-            for clients, count in ((1, 4), (8, 16)):
+            for clients, questions in ((1, one), (8, eight)):
                 found[label].setdefault(f"requests_per_second_{clients}", []).append(
-                    await rate(server, questions[:count], clients)
+                    await rate(server, questions, clients)
                 )
-            found[label].setdefault("first_token_seconds", []).extend(
-                [await first_token(server, each) for each in questions[:6]]
-            )
+            found[label].setdefault("first_token_seconds", []).extend(await first_tokens(server, first))
     return {label: {name: statistics.median(values) for name, values in each.items()} for label, each in found.items()}
 
 
 async def rate(server: Server, questions: list[Question], clients: int) -> float:
     """Requests per second of clients each of which sends its next request once the last one is answered."""
     waiting = iter(questions)
-
-    async def client() -> None:
-        for question in waiting:
-            await ask(server, question)
-
-    start = time.perf_counter()
-    await asyncio.gather(*[client() for _ in range(clients)])
-    return len(questions) / (time.perf_counter() - start)
-
-
-async def ask(server: Server, question: Question) -> str:
-    """The answer to a question."""
     async with server.client as client:
-        answer = await client.chat.completions.create(
-            model=server.model, messages=question.messages, max_tokens=NEW_TOKENS
-        )
+
+        async def ask_all() -> None:
+            for question in waiting:
+                await ask(server, client, question)
+
+        start = time.perf_counter()
+        await asyncio.gather(*[ask_all() for _ in range(clients)])
+        return len(questions) / (time.perf_counter() - start)
+
+
+async def ask(server: Server, client: openai.AsyncOpenAI, question: Question) -> str:
+    """The answer to a question."""
+    answer = await client.chat.completions.create(model=server.model, messages=question.messages, max_tokens=NEW_TOKENS)
     return answer.choices[0].message.content or ""
 
 
-async def first_token(server: Server, question: Question) -> float:
-    """Seconds to the first text of a stream."""
-    start, found = time.perf_counter(), None
+async def first_tokens(server: Server, questions: list[Question]) -> list[float]:
+    """Seconds to the first text of each stream."""
+    seconds = []
     async with server.client as client:
-        stream = await client.chat.completions.create(
-            model=server.model, messages=question.messages, max_tokens=4, stream=True
-        )
-        async for chunk in stream:
-            if found is None and chunk.choices and chunk.choices[0].delta.content:
-                found = time.perf_counter() - start
-    assert found is not None
-    return found
+        for question in questions:
+            start, found = time.perf_counter(), None
+            stream = await client.chat.completions.create(
+                model=server.model, messages=question.messages, max_tokens=4, stream=True
+            )
+            async for chunk in stream:
+                if found is None and chunk.choices and chunk.choices[0].delta.content:
+                    found = time.perf_counter() - start
+            assert found is not None
+            seconds.append(found)
+    return seconds
 
 
 def bare_prefill(model_folder: Path) -> float:
@@ -240,7 +239,7 @@ async def against_batch(server: Server, folder: Path, count: int, threads: int) 
         row = json.loads(line)
         data = base64.b64encode((folder / row["image"]).read_bytes()).decode()
         questions.append(Question(f"data:image/png;base64,{data}", row["prompt"]))
-    await ask(server, questions[0])
+    await rate(server, pages(1, 0), 1)
     return {"batch": batch["rows"] / batch["seconds"], "serve": await rate(server, questions, 64)}
 
 
@@ -250,7 +249,8 @@ async def against_batch(server: Server, folder: Path, count: int, threads: int) 
 async def overload(server: Server, seconds: float) -> dict[str, Any]:
     """Ten times the requests that the server can answer, at random times; /health is asked all the while."""
     questions = look_ups(64)
-    alone = {each: await ask(server, each) for each in questions}
+    async with server.client as client:
+        alone = {each: await ask(server, client, each) for each in questions}
     capacity = await rate(server, questions, 16)
     found: list[tuple[int, float, bool]] = []
     health: list[float] = []
@@ -322,17 +322,18 @@ async def cancelled(server: Server, count: int) -> dict[str, Any]:
 async def some(server: Server, questions: list[Question], generator: random.Random, count: int) -> None:
     """Requests of sixteen clients, a fifth of which give up after a random time."""
     numbers = iter(range(count))
+    async with server.client as client:
 
-    async def client() -> None:
-        for _ in numbers:
-            question = generator.choice(questions)
-            patience = generator.uniform(0.05, 2) if generator.random() < 0.2 else None
-            try:
-                await asyncio.wait_for(ask(server, question), patience)
-            except TimeoutError:
-                continue
+        async def ask_all() -> None:
+            for _ in numbers:
+                question = generator.choice(questions)
+                patience = generator.uniform(0.05, 2) if generator.random() < 0.2 else None
+                try:
+                    await asyncio.wait_for(ask(server, client, question), patience)
+                except TimeoutError:
+                    continue
 
-    await asyncio.gather(*[client() for _ in range(16)])
+        await asyncio.gather(*[ask_all() for _ in range(16)])
 
 
 def quantile(values: list[float], percent: int) -> float:
@@ -343,9 +344,10 @@ def quantile(values: list[float], percent: int) -> float:
 # Pages
 
 
-def pages(count: int) -> list[Question]:
-    """Lists to read out."""
-    examples = [read_out(np.random.default_rng([SEED, number]), "heldout", RECORDS) for number in range(count)]
+def pages(count: int, first: int) -> list[Question]:
+    """Lists to read out, the same for the same number."""
+    numbers = range(first, first + count)
+    examples = [read_out(np.random.default_rng([SEED, number]), "heldout", RECORDS) for number in numbers]
     return [question(example) for example in examples]
 
 

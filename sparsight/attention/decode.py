@@ -1,5 +1,7 @@
 """Attention of new tokens over the entries that a layer holds, in torch: what the decode kernel computes on a GPU."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -56,6 +58,64 @@ def attend_and_score(
         # The last token attends to every other except padding, whose queries do not count.
         weights = weights * recent_mask[:, :, -1].repeat(1, 1, group)[..., None]
     return output, weights.sum(2) / group
+
+
+class Tiles(NamedTuple):
+    """Tiles of ``W`` slots that ``N`` rows of any length use, for one attention over all of them.
+
+    Attributes:
+        tile: int64 ``[T]``, which tile of the storage each is.
+        row: int64 ``[T]``, whose it is.
+        place: int64 ``[T]``, its index where every row has ``longest`` tiles.
+        bias: float32 ``[T, 1, W]``, -inf where a slot is vacant, otherwise 0.
+        longest: tiles of the longest row.
+    """
+
+    tile: Tensor
+    row: Tensor
+    place: Tensor
+    bias: Tensor
+    longest: int
+
+
+def attend_tiles(
+    query: Tensor, keys: Tensor, values: Tensor, heads: int, tiles: Tiles, scaling: float | None
+) -> Tensor:
+    """Attention of one new token of each sequence over rows of different lengths, with float32 logits and sums.
+
+    Args:
+        query: ``[B, H, 1, D]``, ``H`` a multiple of ``heads``.
+        keys: ``[slots, D]``.
+        values: ``[slots, D_v]``.
+        heads: KV heads, each with a row of its own: ``N = B * heads``.
+        tiles: where the entries of each row are.
+        scaling: factor of the logits, ``D ** -0.5`` if None.
+
+    Returns:
+        ``[B, H, 1, D_v]``.
+    """
+    tile, row, place, bias, longest = tiles
+    packed = _pack(query, heads).flatten(0, 1).float() * (scaling or query.shape[-1] ** -0.5)
+    rows, group, _ = packed.shape
+    logits = torch.baddbmm(bias, packed[row], _taken(keys, tile, bias.shape[2]).float().mT)
+    # The largest of each tile, then of each row: softmax over rows in parts.
+    largest = logits.new_full((rows * longest, group), -torch.inf).index_copy_(0, place, logits.amax(-1))
+    largest = largest.view(rows, longest, group).amax(1)
+    weights = logits.sub_(largest[row][..., None]).exp_()
+    sums = weights.new_zeros(rows, group).index_add_(0, row, weights.sum(-1))
+    parts = torch.bmm(weights.to(values.dtype), _taken(values, tile, bias.shape[2])).float()
+    output = parts.new_zeros(rows, *parts.shape[1:]).index_add_(0, row, parts)
+    return output.div_(sums[..., None]).to(values.dtype).view(*query.shape[:-1], -1)
+
+
+def tiled(states: Tensor, width: int) -> Tensor:
+    """Storage ``[slots, ...]`` as tiles ``[tiles, width, ...]``; what is left at the end belongs to none."""
+    return states[: len(states) // width * width].unflatten(0, (-1, width))
+
+
+def _taken(states: Tensor, index: Tensor, width: int) -> Tensor:
+    """Some tiles of ``states`` ``[slots, D]``, ``[T, width, D]``."""
+    return tiled(states, width).flatten(1).index_select(0, index).view(-1, width, states.shape[-1])
 
 
 def _pack(query: Tensor, kv_heads: int) -> Tensor:

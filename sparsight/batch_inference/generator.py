@@ -54,9 +54,10 @@ class BatchGenerator:
         host_dtype: str | None = None,
     ) -> None:
         self.preprocessor, self._tokenizer = preprocessor, preprocessor.checkpoint.processor.tokenizer
+        # Without a processor: results are decoded once, at their end, not token by token.
         self.engine = Engine(
             model,
-            preprocessor.checkpoint.processor,
+            None,
             recipe,
             kv_memory=CACHE_MEMORY_FRACTION,
             max_running=batch_size or MAX_BATCH_SIZE,

@@ -50,6 +50,8 @@ class KVPool:
                 self._free[index : index + 1] = [(start + count, gap - count)] if gap > count else []
                 self.extents[start] = count
                 self.positions[start : start + count] = VACANT
+                # Vacant slots are read too, with a weight of 0: what an earlier sequence left there may be a NaN.
+                self.keys[start : start + count] = self.values[start : start + count] = 0
                 return start
         return None
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsight.attention.decode import Tiles, tiled
 from sparsight.cache.kv_pool import KVPool
 from sparsight.cache.prompt_recall import PromptRecall
 from sparsight.compression.eviction import VACANT, EvictionRule, EvictionState
@@ -122,6 +123,27 @@ class Strip(NamedTuple):
         shape = self.sequences, self.rows, self.used, *flat.shape[1:]
         strides = [size * each for each in (self.stride, self.capacity, 1)] + [1] * (flat.ndim - 1)
         return flat.as_strided(shape, strides, self.start * size)
+
+
+def tiles_of(starts: Tensor, used: Tensor, positions: Tensor) -> list[Tiles]:
+    """The tiles of :data:`CAPACITY_STEP` slots that the rows of each layer use.
+
+    Args:
+        starts: int64 ``[L, N]``, the first slot of each row, a multiple of the step.
+        used: int64 ``[L, N]``, slots up to the last occupied one.
+        positions: int32 ``[slots]`` of the pool, -1 where a slot is vacant.
+    """
+    layers, rows = starts.shape
+    by_layer = (used + CAPACITY_STEP - 1) // CAPACITY_STEP
+    counts = by_layer.flatten()
+    row = torch.arange(layers * rows, device=starts.device).repeat_interleave(counts)
+    nth = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    tile, longest = starts.flatten()[row] // CAPACITY_STEP + nth, int(counts.max())
+    vacant = tiled(positions, CAPACITY_STEP)[tile] == VACANT
+    bias = torch.zeros(vacant.shape, device=vacant.device).masked_fill_(vacant, -torch.inf)[:, None]
+    row %= rows
+    parts = zip(*(each.split(by_layer.sum(1).tolist()) for each in (tile, row, row * longest + nth, bias)), strict=True)
+    return [Tiles(own_tile, own_row, place, mask, longest) for own_tile, own_row, place, mask in parts]
 
 
 def rounded_up(slots: Any) -> Any:

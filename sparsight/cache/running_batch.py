@@ -11,16 +11,17 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsight.attention import decode, kernels
+from sparsight.attention.decode import Tiles
 from sparsight.attention.interface import mark, override_attention
 from sparsight.cache.compressed_cache import CompressedCache, compressible, language_part
 from sparsight.cache.kv_pool import KVPool
 from sparsight.cache.kv_store import KVStore
-from sparsight.cache.pool_rows import Group, Member, Rows, Strip, rounded_up
+from sparsight.cache.pool_rows import Group, Member, Rows, Strip, rounded_up, tiles_of
 from sparsight.cache.step_metadata import Lengths
 from sparsight.compression.eviction import VACANT, EvictionRule, EvictionState
 
-GATHERED_RUNS, GATHERED_SLOTS = 4, 512
-"""On a CPU, more runs of sequences than this, with rows no longer than that, are copied for one attention."""
+FEW_CALLS, SHORT_CALL = 4, 2**16
+"""On a CPU, more calls of attention than this, which read fewer numbers each than that, are replaced by one."""
 
 
 class _Layer(CacheLayerMixin):
@@ -195,11 +196,13 @@ class RunningBatch(Cache):
             if not member.is_followed_by(other)
         ]
         self._runs = [range(*pair) for pair in pairwise([0, *ends, len(self.members)])]
-        self._extents: tuple[list[list[int]], list[list[int]]] | None = None
+        self._forget_lengths()
         self._due: list[int] | None = None
-        # Copies of short rows cost less than an attention for each of many runs.
-        short = all(group.longest <= GATHERED_SLOTS and not group.rule.tracks_attention for group in self._groups)
-        self._gathers = short and len(self._runs) > GATHERED_RUNS
+        # Copying short rows costs less than an attention for each of them.
+        calls = sum(1 if self.members[run.start].is_even else self._heads for run in self._runs if run)
+        numbers = sum(member.slots for member in self.members) // self._count * self._pool().keys.shape[1]
+        short = calls > FEW_CALLS and numbers <= calls * SHORT_CALL
+        self._tiled = short and not any(rule.tracks_attention for rule in by_rule)
 
     # A decode step
 
@@ -224,7 +227,8 @@ class RunningBatch(Cache):
         pool.positions[places.flatten()] = positions.repeat(self._count)
         # What took the place of an entry does not inherit its score.
         pool.scores[places.flatten()] = 0
-        self._extents = self._due = None
+        self._forget_lengths()
+        self._due = None
         extents = [(each.start, each.start + each.slots) for each in self.members if each.rule.tracks_attention]
         self._scores = [(start, pool.scores[start:stop].clone()) for start, stop in extents]
 
@@ -249,8 +253,8 @@ class RunningBatch(Cache):
         self._recall(layer, query, scaling)
         if kernels.usable(query, pool.keys, pool.values):
             output = self._attend_by_kernel(layer, query, scaling)
-        elif self._gathers:
-            output = self._attend_gathered(layer, query, scaling)
+        elif self._tiled:
+            output = decode.attend_tiles(query, pool.keys, pool.values, self._heads, self._tiles()[layer], scaling)
         else:
             each = zip(self._runs, query.split([len(run) for run in self._runs]), strict=True)
             output = torch.cat([self._attend_run(layer, run, queries, scaling) for run, queries in each])
@@ -268,16 +272,6 @@ class RunningBatch(Cache):
             starts = self._rows[0, layer, index * self._heads : (index + 1) * self._heads]
             storage = pool.keys, pool.values, pool.positions
             self.members[index].recalls[layer].fetch(query[index, :, 0], scaling, storage, starts)
-
-    def _attend_gathered(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
-        """One attention over copies of all rows, padded to the longest."""
-        pool, longest = self._pool(), max(self._lengths()[0][layer])
-        rows = Rows(pool, self._heads, self._rows[:4, layer], longest)
-        index, beyond = rows.slots()
-        occupied = pool.positions[index].masked_fill_(beyond, VACANT) != VACANT
-        shape = query.shape[0], self._heads, longest, -1
-        keys, values = (each.index_select(0, index.flatten()).view(shape) for each in (pool.keys, pool.values))
-        return decode.attend(query, keys, values, occupied.view(keys.shape[:3]), None, scaling)
 
     def _attend_by_kernel(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
         pool, longest = self._pool(), max(group.longest for group in self._groups)
@@ -323,6 +317,17 @@ class RunningBatch(Cache):
         rows = self._rows[2:4, layer, run.start * heads : run.stop * heads].tolist()
         by_row = zip(starts, capacities, *rows, strict=True)
         return [Strip(start, 1, 0, 1, capacity, used, held < used) for start, capacity, held, used in by_row]
+
+    def _forget_lengths(self) -> None:
+        """Read the lengths of the rows anew, as they have changed."""
+        self._extents: tuple[list[list[int]], list[list[int]]] | None = None
+        self._layer_tiles: list[Tiles] | None = None
+
+    def _tiles(self) -> list[Tiles]:
+        """The tiles that the rows of each layer use."""
+        if self._layer_tiles is None:
+            self._layer_tiles = tiles_of(self._rows[0], self._rows[3], self._pool().positions)
+        return self._layer_tiles
 
     def _lengths(self) -> tuple[list[list[int]], list[list[int]]]:
         """Slots used of the longest row of each sequence, and entries of the shortest, by layer."""

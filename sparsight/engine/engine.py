@@ -89,7 +89,8 @@ class Engine:
             limit: each answer has a :class:`~sparsight.CompressedCache` of its own, which is what its report is about
             when it ends, and they decode one by one, on a GPU in captured steps.
         max_running: answers that are generated at the same time, at most.
-        prefill_chunk: tokens of a prompt that a step processes at most; None for all. Running answers wait for it.
+        prefill_chunk: tokens of a prompt that a step processes at most, except that its last step may process a quarter
+            more; None for all. Running answers wait for it.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
         vision_bytes: bytes of vision features that are kept for images that come again.
         host_memory: bytes of full keys and values that are kept in host memory, so that a prompt that begins like an

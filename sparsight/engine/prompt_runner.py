@@ -29,7 +29,7 @@ class PromptRunner:
         model: an unmodified transformers model.
         recipe: how the prompt is compressed.
         inputs: what the processor returned for it, on the model's device.
-        chunk: tokens of a chunk; None for all.
+        chunk: tokens of a chunk, the last one of which may be longer by a quarter; None for all.
         vision: where features of images that were seen before are.
         bound: as :class:`~sparsight.CompressedCache` takes it; the prompt must then run unchunked to be exact.
         prefixes: where keys and values of prompts that were processed before are.
@@ -138,8 +138,8 @@ class PromptRunner:
         """Run the next chunk; logits ``[1, V]`` of the answer's first token after the last one."""
         started, length = time.perf_counter(), self.input_ids.shape[1]
         start, stop = self._done, min(self._done + (self._chunk or length), length)
-        # A chunk of one token would be taken for the answer's.
-        stop = length if length - stop == 1 else stop
+        # A short rest is not worth a pass of its own, and a single token would be taken for the answer's.
+        stop = length if length - stop <= max(1, (stop - start) // 4) else stop
         inputs = self._inputs if stop - start == length else self._part(start, stop)
         positions = self._positions[..., start:stop]
         output: Any = self.model(**inputs, position_ids=positions, past_key_values=self.cache, logits_to_keep=1)

@@ -28,11 +28,13 @@ class Piece(NamedTuple):
         answer: which of the request's ``n`` answers.
         text: new text, complete characters only; may be empty.
         token: the token, or None where text that was held back follows the last one.
+        time: when it was made, by ``time.perf_counter``.
     """
 
     answer: int
     text: str
     token: Sampled | None
+    time: float
 
 
 @dataclass(frozen=True)

@@ -117,4 +117,4 @@ class Sequence:
 
     def _push(self, text: str, token: Sampled | None) -> None:
         self._text += text
-        self.handle.push(Piece(self.index, text, token))
+        self.handle.push(Piece(self.index, text, token, self._last))

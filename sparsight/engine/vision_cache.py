@@ -305,7 +305,7 @@ def _key(encoder: str, arguments: Mapping[str, Any]) -> bytes:
     for name, value in sorted(arguments.items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
         else:
             digest.update(f"{name} {value!r}".encode())
     return digest.digest()

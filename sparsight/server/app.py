@@ -15,7 +15,7 @@ from sparsight.server.access_log import AccessLog
 from sparsight.server.errors import APIError, unexpected
 from sparsight.server.images import ImageLoader
 from sparsight.server.keys import KeyGuard, RateLimit
-from sparsight.server.middleware import BodyLimit, HeaderLimit, LocalHost
+from sparsight.server.middleware import BodyLimit, HeaderLimit, LocalHost, QueueLimit
 from sparsight.server.service import Service
 from sparsight.server.settings import Settings
 from sparsight.server.validation import body_error
@@ -76,6 +76,7 @@ def create_app(
         max_total=settings.max_bodies_bytes,
         seconds=settings.body_seconds,
     )
+    app.add_middleware(QueueLimit, check_queue=service.check_queue)
     if settings.requests_per_minute is not None:
         app.add_middleware(RateLimit, per_minute=settings.requests_per_minute)
     if keys:
@@ -87,19 +88,20 @@ def create_app(
     return app
 
 
-def _api_error(_: Request, error: Any) -> Response:
+# Coroutines: Starlette calls functions in another thread.
+async def _api_error(_: Request, error: Any) -> Response:
     return error.response()
 
 
-def _malformed(_: Request, error: Any) -> Response:
+async def _malformed(_: Request, error: Any) -> Response:
     return body_error(error.errors(), error.body).response()
 
 
-def _http_error(_: Request, error: Any) -> Response:
+async def _http_error(_: Request, error: Any) -> Response:
     response = APIError(error.status_code, SENTENCES.get(error.status_code, "The request is wrong.")).response()
     response.headers.update(error.headers or {})
     return response
 
 
-def _unexpected(_: Request, error: Exception) -> Response:
+async def _unexpected(_: Request, error: Exception) -> Response:
     return unexpected().response()

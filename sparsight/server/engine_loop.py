@@ -23,10 +23,14 @@ class Stream:
 
     Args:
         handle: the engine's handle of the request.
+
+    Attributes:
+        each_step: whether the reader is woken after each step, or only at the end.
     """
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
+        self.each_step = True
         self._pieces: list[Piece] = []
         self._done = False
         self._arrived = asyncio.Event()
@@ -59,6 +63,11 @@ class Stream:
         """The complete answers, in order."""
         return self.handle.completions
 
+    @property
+    def has_news(self) -> bool:
+        """Whether the reader is to be woken."""
+        return self.handle.has_news if self.each_step else self.handle.done
+
     def deliver(self, pieces: list[Piece], done: bool) -> None:
         """Take new pieces; called on the event loop."""
         self._pieces += pieces
@@ -69,7 +78,7 @@ class Stream:
 class EngineLoop:
     """Steps an engine in one thread while it has work; the thread sleeps otherwise.
 
-    Each step wakes the event loop once, for all streams that have something new.
+    A step wakes the event loop at most once, for all streams that have something new.
 
     Args:
         engine: the engine; nothing else may step it.
@@ -112,6 +121,11 @@ class EngineLoop:
         """End a request; its memory is free after the next step."""
         self.engine.abort(stream.handle)
 
+    def take(self, stream: Stream) -> list[Piece]:
+        """The pieces that have not been handed to the event loop."""
+        with self._changed:
+            return stream.handle.take()
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -133,7 +147,7 @@ class EngineLoop:
         """Hand what a step made to the event loop."""
         with self._changed:
             # Whether a request is done is read before its pieces, which it may get in between.
-            news = [(each, each.handle.done, each.handle.take()) for each in self._streams if each.handle.has_news]
+            news = [(each, each.handle.done, each.handle.take()) for each in self._streams if each.has_news]
             ended = {id(each) for each, done, _ in news if done}
             self._streams = [each for each in self._streams if id(each) not in ended]
         if news and self._events is not None and not self._events.is_closed():

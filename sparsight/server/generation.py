@@ -101,9 +101,12 @@ class Generation:
                 self._characters.append(len(piece.text))
             elif piece.answer == 0:
                 self._characters[-1] += len(piece.text)
-        self.new_tokens += sum(piece.token is not None for piece in pieces)
-        self._observation.pieces(self._stream.handle, pieces)
+        self._count(self._stream, pieces)
         return pieces
+
+    def _count(self, stream: Stream, pieces: Sequence[Piece]) -> None:
+        self.new_tokens += sum(piece.token is not None for piece in pieces)
+        self._observation.pieces(stream.handle, pieces)
 
     async def finish(self) -> list[Completion]:
         """The complete answers.
@@ -111,6 +114,8 @@ class Generation:
         Raises:
             APIError: as :meth:`pieces`.
         """
+        assert self._stream is not None
+        self._stream.each_step = False
         while await self.pieces():
             pass
         return self.completions
@@ -136,6 +141,8 @@ class Generation:
         self.abort()
         self._service.active.discard(self)
         if self._stream is not None:
+            # Of a complete answer that nobody waits for any more.
+            self._count(self._stream, self._service.loop.take(self._stream))
             reasons = self._observation.end(self._stream.handle, self.params.n, self.prompt_tokens)
             self.log |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
             self.log |= {"finish_reason": ",".join(dict.fromkeys(reasons))}

@@ -86,17 +86,17 @@ class Observation:
         self._newest: dict[int, float] = {}
 
     def pieces(self, handle: Handle, pieces: Sequence[Piece]) -> None:
-        """Record the arrival of pieces."""
-        metrics, now = self._metrics, time.perf_counter()
+        """Record pieces."""
+        metrics = self._metrics
         for piece in pieces:
             if piece.token is None:
                 continue
             if not self._newest:
-                metrics.first_token.observe(now - self._arrived)
-                metrics.prefill.observe(now - (handle.admitted or now))
+                metrics.first_token.observe(piece.time - self._arrived)
+                metrics.prefill.observe(piece.time - (handle.admitted or piece.time))
             elif piece.answer in self._newest:
-                metrics.token.observe(now - self._newest[piece.answer])
-            self._newest[piece.answer] = now
+                metrics.token.observe(piece.time - self._newest[piece.answer])
+            self._newest[piece.answer] = piece.time
             metrics.generation_tokens.inc()
 
     def end(self, handle: Handle, number: int, prompt_tokens: int) -> list[str]:

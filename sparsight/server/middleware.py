@@ -1,5 +1,6 @@
 """Limits on what clients send, checked before a request is parsed, as ASGI middleware."""
 
+from collections.abc import Callable
 from ipaddress import ip_address
 
 import anyio
@@ -72,6 +73,25 @@ class LocalHost(Guard):
         except ValueError as error:
             message = "Without API keys, this server answers to localhost and IP addresses only, not to domains."
             raise APIError(403, message, code="unknown_host") from error
+        return receive
+
+
+class QueueLimit(Guard):
+    """Refuses requests to generate, before their bodies are read, while the server cannot take them.
+
+    Args:
+        app: the application.
+        check_queue: raises the error.
+    """
+
+    def __init__(self, app: ASGIApp, check_queue: Callable[[], None]) -> None:
+        super().__init__(app)
+        self.check_queue = check_queue
+
+    async def check(self, scope: Scope, receive: Receive) -> Receive:
+        """Check."""
+        if scope["method"] == "POST":
+            self.check_queue()
         return receive
 
 

@@ -30,7 +30,9 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: the address cannot be used.
     """
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # asyncio turns off Nagle's algorithm only where the protocol is given. With it, a response's body waits 40 ms.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))

@@ -52,12 +52,16 @@ class Service:
         Raises:
             APIError: the server stops, or too many requests wait.
         """
+        self.check_queue()
+        return Generation(self, f"{prefix}-{uuid.uuid4().hex}", key_id)
+
+    def check_queue(self) -> None:
+        """Raise APIError if the server stops, or too many requests wait."""
         if self.draining or self.loop.failed:
             raise stopping()
         if self.waiting >= self.settings.max_queue:
             message = f"The server is busy: {self.settings.max_queue} requests are waiting."
             raise APIError(503, message, kind="server_error", code="overloaded", retry_after=RETRY_SECONDS)
-        return Generation(self, f"{prefix}-{uuid.uuid4().hex}", key_id)
 
     def check_model(self, name: str) -> None:
         """Raise APIError unless the server has this model."""

@@ -89,3 +89,13 @@ def test_memory_is_taken_when_it_is_written():
     lazy[2**24] = 1
     assert lazy[2**24 - 1 : 2**24 + 2].sum().item() == 8
     assert psutil.Process().memory_info().rss - before < lazy.nbytes / 8
+
+
+def test_an_extent_begins_without_what_was_there_before():
+    tested = pool(SLOTS * SLOT_BYTES)
+    start = tested.allocate(4)
+    tested.keys[start : start + 4] = tested.values[start : start + 4] = torch.nan
+    tested.free(start)
+    assert tested.allocate(6) == start
+    assert not tested.keys.any()
+    assert not tested.values.any()

@@ -181,11 +181,11 @@ def test_families_and_groups_of_query_heads(family, heads):
 
 @pytest.mark.parametrize("heads", ["1:1", "1:8"])
 def test_copies_of_short_rows_give_what_each_run_does(heads, monkeypatch):
-    monkeypatch.setattr(running_batch, "GATHERED_RUNS", 0)
+    monkeypatch.setattr(running_batch, "FEW_CALLS", 0)
     schedule = Schedule(heads=heads)
     for spec in [each for each in MIXED if each.method != "h2o"]:
         schedule.join(spec)
-        assert schedule.batch._gathers
+        assert schedule.batch._tiled
         schedule.step()
     schedule.leave(1)
     schedule.run()

@@ -21,6 +21,7 @@ from tests.engine.requests import (
     cut,
     engine,
     generated,
+    inputs_of,
     text_of,
 )
 from tests.support.families import TINY
@@ -155,6 +156,16 @@ def test_every_method(method):
         for ask, handle in zip(asks, handles, strict=True):
             assert handle.wait()[0].token_ids == generated("llava", ask)
         check_empty(running)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(5, 1), (4, 2)])
+def test_a_short_rest_of_a_prompt_is_processed_with_its_last_chunk(share, steps):
+    ask = Ask(tokens=1)
+    length = inputs_of("llava", ask)["input_ids"].shape[1]
+    with engine(prefill_chunk=length - length // share) as running:
+        handle = add(running, "llava", ask)
+        assert [running.step() for _ in range(steps)] == [True] * (steps - 1) + [False]
+        assert handle.wait()[0].token_ids == generated("llava", ask)
 
 
 # Memory and order

@@ -1,7 +1,6 @@
 """A server that really runs: the shipped model on a free port, in a thread of its own."""
 
 import base64
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import uvicorn
 import sparsight
 from sparsight.server.app import create_app
 from sparsight.server.images import ImageLoader
-from sparsight.server.run import server_config
+from sparsight.server.run import bind, server_config
 from sparsight.server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +38,7 @@ class RunningServer:
 
     def __init__(self, app: Any) -> None:
         self.service = app.state.service
-        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(server_config(app))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)

@@ -68,11 +68,17 @@ def test_not_streaming(server, steps_after_abort):
         with httpx2.Client() as client, pytest.raises(httpx2.ReadTimeout):
             client.post(f"{server.url}/v1/chat/completions", json=LONG, timeout=httpx2.Timeout(10, read=1))
 
+    def counted():
+        return server.service.metrics.generation_tokens.collect()[0].samples[0].value
+
+    before = counted()
     sender = threading.Thread(target=send)
     sender.start()
     wait_until(lambda: server.service.engine.running)
     sender.join()
     check_idle(server, steps_after_abort)
+    (handle,) = steps_after_abort
+    wait_until(lambda: len(handle.completions[0].tokens) - 2 <= counted() - before <= len(handle.completions[0].tokens))
 
 
 def test_before_the_answer_begins(server, monkeypatch):

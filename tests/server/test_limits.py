@@ -1,6 +1,7 @@
 """Limits: what is refused while the server is busy, and what happens when the engine fails."""
 
 import asyncio
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,6 +62,19 @@ def test_a_full_queue_is_refused_at_once_and_what_was_accepted_is_answered(small
     assert small.service.waiting == 0
 
 
+def test_a_full_queue_is_refused_before_the_body_arrives_and_the_connection_stays(small, monkeypatch):
+    monkeypatch.setattr(type(small.service), "waiting", 2)
+    head = b"%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", httpx2.URL(small.url).port), timeout=20) as client:
+        client.sendall(head % (b"POST /v1/chat/completions", 100))
+        response = b""
+        while b"waiting" not in response:
+            response += client.recv(2**16)
+        assert response.startswith(b"HTTP/1.1 503")
+        client.sendall(b"x" * 100 + head % (b"GET /health", 0))
+        assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
 def test_more_answers_than_can_run(small):
     with pytest.raises(openai.BadRequestError) as caught:
         small.client().chat.completions.create(model=MODEL, messages=asking(), n=2)
@@ -100,6 +114,20 @@ def test_an_error_of_the_model_ends_one_request(small, monkeypatch, caplog):
         list(client.chat.completions.create(model=MODEL, messages=asking(), stream=True))
     assert caught.value.message == "The model failed on the request."
     assert client.chat.completions.create(model=MODEL, messages=asking()).choices[0].message.content == "461"
+
+
+def test_a_reader_of_complete_answers_is_woken_once():
+    async def main():
+        loop = EngineLoop(engine())
+        params = sparsight.SamplingParams(max_new_tokens=8, ignore_eos=True)
+        stream = loop.submit(inputs_of("llava", Ask()), recipe_of("llava", Ask()), params, False, "")
+        stream.each_step = False
+        loop.start()
+        assert len([piece for piece in await stream.next() if piece.token is not None]) == 8
+        assert await stream.next() == []
+        loop.stop()
+
+    asyncio.run(main())
 
 
 def test_an_error_of_the_engine_ends_all_requests(monkeypatch, caplog):

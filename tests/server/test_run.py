@@ -1,9 +1,11 @@
 """The command as a process: it starts, drains and stops."""
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -99,6 +101,22 @@ def test_a_second_signal_ends_the_process_at_once():
             with pytest.raises(httpx2.RemoteProtocolError):
                 list(lines)
         assert process.wait(timeout=10) == 130
+
+
+def test_responses_do_not_wait_for_acknowledgements():
+    """Nagle's algorithm would hold back a body until the client has acknowledged the headers, up to 40 ms later."""
+
+    async def main():
+        accepted = asyncio.Queue()
+        bound = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(lambda _, writer: accepted.put_nowait(writer), sock=bound):
+            _, client = await asyncio.open_connection(*bound.getsockname())
+            writer = await accepted.get()
+            assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            client.close()
+            writer.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
