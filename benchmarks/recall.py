@@ -1,14 +1,13 @@
-"""Recall while decoding: how often, by which index, pooled how; lists of the training split, read out.
+"""Recall while decoding: what is varied around the recipe `sparsight-recall`; lists of the training split, read out.
 
-    python -m benchmarks.recall --output benchmarks/results/recall-4.json
+    python -m benchmarks.recall --output benchmarks/results/recall-12.json
 
 An interrupted run can be resumed: what is in the file is not measured again.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -18,36 +17,33 @@ import torch
 import typer
 
 from sparsight import Recipe, Sparsight
-from sparsight.compression import BlockBounds, Exact, KeyIndex, LowRank, Recall
-from sparsight.compression.score import Window
+from sparsight.compression import BlockBounds, LowRank
 from sparsight.eval.collate import conversations, group_by_answer_length, tokenizer_of
 from sparsight.eval.evaluator import FULL, end_tokens, until_end
 from sparsight.eval.metrics import exact_match, rouge_l
 from sparsight.eval.prefill_snapshot import PrefillSnapshot
+from sparsight.methods import SparsightRecall
 from sparsight.models.loading import load_checkpoint, load_model
 from sparsight.reader import model_path
 from sparsight.reader.skills import read_out
 
-BUDGETS = (0.1, 0.05)
-EVERY = (1, 2, 3, 4, 8)
-INDEXES = (Exact(), LowRank(8, 4), LowRank(16, 4), LowRank(8, 8), BlockBounds(2), BlockBounds(4), BlockBounds(8))
-POOLS: Sequence[Window] = (1, (1, 3), (1, 7), (1, 9), (1, 11), (3, 3), (3, 5), (5, 5))
-
-
-def named(budget: float, every: int, index: KeyIndex, pool: Window) -> Recipe:
-    """A recipe whose name says what it varies."""
-    numbers = "".join(f" {value}" for value in vars(index).values())
-    name = f"{budget:.0%}, every {every}, {index.kind}{numbers}, pool {pool}"
-    return replace(Sparsight(budget), name=name, decode=Recall(every, index, pool))
+BUDGET = 0.05
+VARIED: Mapping[str, Sequence[Any]] = {
+    "every": (2, 3, 8),
+    "prior": (0.0, 0.3, 3.0),
+    "floor": (0.1, 0.3, 1.0),
+    "pool": ((1, 3), (1, 11)),
+    "index": (LowRank(8, 4), BlockBounds(4)),
+}
+"""Numbers of the recipe, each varied alone."""
 
 
 def candidates() -> list[Recipe]:
-    """The full cache, `sparsight` without recall, every window with one index, every index with one window."""
-    plain = [replace(Sparsight(budget), name=f"{budget:.0%}, no recall") for budget in BUDGETS]
-    often = product(BUDGETS, EVERY, INDEXES[:1], [(1, 5)])
-    pools = product(BUDGETS, (4, 3, 2), INDEXES[:1], POOLS)
-    indexes = product(BUDGETS, EVERY, INDEXES[1:], [(1, 5)])
-    return [FULL, *plain, *(named(*each) for each in [*often, *pools, *indexes])]
+    """The full cache, both methods, and every variation, under names that say what is varied."""
+    named = {"sparsight": Sparsight(BUDGET), "sparsight-recall": SparsightRecall(BUDGET)}
+    for number, values in VARIED.items():
+        named |= {f"{number} {value}": SparsightRecall(BUDGET, **{number: value}) for value in values}
+    return [FULL, *(replace(recipe, name=name) for name, recipe in named.items())]
 
 
 @torch.inference_mode()
@@ -73,7 +69,7 @@ def measure(snapshot: PrefillSnapshot, recipe: Recipe, given: Any, right: Sequen
 
 def main(
     output: Annotated[Path, typer.Option(help="JSON file with the results.")],
-    records: Annotated[int, typer.Option(help="Records of a list.")] = 4,
+    records: Annotated[int, typer.Option(help="Records of a list.")] = 12,
     limit: Annotated[int, typer.Option(help="Lists.")] = 16,
     seed: int = 0,
     threads: int = 1,

@@ -29,7 +29,7 @@ def main(context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 2
     inputs = random_inputs(model, context, 1)
     methods = {
         "full": (recipe("full"), 1),
-        "sparsight": (recipe("sparsight"), 1),
+        "without recall": (recipe("sparsight-recall").combined(decode="grow"), 1),
         **{f"every {every}": (recipe("sparsight-recall", every=every), every) for every in (4, 2, 1)},
         "every 4, low rank": (recipe("sparsight-recall", index=LowRank()), 4),
     }

@@ -40,6 +40,7 @@ class BatchGenerator:
         batch_size: sequences that decode together, if they fit in memory; :data:`MAX_BATCH_SIZE` if None.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it.
         host_memory: as :class:`~sparsight.Engine` takes it.
+        host_dtype: as :class:`~sparsight.Engine` takes it.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class BatchGenerator:
         batch_size: int | None = None,
         prefill_bound: float | None = None,
         host_memory: int = 0,
+        host_dtype: str | None = None,
     ) -> None:
         self.preprocessor, self._tokenizer = preprocessor, preprocessor.checkpoint.processor.tokenizer
         # Without a processor: results are decoded once, at their end, not token by token.
@@ -63,6 +65,7 @@ class BatchGenerator:
             prefill_bound=prefill_bound,
             vision_bytes=VISION_BYTES,
             host_memory=host_memory,
+            host_dtype=host_dtype,
         )
         self._params = SamplingParams.from_generation_config(
             model.generation_config, temperature=0.0, max_new_tokens=preprocessor.max_new_tokens

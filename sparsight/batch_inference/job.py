@@ -34,6 +34,7 @@ class Job:
         max_pixels: largest image.
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it.
         host_memory: as :class:`~sparsight.Engine` takes it. Up to rounding, the results do not depend on it.
+        host_dtype: as :class:`~sparsight.Engine` takes it.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +46,7 @@ class Job:
     max_pixels: int = MAX_PIXELS
     prefill_bound: float | None = None
     host_memory: int = 0
+    host_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("max_new_tokens", self.max_new_tokens), ("batch_size", self.batch_size)):
@@ -68,6 +70,7 @@ class Job:
             "max_new_tokens": self.max_new_tokens,
             "max_pixels": self.max_pixels,
             "prefill_bound": self.prefill_bound,
+            "host_dtype": self.host_dtype,
         }
 
     @property
@@ -83,7 +86,7 @@ class Job:
         """
         if model is None:
             model = load_model(self.checkpoint, self.device, self.dtype)
-        memory = self.prefill_bound, self.host_memory
+        memory = self.prefill_bound, self.host_memory, self.host_dtype
         return BatchGenerator(model, self.preprocessor, self.recipe, self.batch_size, *memory)
 
 

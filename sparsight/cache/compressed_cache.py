@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsight.attention.interface import is_causal, mark, override_attention, visible
 from sparsight.attention.rope import Rope, Rotation, newest_valid, rotary_positions
 from sparsight.cache.bounded_prefill import check_bound
-from sparsight.cache.host_copy import HostCopy
+from sparsight.cache.host_copy import DTYPES, HostCopy
 from sparsight.cache.kv_store import KVStore
 from sparsight.cache.language_hook import hook_language
 from sparsight.cache.language_inputs import LanguageInputs
@@ -66,6 +66,8 @@ class CompressedCache(Cache):
             are then a new turn: they attend to the full cache, and what is held afterwards is what compressing the
             whole conversation as one prompt would have kept. A recipe whose decode rule recalls
             always has the prompt there.
+        host_dtype: ``"int8"`` stores what is kept in host memory in 8 bits, one scale per token and head, in about half
+            the bytes of bfloat16. A new turn then attends to rounded keys and values. None stores them as they are.
 
     Attributes:
         copies_prompt: whether the full keys and values of the prompt are kept in host memory.
@@ -90,7 +92,10 @@ class CompressedCache(Cache):
         max_new_tokens: int | None = None,
         prefill_bound: float | None = None,
         keep: str | None = None,
+        host_dtype: str | None = None,
     ) -> None:
+        if host_dtype is not None:
+            checks.one_of("host_dtype", host_dtype, DTYPES)
         if max_new_tokens is not None:
             checks.count("max_new_tokens", max_new_tokens, least=1)
         check_recipe(recipe)
@@ -122,7 +127,7 @@ class CompressedCache(Cache):
             for name, value in {"max_new_tokens": max_new_tokens, "prefill_bound": prefill_bound}.items():
                 if value is not None:
                     raise ValueError(f"keep='host' does not go with {name}: leave one of them out.")
-        self.copies_prompt = keep is not None or recipe.decode.recalls
+        self.copies_prompt, self._host_dtype = keep is not None or recipe.decode.recalls, host_dtype
         self._transcript = None if keep is None else Transcript(model.config, find)
         self._attention_override = override_attention(language.config)
         hooked = self.needs_tokens or keep is not None
@@ -337,7 +342,7 @@ class CompressedCache(Cache):
         plan = make_plan([layer.prefill for layer in self.compressed if layer.prefill is not None])
         self._rope = self._inputs = self._language = None
         if self.copies_prompt:
-            self.host = [HostCopy() for _ in self.prompt.spans]
+            self.host = [HostCopy(self._host_dtype) for _ in self.prompt.spans]
         for index, (layer, ratios) in enumerate(zip(self.compressed, plan.ratios, strict=True)):
             for sequence, copied in enumerate(self.host):
                 copied.add_layer(*layer.full_states(sequence))

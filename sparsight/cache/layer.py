@@ -200,11 +200,11 @@ class CompressedLayer(CacheLayerMixin):
             key, value = key.detach(), value.detach()
         if key.shape[2] == 1:
             self._write(key, value)
-            self._recall(query, scaling)
         else:
             # Of a new turn, the last token attends to every other except padding.
             mask = _recent_mask(attention_mask)
             self._append(key, value, None if mask is None else mask[:, 0, -1])
+        self._recall(query, scaling)
         store, state = self._decoding()
         if self.recipe.decode.tracks_attention:
             output, received = store.attend_and_score(query, mask, scaling)
@@ -228,11 +228,12 @@ class CompressedLayer(CacheLayerMixin):
             state.scores.scatter_(1, step.slots[self._index][:, None], 0)
 
     def _recall(self, query: Tensor, scaling: float | None) -> None:
-        """Let the decode rule fetch entries of the prompts for the newest tokens, queries ``[B, H, 1, D]``."""
+        """Let the decode rule fetch entries of the prompts for the newest tokens, queries ``[B, H, q, D]``."""
         store, _ = self._decoding()
         for sequence, recall in enumerate(self.recalls):
-            if recall.is_due(self.seen - 1):
-                recall.fetch(query[sequence, :, 0], scaling, store.flat(), store.starts[store.rows_of(sequence)])
+            # The end of a new turn asks for something else.
+            if query.shape[2] > 1 or recall.is_due(self.seen - 1):
+                recall.fetch(query[sequence, :, -1], scaling, store.flat(), store.starts[store.rows_of(sequence)])
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Append the entries of a new turn, bool ``valid`` ``[B, q]`` excludes padding."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsight.cache.prefill import Prefill
 from sparsight.compression import Recall
-from sparsight.compression.reduce import Reduce
+from sparsight.compression.reduce import Evict, top_mask
 from sparsight.compression.score import Grids
 
 FullStates = Callable[[], tuple[Tensor, Tensor]]
@@ -26,24 +26,31 @@ class PromptRecall:
         first: the position of the sequence's first token.
         answer: the position of the first token after the prompt.
         kept: entries of the prompt that each KV head holds, in its first slots.
+        score: the recipe's score of the prompt, ``[H_kv, T]``, which the rule may add to its ranking.
     """
 
     def __init__(
         self,
         rule: Recall,
-        reduce: Reduce,
+        reduce: Evict,
         full: FullStates,
         keys: Tensor,
         grids: Grids,
         first: int,
         answer: int,
         kept: Sequence[int],
+        score: Tensor,
     ) -> None:
         self.rule, self.reduce, self.first, self.answer, self.kept = rule, reduce, first, answer, kept
         self._full = full
         self._index = rule.index.build(keys) if rule.index.resident else None
         # Where positions are ranked.
-        self.grids = [grid.to("cpu" if self._index is None else keys.device) for grid in grids]
+        device = torch.device("cpu") if self._index is None else keys.device
+        self.grids = [grid.to(device) for grid in grids]
+        always = torch.stack([reduce.always(count, keys.shape[1]) for count in kept]).to(device)
+        # Mostly the same in all heads.
+        self._always = always[:1].clone() if (always == always[0]).all() else always
+        self._prior = (rule.prior * score).to(device, keys.dtype) if rule.prior else None
 
     def __deepcopy__(self, memo: dict) -> "PromptRecall":
         """The same object, which does not change."""
@@ -51,8 +58,10 @@ class PromptRecall:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index that are resident."""
-        return sum(each.nbytes for each in self._index or ())
+        """Bytes that are resident for the ranking."""
+        if self._index is None:
+            return 0
+        return sum(each.nbytes for each in (*self._index, self._always, self._prior) if each is not None)
 
     def is_due(self, position: int) -> bool:
         """Whether the token at ``position`` recalls."""
@@ -79,13 +88,9 @@ class PromptRecall:
         index = self._index or self.rule.index.build(keys)
         query = query.unflatten(0, (heads, -1)).to(index[0].device)
         ranking = self.rule.rank(query, index, length, scaling, self.grids)
-        chosen = torch.zeros(heads, length, dtype=torch.bool)
-        # Heads that keep the same number are selected together.
-        groups = [slice(heads)] if len(set(self.kept)) == 1 else [slice(head, head + 1) for head in range(heads)]
-        for group in groups:
-            positions = self.reduce.select(ranking[group], self.kept[group.start or 0])
-            chosen[group].scatter_(1, positions.cpu(), True)
-        return chosen
+        if self._prior is not None:
+            ranking = ranking + self._prior
+        return top_mask(ranking, self.kept, self._always, per_head=self.reduce.per_head).cpu()
 
     @torch.no_grad()
     def _exchange(self, chosen: Tensor, storage: tuple[Tensor, Tensor, Tensor], starts: Tensor) -> None:
@@ -116,9 +121,11 @@ def begin_recall(prefill: Prefill, kept: Sequence[Sequence[int]], full: Sequence
     recalls = []
     for sequence, (span, own) in enumerate(zip(prefill.prompt.spans, kept, strict=True)):
         recipe = prefill.recipe_of(sequence)
+        # Recipes that recall evict.
         assert isinstance(recipe.decode, Recall)
+        assert isinstance(recipe.reduce, Evict)
         keys, _, _ = prefill.entries(sequence)
         grids = prefill.grids(sequence, torch.device("cpu"))
-        places = span.start, prefill.prompt.length
-        recalls.append(PromptRecall(recipe.decode, recipe.reduce, full[sequence], keys, grids, *places, own))
+        places, score = (span.start, prefill.prompt.length), prefill.scores[sequence]
+        recalls.append(PromptRecall(recipe.decode, recipe.reduce, full[sequence], keys, grids, *places, own, score))
     return recalls

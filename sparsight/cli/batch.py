@@ -71,6 +71,7 @@ def main(
     heads: options.Heads = None,
     prefill_bound: options.PrefillBound = None,
     host_memory: options.HostMemory = "0",
+    host_dtype: options.HostDtype = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 100,
     batch_size: Annotated[
         str, typer.Option(help="Sequences that decode together; auto: as many as fit in memory.", metavar="NUMBER")
@@ -113,7 +114,7 @@ def main(
     prompt = read_prompt(prompt, prompt_file)
     with open_input(source, prompt, fields) as rows:
         prompts = rows.scan()
-        checkpoint, memory = load_checkpoint(model), (prefill_bound, host_bytes)
+        checkpoint, memory = load_checkpoint(model), (prefill_bound, host_bytes, host_dtype)
         job = Job(checkpoint, recipe, max_new_tokens, size, device, dtype, max_pixels, *memory)
         with _open_output(output, job.settings, fields, retry_errors) as results:
             missing = results.missing(prompts)

@@ -77,6 +77,7 @@ def main(
             callback=check_one_of("value of --keep", ("host",)),
         ),
     ] = None,
+    host_dtype: options.HostDtype = None,
     harness: Annotated[
         str,
         typer.Option(
@@ -128,6 +129,8 @@ def main(
 
     if keep and harness != HARNESSES[0]:
         raise ValueError("--keep is for conversations, of which lmms-eval has none: leave it out.")
+    if host_dtype and not keep:
+        raise ValueError("--host-dtype is for what --keep host keeps, which is not given.")
     recipes = _recipes(model, methods, budgets, heads)
     output = output or Path("runs/eval")
     check_folder(output, "results.json", replace=True)
@@ -144,7 +147,9 @@ def main(
                 check_installed({metric for task in chosen for metric in task.metrics})
                 with ExitStack() as stack:
                     others = _kvpress(checkpoint, budgets, device, dtype, stack) if against else []
-                    config = EvaluationConfig(chosen, [*recipes, *others], limit, seed, batch, passage_as_vision, keep)
+                    config = EvaluationConfig(
+                        chosen, [*recipes, *others], limit, seed, batch, passage_as_vision, keep, host_dtype
+                    )
                     report = _generated(model, checkpoint, config, output, device, dtype, on_progress)
     except KeyboardInterrupt as stop:
         raise stopped(output) from stop
@@ -203,7 +208,7 @@ def _generated(
 
     on_progress("Loading the model", 0, config.total)
     loaded = load_model(checkpoint, device, dtype)
-    about = {**_about(model, loaded), "seed": config.seed, "keep": config.keep}
+    about = {**_about(model, loaded), "seed": config.seed, "keep": config.keep, "host_dtype": config.host_dtype}
     if checkpoint.text_only:
         # The text differs between versions of Python.
         about |= {"passage": "vision" if config.passage_as_vision else "text", "python": platform.python_version()}

@@ -96,6 +96,15 @@ HostMemory = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+HostDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 stores the keys and values in host memory in 8 bits: about half the bytes, and rounded.",
+        metavar="NAME",
+        callback=check_one_of("value of --host-dtype", ("int8",)),
+        rich_help_panel=METHOD,
+    ),
+]
 Heads = Annotated[
     Path | None,
     typer.Option(

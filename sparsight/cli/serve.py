@@ -51,6 +51,7 @@ def main(
         ),
     ] = None,
     host_memory: options.HostMemory = "0",
+    host_dtype: options.HostDtype = None,
     prefix_dir: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps these prompts between runs.", rich_help_panel=options.METHOD),
@@ -180,6 +181,7 @@ def main(
                 max_running=max_concurrent,
                 prefill_bound=prefill_bound,
                 host_memory=host_bytes,
+                host_dtype=host_dtype,
                 prefix_dir=prefix_dir,
             )
             try:

@@ -15,7 +15,8 @@ from sparsight.utils import checks
 class Recall(Grow):
     """Every few tokens, hold those entries of the prompt that the newest token attends to.
 
-    The first token of an answer, and every ``every``-th after it, ranks all positions of the prompt before it attends.
+    The first token of an answer, and every ``every``-th after it, ranks all positions of the prompt before it attends;
+    so does the last token of a new turn, if the full cache is not kept for turns.
     Each KV head then holds the positions that rank highest, as many as it kept of the prompt and chosen as the recipe's
     reduction chooses; what it lacks is fetched from the full cache, in place of what ranks lowest. New entries are
     appended.
@@ -25,6 +26,8 @@ class Recall(Grow):
         index: what the ranking knows of the keys.
         pool: width of the pooling along the sequence, or height and width on the images' patch grids; odd numbers.
         pooling: ``max`` or ``average``.
+        prior: weight of the score that the recipe gave the prompt's positions, which is added to the ranking. The score
+            must be on the scale of attention weights. With 0 only the newest token counts.
     """
 
     kind: ClassVar[str] = "recall"
@@ -34,6 +37,7 @@ class Recall(Grow):
     index: KeyIndex = field(default_factory=Exact)
     pool: Window = (1, 7)
     pooling: str = "max"
+    prior: float = 0.0
 
     def __post_init__(self) -> None:
         checks.count("every", self.every, least=1)
@@ -41,6 +45,7 @@ class Recall(Grow):
             raise ValueError(f"index must be a key index such as Exact(), got {self.index!r}.")
         object.__setattr__(self, "pool", as_window(self.pool))
         checks.one_of("pooling", self.pooling, POOLINGS)
+        checks.at_least("prior", self.prior, 0)
 
     def rank(self, query: Tensor, index: tuple[Tensor, ...], length: int, scaling: float, grids: Grids) -> Tensor:
         """How much attention each position of a prompt, or one near it, receives from a query, ``[H_kv, T]``.

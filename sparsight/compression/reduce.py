@@ -1,5 +1,6 @@
 """Reductions: which entries a KV head keeps, and what becomes of the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -157,17 +158,33 @@ def top_positions(score: Tensor, kept: int, always: Tensor, *, per_head: bool) -
     Returns:
         int64 ``[H_kv, kept]``, ascending, for a score ``[H_kv, T]``.
     """
-    heads, length = score.shape
+    ranked = _ranked(score, always, per_head=per_head)
+    positions = (ranked.topk(kept, sorted=False).values & 0xFFFFFFFF).sort(dim=-1).values
+    return positions.expand(len(score), -1)
+
+
+def top_mask(score: Tensor, kept: Sequence[int], always: Tensor, *, per_head: bool) -> Tensor:
+    """Whether :func:`top_positions` chooses a position, bool ``[H_kv, T]``, where head ``h`` keeps ``kept[h]``.
+
+    ``always`` is bool ``[H_kv, T]`` or ``[1, T]``.
+    """
+    ranked = _ranked(score, always, per_head=per_head).expand_as(score)
+    lowest = [head.kthvalue(len(head) - count + 1).values for head, count in zip(ranked, kept, strict=True)]
+    return ranked >= torch.stack(lowest)[:, None]
+
+
+def _ranked(score: Tensor, always: Tensor, *, per_head: bool) -> Tensor:
+    """Integers in the order in which positions are chosen, ``[H_kv, T]`` or ``[1, T]``; the lower half is the position.
+
+    Of two equal scores the later position is the greater: the bits of floats are in the order of the floats, for
+    negative ones once all but the sign are flipped.
+    """
     if not per_head:
         score = score.mean(0, keepdim=True)
     score = score.masked_fill(always.to(score.device, non_blocking=True), torch.inf)
-    # One integer holds score and position, so that of two equal scores the later position is the greater: the bits of
-    # floats are in the order of the floats, for negative ones once all but the sign are flipped.
     bits = score.float().view(torch.int32).long()
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ranked = (bits << 32) | torch.arange(length, device=score.device)
-    positions = (ranked.topk(kept, sorted=False).values & 0xFFFFFFFF).sort(dim=-1).values
-    return positions.expand(heads, -1)
+    return (bits << 32) | torch.arange(score.shape[1], device=score.device)
 
 
 def nearest_anchor(anchors: Tensor, length: int) -> Tensor:

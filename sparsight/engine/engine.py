@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.compressed_cache import check_keep
+from sparsight.cache.host_copy import DTYPES
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
 from sparsight.compression.recall import Recall
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.engine import model_runner
-from sparsight.engine.admission import most_bytes
+from sparsight.engine.admission import copied_bytes, most_bytes
 from sparsight.engine.positions import decode_positions
 from sparsight.engine.prefilled import PrefilledPrompt
 from sparsight.engine.prefix_files import PrefixFiles
@@ -53,6 +54,7 @@ class _Request:
     Attributes:
         salt: only prompts of the same salt are reused.
         kv_bytes: the most memory that each of its answers may hold, once its inputs are known.
+        copied_bytes: memory of the full prompt, if the answers recall from it.
     """
 
     handle: Handle
@@ -62,6 +64,7 @@ class _Request:
     keep_positions: bool
     salt: str
     kv_bytes: int = 0
+    copied_bytes: int = 0
 
 
 class Engine:
@@ -91,7 +94,9 @@ class Engine:
         prefill_bound: as :class:`~sparsight.CompressedCache` takes it; approximate where a prompt has several chunks.
         vision_bytes: bytes of vision features that are kept for images that come again.
         host_memory: bytes of full keys and values that are kept in host memory, so that a prompt that begins like an
-            earlier one, with the same system prompt, images or turns, is computed from where they differ.
+            earlier one, with the same system prompt, images or turns, is computed from where they differ. The prompts
+            of running answers that recall count first; without ``host_memory`` they count in ``kv_memory``.
+        host_dtype: ``"int8"`` stores these keys and values in 8 bits, as :class:`~sparsight.CompressedCache` does.
         prefix_dir: folder where such prompts are kept between runs, in as many bytes of files as ``host_memory``.
 
     Attributes:
@@ -114,6 +119,7 @@ class Engine:
         prefill_bound: float | None = None,
         vision_bytes: int = 2**28,
         host_memory: int = 0,
+        host_dtype: str | None = None,
         prefix_dir: str | Path | None = None,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
@@ -130,6 +136,9 @@ class Engine:
         self._pooled = kv_memory is not None
         self.max_running, self.prefill_chunk, self.prefill_bound = max_running, prefill_chunk, prefill_bound
         self._vision = VisionCache(model, vision_bytes)
+        if host_dtype is not None:
+            checks.one_of("host_dtype", host_dtype, DTYPES)
+        self._host_dtype = host_dtype
         self.prefixes = self._prefix_memory(host_memory, prefix_dir)
         self._generation_config: Any = model.generation_config
         self._preparation = Preparation(model, processor)
@@ -155,7 +164,7 @@ class Engine:
         check_keep(self.model)
         if folder is None:
             return PrefixMemory(max_bytes)
-        files = PrefixFiles(Path(folder), max_bytes, self.model)
+        files = PrefixFiles(Path(folder), max_bytes, self.model, self._host_dtype)
         self._vision.learn(files.image_tokens)
         return PrefixMemory(max_bytes, files)
 
@@ -276,6 +285,7 @@ class Engine:
             running=len({id(each.handle) for each in sequences}) + (prompt is not None),
             kv_bytes=sum(each.kv_bytes for each in sequences),
             full_kv_bytes=sum(each.full_kv_bytes for each in sequences),
+            host_bytes=_copied(sequences) + (self.prefixes.nbytes if self.prefixes else 0),
             vision_hits=self._vision.hits,
             vision_misses=self._vision.misses,
         )
@@ -353,32 +363,57 @@ class Engine:
             try:
                 inputs, number = request.inputs.result(), request.params.n
                 if not request.kv_bytes:
-                    config, length = self.model.config.get_text_config(decoder=True), inputs["input_ids"].shape[1]
-                    chosen, longest = request.recipe, request.params.max_new_tokens
-                    request.kv_bytes = most_bytes(config, self.model.dtype, chosen, length, longest)
-                needed = request.kv_bytes * number
-                if needed > self.kv_bytes:
-                    raise OutOfMemoryError(
-                        f"The request may need {needed:,} bytes of KV memory, and the engine has {self.kv_bytes:,}: "
-                        "give it a larger kv_memory, or the request a smaller budget or max_new_tokens."
-                    )
+                    length = inputs["input_ids"].shape[1]
+                    needs = self.memory_needed(request.recipe, length, request.params)
+                    request.kv_bytes, request.copied_bytes = needs
                 sequences = [*self._ready, *self._running, *self._alone]
-                taken = sum(each.kv_bytes for each in sequences)
-                if len(sequences) + number > self.max_running or taken + needed > self.kv_bytes:
+                copied = _copied(sequences) + request.copied_bytes
+                needed = sum(each.kv_bytes for each in sequences) + request.kv_bytes * number
+                if len(sequences) + number > self.max_running or not self._fits(needed, copied):
                     return None
+                if self.prefixes is not None:
+                    self.prefixes.reserve(copied)
                 self._waiting.popleft()
                 request.handle.admitted = time.perf_counter()
                 inputs = to_device(inputs, self.model)
                 longest = request.params.max_new_tokens
                 capacity = None if self._pooled else model_runner.static_capacity(self.model, longest)
                 how = self.prefill_chunk, self._vision, self.prefill_bound, self.prefixes, request.salt, capacity
-                return request, PromptRunner(self.model, request.recipe, inputs, *how)
+                return request, PromptRunner(self.model, request.recipe, inputs, *how, self._host_dtype)
             # Whatever is wrong with a request ends that request alone.
             except Exception as error:
                 if self._waiting and self._waiting[0] is request:
                     self._waiting.popleft()
                 request.handle.fail(_failure(error))
         return None
+
+    def memory_needed(self, recipe: Recipe, prompt_tokens: int, params: SamplingParams) -> tuple[int, int]:
+        """Bytes that each answer to a prompt may hold, and of the full prompt if the answers recall from it.
+
+        Raises:
+            OutOfMemoryError: it is more than the engine has.
+        """
+        config, dtype = self.model.config.get_text_config(decoder=True), self.model.dtype
+        answer = most_bytes(config, dtype, recipe, prompt_tokens, params.max_new_tokens)
+        copied = copied_bytes(config, dtype, recipe, prompt_tokens, self._host_dtype)
+        if self.prefixes is not None and copied > self.prefixes.max_bytes:
+            raise OutOfMemoryError(
+                f"The answers recall from a prompt of {copied:,} bytes, and the engine has {self.prefixes.max_bytes:,} "
+                "bytes of host memory: give it a larger host_memory, or the request a method that does not recall."
+            )
+        needed = answer * params.n + (copied if self.prefixes is None else 0)
+        if needed > self.kv_bytes:
+            raise OutOfMemoryError(
+                f"The request may need {needed:,} bytes of KV memory, and the engine has {self.kv_bytes:,}: "
+                "give it a larger kv_memory, or the request a smaller budget or max_new_tokens."
+            )
+        return answer, copied
+
+    def _fits(self, kv_bytes: int, copied: int) -> bool:
+        """Whether answers of so many bytes fit, and the full prompts that they recall from."""
+        if self.prefixes is None:
+            return kv_bytes + copied <= self.kv_bytes
+        return kv_bytes <= self.kv_bytes and copied <= self.prefixes.max_bytes
 
     def _prefill(self) -> None:
         """Process the next chunk of the oldest prompt; after the last one its answers begin."""
@@ -510,6 +545,11 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         sequence.handle.fail(_failure(error))
         sequence.finished = "error"
+
+
+def _copied(sequences: Several[Sequence]) -> int:
+    """Bytes of the full prompts that answers recall from, which those of a request share."""
+    return sum({id(each.handle): each.copied_bytes for each in sequences}.values())
 
 
 def _bytes(kv_memory: float, model: PreTrainedModel) -> int:

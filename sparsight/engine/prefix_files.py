@@ -40,6 +40,7 @@ class PrefixFiles:
         folder: is made if it is missing.
         max_bytes: size of the files of this model together.
         model: its weights decide which files are used.
+        dtype: of the copies; files of copies in another one are left alone.
 
     Attributes:
         image_tokens: numbers of vision tokens of the images in the files, by the images' keys.
@@ -48,8 +49,9 @@ class PrefixFiles:
         ValueError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, model: PreTrainedModel) -> None:
-        self._prefix = fingerprint(model)[:16]
+    def __init__(self, folder: Path, max_bytes: int, model: PreTrainedModel, dtype: str | None = None) -> None:
+        self._prefix = fingerprint(model)[:16] + (dtype or "")
+        self._names = ("keys", "values") if dtype is None else ("keys", "key_scales", "values", "value_scales")
         self._folder, self._max_bytes = folder, max_bytes
         self.image_tokens: dict[bytes, int] = {}
         self._chains: dict[Path, Chain] = {}
@@ -80,8 +82,8 @@ class PrefixFiles:
             if metadata["sha256"] != _digest(tensors, metadata["image_tokens"]):
                 raise ValueError("its checksum differs")
             copied = HostCopy()
-            for layer in range(len(tensors) // 2):
-                copied.add_layer(tensors[f"keys.{layer}"], tensors[f"values.{layer}"])
+            for layer in range((len(tensors) - 1) // len(self._names)):
+                copied.layers.append(tuple(tensors[f"{name}.{layer}"] for name in self._names))
             os.utime(path)
         except FileNotFoundError:
             # Another process has removed it.
@@ -101,9 +103,8 @@ class PrefixFiles:
 
     def _write(self, path: Path, chain: Chain, copied: HostCopy, image_tokens: Mapping[bytes, int]) -> None:
         tensors = {"chain": torch.frombuffer(bytearray(b"".join(chain)), dtype=torch.uint8)}
-        for layer in range(len(copied)):
-            keys, values = copied.states(layer)
-            tensors |= {f"keys.{layer}": keys.contiguous(), f"values.{layer}": values.contiguous()}
+        for layer, stored in enumerate(copied.part(0, copied.tokens).layers):
+            tensors |= {f"{name}.{layer}": each.contiguous() for name, each in zip(self._names, stored, strict=True)}
         counts = json.dumps({key.hex(): count for key, count in image_tokens.items()}, sort_keys=True)
         partial = path.with_suffix(f".{os.getpid()}{PARTIAL}")
         try:

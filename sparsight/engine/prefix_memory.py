@@ -45,10 +45,11 @@ class PrefixMemory:
 
     Attributes:
         nbytes: bytes held.
+        reserved: bytes of ``max_bytes`` that running answers use, to recall from their prompts.
     """
 
     def __init__(self, max_bytes: int, files: PrefixFiles | None = None) -> None:
-        self.max_bytes, self.nbytes, self._files = max_bytes, 0, files
+        self.max_bytes, self.nbytes, self.reserved, self._files = max_bytes, 0, 0, files
         self._prefixes: OrderedDict[bytes, _Prefix] = OrderedDict()
 
     def __len__(self) -> int:
@@ -77,6 +78,11 @@ class PrefixMemory:
         if self._files is not None:
             self._files.write(chain, copied, image_tokens)
 
+    def reserve(self, nbytes: int) -> None:
+        """Leave ``nbytes`` to running answers: drop prompts until the others fit into the rest."""
+        self.reserved = nbytes
+        self._make_room(0)
+
     def close(self) -> None:
         """Write what waits to be written."""
         if self._files is not None:
@@ -90,17 +96,21 @@ class PrefixMemory:
         if parent is not None:
             # Prompts that are continued are not dropped.
             parent.children += 1
-        while self.nbytes + own.nbytes > self.max_bytes:
-            last = next((key for key, each in self._prefixes.items() if not each.children), None)
-            if last is None:
-                break
-            self._drop(last)
-        if self.nbytes + own.nbytes > self.max_bytes:
+        if not self._make_room(own.nbytes):
             if parent is not None:
                 parent.children -= 1
             return
         self._prefixes[chain[-1]] = _Prefix(chain, start, own.compact(), parent)
         self.nbytes += own.nbytes
+
+    def _make_room(self, needed: int) -> bool:
+        """Drop the prompts that were used longest ago until ``needed`` bytes more fit; whether they do."""
+        while self.nbytes + self.reserved + needed > self.max_bytes:
+            last = next((key for key, each in self._prefixes.items() if not each.children), None)
+            if last is None:
+                return False
+            self._drop(last)
+        return True
 
     def _longest(self, chain: Chain) -> tuple[_Prefix | None, int]:
         """The prompt that has most of the first tokens in common with another one, the last of them its own."""

@@ -35,6 +35,7 @@ class PromptRunner:
         prefixes: where keys and values of prompts that were processed before are.
         salt: only prompts and images of the same salt are looked at.
         capacity: ``max_new_tokens`` of the cache, where decode steps are to be captured.
+        host_dtype: as :class:`~sparsight.CompressedCache` takes it.
 
     Attributes:
         sequence: index of the prompt in the cache.
@@ -60,10 +61,11 @@ class PromptRunner:
         prefixes: PrefixMemory | None = None,
         salt: str = "",
         capacity: int | None = None,
+        host_dtype: str | None = None,
     ) -> None:
         started = time.perf_counter()
         self.model = model
-        self.cache = CompressedCache(model, recipe, inputs, capacity, bound)
+        self.cache = CompressedCache(model, recipe, inputs, capacity, bound, host_dtype=host_dtype)
         self.cache.copies_prompt |= prefixes is not None
         self._positions, self.next_position = prompt_positions(model, inputs)
         self._vision, self._media = vision, vision.media(inputs, salt)

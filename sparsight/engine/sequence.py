@@ -28,6 +28,7 @@ class Sequence:
         kv_bytes: memory that it may come to hold.
 
     Attributes:
+        copied_bytes: bytes of the full prompt, which all answers of a request share; 0 unless they recall.
         finished: why it has ended, if it has.
         started: when it began, by a monotonic clock.
         cache: the compressed prompt, until it joins a batch; its own where it decodes alone.
@@ -50,6 +51,8 @@ class Sequence:
         self.handle, self.index, self.params, self.kv_bytes = handle, index, params, kv_bytes
         self.next_position, self.cache, self.report = runner.next_position, runner.cache, runner.report
         self.cache_index = runner.sequence
+        recalls = self.cache.recipe.decode.recalls
+        self.copied_bytes = self.cache.host[runner.sequence].nbytes if recalls else 0
         self.step: Callable[..., Any]
         self.reports_end = False
         self.recall_log: RecallLog | None = None

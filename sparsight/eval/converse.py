@@ -62,11 +62,16 @@ class Turn:
 
 @torch.inference_mode()
 def converse(
-    snapshot: PrefillSnapshot, recipe: Recipe, conversations: Conversations, keep: str | None = None
+    snapshot: PrefillSnapshot,
+    recipe: Recipe,
+    conversations: Conversations,
+    keep: str | None = None,
+    host_dtype: str | None = None,
 ) -> list[Turn]:
     """Hold the conversations with a recipe's cache; its decode rule applies to every token.
 
-    With ``keep="host"`` a turn attends to the full cache, and the conversation so far is compressed again.
+    With ``keep="host"`` a turn attends to the full cache, stored as ``host_dtype``, and the conversation so far is
+    compressed again.
 
     Each turn is answered twice: with the right answer forced, which the next turn continues, and by greedy decoding,
     unless answers are forced.
@@ -75,7 +80,7 @@ def converse(
         ValueError: an answer cannot be generated.
     """
     model: Any = snapshot.model
-    cache, logits = snapshot.cache(recipe, keep), snapshot.logits
+    cache, logits = snapshot.cache(recipe, keep, host_dtype), snapshot.logits
     ids, mask = conversations.inputs["input_ids"], conversations.inputs["attention_mask"]
     first, length = next_positions(model, conversations.inputs), ids.shape[1]
     turns = []

@@ -50,6 +50,7 @@ class EvaluationConfig:
         batch_size: examples per batch.
         passage_as_vision: mark the passages of text tasks as vision tokens, so that a method treats them like an image.
         keep: ``"host"`` for caches that keep the full prompt in host memory, to which a new turn attends.
+        host_dtype: as :class:`~sparsight.CompressedCache` takes it.
     """
 
     tasks: Sequence[Task]
@@ -59,6 +60,7 @@ class EvaluationConfig:
     batch_size: int
     passage_as_vision: bool = False
     keep: str | None = None
+    host_dtype: str | None = None
 
     @property
     def all_recipes(self) -> list[Method]:
@@ -206,7 +208,7 @@ def _measure(
         elif isinstance(recipe, KvpressMethod):
             turns = recipe.follow(conversation)
         else:
-            turns = converse(snapshot, recipe, conversation, config.keep)
+            turns = converse(snapshot, recipe, conversation, config.keep, config.host_dtype)
         results = score_answers(examples, conversation, turns, full, tokenizer, ends)
         if recipe is FULL:
             for example, result in zip(examples, results, strict=True):

@@ -100,9 +100,9 @@ class PrefillSnapshot:
         return [_of(recipe, prefill) for prefill in self._observed[parts]]
 
     @torch.inference_mode()
-    def cache(self, recipe: Recipe, keep: str | None = None) -> CompressedCache:
-        """A recipe's cache after prefill; ``keep`` is that of :class:`~sparsight.CompressedCache`."""
-        cache = CompressedCache(self.model, recipe, self.inputs, keep=keep)
+    def cache(self, recipe: Recipe, keep: str | None = None, host_dtype: str | None = None) -> CompressedCache:
+        """A recipe's cache after prefill; the others are arguments of :class:`~sparsight.CompressedCache`."""
+        cache = CompressedCache(self.model, recipe, self.inputs, keep=keep, host_dtype=host_dtype)
         for index, layer in enumerate(self._recorder.layers):
             if not isinstance(layer, CompressedLayer):
                 cache.layers[index] = copy.deepcopy(layer)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsight.compression.recipe import Recipe
-from sparsight.engine.admission import most_bytes
 from sparsight.engine.request import Completion, Handle, OutOfMemoryError, Piece, RequestError
 from sparsight.engine.sampling import SamplingParams
 from sparsight.server.engine_loop import EngineError, Stream, logger
@@ -160,15 +159,14 @@ class Generation:
         return int(min(limit, room)) if requested is None else requested
 
     def _check_memory(self) -> None:
-        engine = self._service.engine
-        config = engine.model.config.get_text_config(decoder=True)
-        sizes = self.prompt_tokens, self.params.max_new_tokens
-        if most_bytes(config, engine.model.dtype, self.recipe, *sizes) * self.params.n > engine.kv_bytes:
+        try:
+            self._service.engine.memory_needed(self.recipe, self.prompt_tokens, self.params)
+        except OutOfMemoryError as error:
             message = (
-                "The request needs more KV memory than the server has: ask for a shorter answer, fewer answers or a "
-                "smaller budget."
+                "The request needs more KV memory than the server has: ask for a shorter answer, fewer answers, a "
+                "smaller budget or a method that does not recall."
             )
-            raise APIError(400, message, code="kv_memory_exceeded")
+            raise APIError(400, message, code="kv_memory_exceeded") from error
 
 
 def _failure(handle: Handle) -> APIError:

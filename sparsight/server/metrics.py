@@ -135,6 +135,7 @@ class _EngineCollector(Collector):
             "kv_memory_bytes": (size, "KV memory of the engine."),
             "kv_bytes": (stats.kv_bytes, "KV memory of running answers, at the longest that each may become."),
             "full_kv_bytes": (stats.full_kv_bytes, "KV memory of the same answers with the full cache."),
+            "host_bytes": (stats.host_bytes, "Full keys and values in host memory."),
         }
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, text, value)

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from sparsight import CompressedCache, VLCache
-from sparsight.cache.host_copy import HostCopy
+from sparsight.cache.host_copy import HostCopy, stored_bytes
 from tests.support import models
 from tests.support.models import ONE_IMAGE, THREE_IMAGES, generate
 
@@ -76,9 +78,45 @@ def test_tokens_of_a_layer_by_range():
     assert torch.equal(own_values, values[:, 2:5])
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    heads=st.integers(1, 3),
+    tokens=st.integers(1, 8),
+    size=st.integers(1, 6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    spread=st.sampled_from([0.0, 1e-6, 1.0, 100.0]),
+    cuts=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    seed=st.integers(0, 999),
+)
+def test_8_bits_are_the_nearest_codes_of_each_token_and_head(heads, tokens, size, dtype, spread, cuts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = ((torch.randn(heads, tokens, size, generator=generator) * spread).to(dtype) for _ in range(2))
+    copied = HostCopy("int8")
+    copied.add_layer(keys, values)
+    itemsize = keys.element_size()
+    assert (
+        copied.nbytes == 2 * heads * tokens * (size + itemsize) == heads * tokens * stored_bytes(size, itemsize, "int8")
+    )
+    rounding = torch.finfo(dtype)
+    for own, states in zip(copied.states(0), (keys, values), strict=True):
+        assert own.dtype == dtype
+        for h in range(heads):
+            for t in range(tokens):
+                row = states[h, t].double().tolist()
+                largest = max(map(abs, row))
+                for each, exact in zip(own[h, t].double().tolist(), row, strict=True):
+                    error = 0.5 * largest / 127 + 2 * largest * rounding.eps + 127 * rounding.smallest_normal
+                    assert abs(each - exact) <= error
+    start, stop = min(*cuts, tokens), min(max(cuts), tokens)
+    parts = [copied.part(0, start), copied.part(start, stop).compact(), copied.part(stop, tokens)]
+    for own, expected in zip(HostCopy.joined(parts).states(0), copied.states(0), strict=True):
+        assert torch.equal(own, expected)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
+        ("llava", {"keep": "host", "host_dtype": "int4"}, "host_dtype must be 'int8', got 'int4'"),
         ("llava", {"keep": "disk"}, "keep must be 'host', got 'disk'"),
         ("llava", {"keep": "host", "max_new_tokens": 5}, "does not go with max_new_tokens"),
         ("llava", {"keep": "host", "prefill_bound": 2}, "does not go with prefill_bound"),

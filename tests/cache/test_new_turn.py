@@ -107,6 +107,46 @@ def test_the_first_token_of_a_later_turn_is_that_of_the_full_cache(family, dtype
     assert_close(logits, full, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("method", ["vl-cache", "h2o"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_turn_after_8_bits_attends_to_keys_and_values_rounded_by_hand(family, method):
+    first = batch(family)
+    model, plain = kept_on_host(family, first, method)
+    rounded = CompressedCache(model, plain.recipe, first, keep="host", host_dtype="int8")
+    by_hand = CompressedCache(model, plain.recipe, first, keep="host")
+    said = [answer(model, first, cache) for cache in (plain, rounded, by_hand)]
+    # What is held after the first turn was never rounded.
+    assert all(torch.equal(said[0][1], logits) for _, logits in said)
+    for copied in by_hand.host:
+        for states in (states for layer in copied.layers for states in layer):
+            for row in (row for head in states for row in head):
+                scale = max(map(abs, row.tolist())) / 127
+                row.copy_(torch.tensor([round(each / scale) * scale for each in row.tolist()]))
+    inputs = followed(first, said[0][0], SHORT)
+    exact, own, expected = (answer(model, inputs, cache)[1] for cache in (plain, rounded, by_hand))
+    assert_close(own, expected, **EXACT)
+    if method == "vl-cache":
+        # Of a method that looks at all queries all tokens are computed again.
+        assert not torch.equal(own, exact)
+    assert (own - exact).norm() < 0.02 * exact.norm()
+    assert 2 * rounded.report().host_bytes < plain.report().host_bytes
+
+
+@pytest.mark.parametrize("decode", ["recall", "grow"])
+def test_a_turn_without_the_host_attends_to_what_its_last_token_ranks_highest(decode):
+    first = batch("llava")
+    model, recipe = models.model("llava"), VLCache(budget=0.2).combined(decode=decode)
+    cache = CompressedCache(model, recipe, first)
+    inputs = followed(first, answer(model, first, cache)[0], SHORT)
+    held = [cache.kept_positions(layer) for layer in range(3)]
+    with torch.no_grad():
+        seen = cache.get_seq_length()
+        model(inputs["input_ids"][:, seen:], attention_mask=inputs["attention_mask"], past_key_values=cache)
+    changed = [not torch.equal(before, cache.kept_positions(layer)) for layer, before in enumerate(held)]
+    assert changed == [decode == "recall"] * 3
+    assert [each.shape for each in held] == [cache.kept_positions(layer).shape for layer in range(3)]
+
+
 def test_videos_are_found_again():
     first = models.inputs("qwen2_5_vl", ONE_VIDEO)
     model, cache = kept_on_host("qwen2_5_vl", first, "infinipot-v")

@@ -228,6 +228,8 @@ def test_budgets_are_sorted_and_unique() -> None:
         (("--budgets", "0.1;0.2"), "Budgets are numbers separated by commas, such as 0.01,0.05,"),
         (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
         (("--keep", "disk"), "Unknown value of --keep 'disk': it can only be 'host'."),
+        (("--keep", "host", "--host-dtype", "int4"), "Unknown value of --host-dtype 'int4': it can only be 'int8'."),
+        (("--host-dtype", "int8"), "--host-dtype is for what --keep host keeps, which is not given."),
         (("--keep", "host", "--harness", "lmms-eval"), "--keep is for conversations, of which lmms-eval has none"),
         (("--harness", "lmmseval"), "Unknown harness 'lmmseval': did you mean 'lmms-eval'? Known are sparsight, "),
         (

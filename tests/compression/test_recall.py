@@ -58,7 +58,7 @@ def test_positions_chosen_are_those_of_the_brute_force(
 def test_a_recipe_with_an_index_survives_json(index):
     made = recipe("sparsight-recall", every=2, index=index, pool=(3, 5))
     assert Recipe.from_json(made.to_json()) == made
-    assert made.decode == Recall(2, index, (3, 5))
+    assert made.decode == Recall(2, index, (3, 5), prior=1.0)
 
 
 def test_any_method_that_evicts_can_recall():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sparsight.compression import Evict, MergeNearest, MergeSimilar
-from sparsight.compression.reduce import MERGES, ends, nearest_anchor, top_positions
+from sparsight.compression.reduce import MERGES, ends, nearest_anchor, top_mask, top_positions
 from tests.support import reference
 from tests.support.released.elastic import elastic_prefill
 from tests.support.released.look_m import look_m_merge
@@ -38,6 +38,18 @@ def test_heads_share_one_choice_unless_they_choose_for_themselves(case):
     shared = Evict(per_head=False).select(score, kept)
     alone = Evict().select(score.mean(0, keepdim=True), kept)
     assert torch.equal(shared, alone.expand(len(score), -1))
+
+
+@settings(deadline=None)
+@given(case=scores(), shares=st.lists(st.floats(0.01, 1), min_size=3, max_size=3), per_head=st.booleans())
+def test_the_mask_has_the_positions_of_each_head(case, shares, per_head):
+    score, length = case[0], case[0].shape[1]
+    counts = [max(1, round(share * length)) for share in (shares if per_head else shares[:1] * 3)][: len(score)]
+    always = torch.stack([ends(count, length, first=1, last=2) for count in counts])
+    mask = top_mask(score, counts, always, per_head=per_head)
+    for head, (count, own) in enumerate(zip(counts, always, strict=True)):
+        positions = top_positions(score, count, own, per_head=per_head)[head]
+        assert torch.equal(mask[head].nonzero()[:, 0], positions)
 
 
 @settings(deadline=None)

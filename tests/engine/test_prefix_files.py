@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from sparsight.cache.host_copy import HostCopy
 from sparsight.engine.prefix_files import PrefixFiles, fingerprint
 from sparsight.engine.prefix_memory import PrefixMemory
 from tests.engine.requests import engine
@@ -65,6 +66,24 @@ def test_what_is_read_is_what_was_written(tmp_path):
             assert torch.equal(own, expected)
     assert files.longest(chain(2, 2)) == (None, 0)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_files_of_8_bits_are_not_those_of_other_copies(tmp_path):
+    plain = states(3)
+    copied = HostCopy("int8")
+    for layer in range(2):
+        copied.add_layer(*plain.states(layer))
+    for dtype, each in ((None, plain), ("int8", copied)):
+        files = PrefixFiles(tmp_path, 10**6, models.model("llava"), dtype)
+        assert files.longest(chain(1, 2, 3)) == (None, 0)
+        files.write(chain(1, 2, 3), each, {})
+        files.close()
+        files = PrefixFiles(tmp_path, 10**6, models.model("llava"), dtype)
+        read = files.read(files.longest(chain(1, 2, 3))[0])[1]
+        assert [len(stored) for stored in read.layers] == [2 if dtype is None else 4] * 2
+        for stored, expected in zip(read.layers, each.layers, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(stored, expected, strict=True))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_files_stay_within_the_bound_and_the_oldest_go_first(tmp_path):

@@ -185,7 +185,7 @@ def test_random_requests_over_a_small_memory():
             assert outcome(own) == expected(image, turns, method)
             hits += own.reused_tokens > 0
             prefixes = running.prefixes
-            held = [own for each in prefixes._prefixes.values() for own in each.own._layers]
+            held = [own for each in prefixes._prefixes.values() for own in each.own.layers]
             storage = sum(states.untyped_storage().nbytes() for layer in held for states in layer)
             assert storage == prefixes.nbytes <= 80_000
     assert hits > 20
@@ -271,9 +271,38 @@ def test_a_chain_depends_on_tokens_positions_contents_and_salt():
     assert len(chain_of(inputs["input_ids"], three, {}, "")) == inputs["input_ids"].shape[1]
 
 
+def test_running_answers_leave_the_rest_of_the_memory_to_prompts():
+    each = states(4).nbytes
+    memory = PrefixMemory(3 * each)
+    for number in range(3):
+        memory.put(chain(number, 1, 2, 3), states(4), {})
+    memory.reserve(2 * each)
+    assert (len(memory), memory.nbytes) == (1, each)
+    assert memory.find(chain(2, 1)).tokens == 2
+    memory.put(chain(4, 1, 2, 3, 4), states(5), {})
+    assert (len(memory), memory.nbytes) == (0, 0)
+    memory.reserve(0)
+    memory.put(chain(4, 1, 2, 3, 4), states(5), {})
+    assert memory.find(chain(4, 1)).tokens == 2
+
+
+def test_prompts_of_8_bits_take_a_fraction_of_the_memory_and_are_reused():
+    first = models.inputs("llava", THREE_IMAGES)
+    used = {}
+    for dtype in (None, "int8"):
+        with engine(host_memory=2**24, host_dtype=dtype) as running:
+            asked(running, "llava", first)
+            own = asked(running, "llava", continued(first, TURNS[0]), "streaming-llm")
+            assert own.reused_tokens == first["input_ids"].shape[1]
+            used[dtype] = running.stats.host_bytes
+    size = models.model("llava").config.text_config.head_dim
+    assert used["int8"] == used[None] * (size + 4) // (4 * size)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
+        ("llava", {"host_dtype": "int4"}, "host_dtype must be 'int8', got 'int4'"),
         ("llava", {"host_memory": -1}, "host_memory must be a whole number"),
         ("llava", {"host_memory": 10, "prefill_bound": 2.0}, "does not go with prefill_bound"),
         ("gemma3", {"host_memory": 10}, "cannot be kept in host memory"),

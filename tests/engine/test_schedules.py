@@ -191,6 +191,47 @@ def test_a_request_that_can_never_fit_is_refused_in_one_sentence():
         check_empty(running)
 
 
+def test_a_prompt_to_recall_from_counts_in_the_memory_for_it():
+    recalling = Ask(1, "sparsight-recall")
+    plain = bytes_of(recalling._replace(method="sparsight"))
+    with engine(kv_memory=plain + 4_000) as running:
+        with pytest.raises(RequestError, match=r"may need [\d,]+ bytes of KV memory"):
+            add(running, "llava", recalling).wait()
+        check_empty(running)
+    with engine(kv_memory=plain + 4_000, host_memory=1_000) as running:
+        message = r"recall from a prompt of [\d,]+ bytes, and the engine has 1,000 bytes of host memory: give"
+        with pytest.raises(RequestError, match=message):
+            add(running, "llava", recalling).wait()
+        check_empty(running)
+    with engine(kv_memory=plain + 4_000, host_memory=2**20) as running:
+        assert add(running, "llava", recalling).wait()[0].token_ids == generated("llava", recalling)
+        check_empty(running)
+
+
+@pytest.mark.parametrize("host_memory", [0, 130_000])
+def test_answers_that_recall_wait_for_memory_and_share_their_prompt(host_memory):
+    asks = [Ask(number % 4, "sparsight-recall" if number % 3 else "vl-cache") for number in range(12)]
+    limits = {"host_memory": host_memory} if host_memory else {"kv_memory": 250_000}
+    with engine(**limits) as running:
+        handles = [add(running, "llava", ask, n=1 + number % 2) for number, ask in enumerate(asks)]
+        most = 0
+        while running.step():
+            copied = {}
+            for each in [*running._ready, *running._running]:
+                copied[id(each.handle)] = each.copied_bytes
+            total, kv = sum(copied.values()), running.stats.kv_bytes
+            kept = running.prefixes.nbytes if running.prefixes else 0
+            assert running.stats.host_bytes == total + kept
+            assert total <= host_memory if host_memory else total + kv <= 250_000
+            # Prompts that are held for others leave the rest of the memory.
+            assert kept + running.prefixes.reserved <= host_memory if host_memory else not kept
+            most = max(most, len(copied))
+        assert 1 < most < len(asks)
+        for handle, ask in zip(handles, asks, strict=True):
+            assert {each.token_ids == generated("llava", ask) for each in handle.wait()} == {True}
+        assert running.stats.host_bytes == (running.prefixes.nbytes if running.prefixes else 0)
+
+
 def test_what_does_not_fit_now_waits_in_order():
     ask = Ask(1, tokens=12)
     with engine(kv_memory=2 * bytes_of(ask) + 2_000) as running:

@@ -3,7 +3,7 @@
 from sparsight.engine.stats import EngineStats
 from tests.engine.requests import Ask, add, engine
 
-IDLE = EngineStats(running=0, kv_bytes=0, full_kv_bytes=0, vision_hits=0, vision_misses=0)
+IDLE = EngineStats(running=0, kv_bytes=0, full_kv_bytes=0, host_bytes=0, vision_hits=0, vision_misses=0)
 
 
 def test_requests_run_and_leave():
@@ -19,7 +19,7 @@ def test_requests_run_and_leave():
             running.step()
         assert one.admitted > two.admitted
         running.run()
-        assert running.stats == EngineStats(0, 0, 0, vision_hits=1, vision_misses=1)
+        assert running.stats == EngineStats(0, 0, 0, 0, vision_hits=1, vision_misses=1)
 
 
 def test_bytes_are_those_of_the_pool_and_of_the_full_cache_at_the_same_length():

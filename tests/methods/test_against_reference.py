@@ -94,10 +94,28 @@ METHODS = {
         recipe("sparsight", budget=0.4, height=3, width=3, weight=0.6, floor=0.5),
         Method("sparsight", 0.4, recent=0, height=3, width=3, weight=0.6, floor_of_all=0.5),
     ),
-    "sparsight-recall": (recipe("sparsight-recall", budget=0.2), Method("sparsight-recall", 0.2, decode="recall")),
+    "sparsight-recall": (
+        recipe("sparsight-recall", budget=0.2),
+        Method("sparsight", 0.2, recent=0, floor_of_all=0.6, decode="recall", prior=1.0),
+    ),
     "sparsight-recall for every token": (
-        recipe("sparsight-recall", budget=0.1, every=1, pool=(3, 3), width=7, recent=0.5),
-        Method("sparsight-recall", 0.1, decode="recall", every=1, window_of_recall=(3, 3), width=7, recent=0.5),
+        recipe("sparsight-recall", budget=0.1, every=1, pool=(3, 3), prior=0.3, width=7, weight=0.4),
+        Method(
+            "sparsight",
+            0.1,
+            recent=0,
+            floor_of_all=0.6,
+            width=7,
+            weight=0.4,
+            decode="recall",
+            every=1,
+            window_of_recall=(3, 3),
+            prior=0.3,
+        ),
+    ),
+    "vl-cache with recall": (
+        VLCache(budget=0.1, recent=0.5).combined(decode="recall"),
+        Method("vl-cache", 0.1, recent=0.5, decode="recall"),
     ),
     "sparsight, one entry": (recipe("sparsight", budget=0.001, floor=0), Method("sparsight", 0.001, recent=0)),
     "sparsemm": (

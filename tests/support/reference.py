@@ -51,6 +51,7 @@ class Method:
     merge: str = "pivotal"
     every: int = 4
     window_of_recall: tuple[int, int] = (1, 7)
+    prior: float = 0.0
 
     @property
     def rule(self) -> str:
@@ -340,6 +341,7 @@ class Twin:
     sparsity: list[list[float]] = field(default_factory=list)
     shares: list[list[list[float]]] = field(default_factory=list)
     importance: list[list[list[float]]] = field(default_factory=list)
+    scores: list[list[list[list[float]]]] = field(default_factory=list)
     layers: int = 0
 
     def prefill(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -370,6 +372,7 @@ class Twin:
                 self.score(layer, rows, vision, values[b, :, start:stop], grids)
                 for layer, values in zip(attention, self.values, strict=True)
             ]
+            self.scores.append(scores)
             shares = self.layer_shares(gammas, scores, vision)
             for index in range(self.layers):
                 by_head = shares[index] if isinstance(shares[index], list) else [shares[index]] * len(scores[index])
@@ -405,7 +408,7 @@ class Twin:
         if method.name == "streaming-llm":
             return [[float(j) for j in range(length)]] * kv_heads
         rows = list(range(length))
-        if method.name in ("vl-cache", "sparsight-recall"):
+        if method.name == "vl-cache":
             rows = post_vision
         elif method.name == "aircache":
             scores, importance = elite_scores(attention, post_vision, vision, kv_heads, method.elite)
@@ -417,8 +420,6 @@ class Twin:
         if method.name in ("elastic", "prefixkv") or not method.per_head:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = sums.tolist()
-        if method.name == "sparsight-recall":
-            return [grid_pooled(score, grids, method.height, method.width) for score in scores]
         if method.name in WINDOWED:
             window = method.fitted_window(length)
             return [window_pooled(score, window, method.pool, method.pooling) for score in scores]
@@ -520,7 +521,7 @@ class Twin:
         return output
 
     def recall(self, layer: int, b: int, query: Tensor, position: int, scaling: float) -> None:
-        """Every few tokens, each KV head holds what a ranking by the newest token's attention has it keep."""
+        """Every few tokens, each KV head holds the positions that rank highest by the newest token's attention."""
         length = self.keys[layer].shape[2]
         if (position - length) % self.method.every:
             return
@@ -532,6 +533,9 @@ class Twin:
             heads = query.unflatten(0, (kv_heads, -1))[h].double()
             weights = [(keys.double() @ each * scaling).softmax(0) for each in heads]
             score = grid_pooled(torch.stack(weights).mean(0).tolist(), grids, *self.method.window_of_recall)
+            score = [
+                each + self.method.prior * before for each, before in zip(score, self.scores[b][layer][h], strict=True)
+            ]
             kept = len([entry for entry in entries if entry.position < length])
             places = vl_cache_positions(score, kept, self.method.recent)
             entries[:kept] = [Entry(own[j], keys[j], values[j]) for j in places]
