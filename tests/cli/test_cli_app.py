@@ -20,7 +20,7 @@ from sparsight.cli.app import COMMANDS, load
 from sparsight.cli.models import INSTALLABLE
 from sparsight.compression.recipe import KINDS
 from sparsight.eval.tasks import TASKS, TEXT_TASKS
-from sparsight.models.install import PACKAGES
+from sparsight.models.install import NAMES
 from sparsight.models.loading import DTYPES
 from sparsight.utils.method_names import ALIASES, METHODS, PARTS
 from sparsight.utils.text import escape
@@ -107,7 +107,7 @@ def test_help_names_what_options_take(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert ", ".join(SHAPES) in out
     assert ", ".join(LIBRARIES) in out
     assert all(dtype in out for dtype in DTYPES) and options.DTYPES == DTYPES
-    assert tuple(PACKAGES) == INSTALLABLE and ", ".join(INSTALLABLE) in run("models", "--help")[1]
+    assert NAMES == INSTALLABLE and ", ".join(INSTALLABLE) in run("models", "--help")[1]
     listed = " ".join(run("eval", "--help")[1].split())
     assert f"Tasks: {', '.join(TASKS)}, or all" in listed and f"without images: {', '.join(TEXT_TASKS)}." in listed
 

