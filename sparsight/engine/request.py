@@ -134,6 +134,11 @@ class Handle:
         """The answers that are complete, in order."""
         return [each for each in self._completions if each is not None]
 
+    @property
+    def ended(self) -> dict[int, Completion]:
+        """The answers that are complete, by their number."""
+        return {index: each for index, each in enumerate(self._completions) if each is not None}
+
     def _raise(self) -> None:
         if self.error is not None:
             raise self.error

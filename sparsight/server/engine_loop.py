@@ -23,11 +23,15 @@ class Stream:
 
     Args:
         handle: the engine's handle of the request.
+
+    Attributes:
+        ended: the complete answers all of whose pieces have arrived, by their number.
     """
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self._pieces: list[Piece] = []
+        self.ended: Mapping[int, Completion] = {}
         self._done = False
         self._arrived = asyncio.Event()
 
@@ -59,9 +63,10 @@ class Stream:
         """The complete answers, in order."""
         return self.handle.completions
 
-    def deliver(self, pieces: list[Piece], done: bool) -> None:
+    def deliver(self, pieces: list[Piece], ended: Mapping[int, Completion], done: bool) -> None:
         """Take new pieces; called on the event loop."""
         self._pieces += pieces
+        self.ended = ended
         self._done = done
         self._arrived.set()
 
@@ -133,13 +138,17 @@ class EngineLoop:
         """Hand what a step made to the event loop."""
         with self._changed:
             # Whether a request is done is read before its pieces, which it may get in between.
-            news = [(each, each.handle.done, each.handle.take()) for each in self._streams if each.handle.has_news]
-            ended = {id(each) for each, done, _ in news if done}
-            self._streams = [each for each in self._streams if id(each) not in ended]
+            news = [
+                (each, each.handle.done, each.handle.ended, each.handle.take())
+                for each in self._streams
+                if each.handle.has_news
+            ]
+            finished = {id(each) for each, done, _, _ in news if done}
+            self._streams = [each for each in self._streams if id(each) not in finished]
         if news and self._events is not None and not self._events.is_closed():
             self._events.call_soon_threadsafe(_deliver, news)
 
 
-def _deliver(news: list[tuple[Stream, bool, list[Piece]]]) -> None:
-    for stream, done, pieces in news:
-        stream.deliver(pieces, done)
+def _deliver(news: list[tuple[Stream, bool, Mapping[int, Completion], list[Piece]]]) -> None:
+    for stream, done, ended, pieces in news:
+        stream.deliver(pieces, ended, done)
