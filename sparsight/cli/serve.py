@@ -61,6 +61,9 @@ def main(
     max_queue: Annotated[
         int, typer.Option(help="Requests that wait; further ones get 503.", min=1, rich_help_panel=LIMITS)
     ] = Settings.max_queue,
+    max_connections: Annotated[
+        int, typer.Option(help="Open connections; further ones get 503.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_connections,
     max_new_tokens: Annotated[
         int, typer.Option(help="Longest answer in tokens.", min=1, rich_help_panel=LIMITS)
     ] = Settings.max_new_tokens,

@@ -40,7 +40,7 @@ def _token(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
 class TextLogprobs(BaseModel):
     """Log-probabilities in the format of text completions: a value for each token.
 
-    ``top_logprobs`` has the most likely tokens and the token itself; ``text_offset`` is where the token's text begins in
+    ``top_logprobs`` has the most likely tokens and the token itself; ``text_offset`` is where the token begins in
     the answer.
     """
 

@@ -58,7 +58,9 @@ def test_logprobs(client, server):
         for name, expected in choice.logprobs.model_dump().items():
             assert [value for each in streamed if each for value in getattr(each, name)] == expected
     bare = complete(client, logprobs=0, **fields).choices[0].logprobs
-    assert bare.top_logprobs == [{each: logprob} for each, logprob in zip(bare.tokens, bare.token_logprobs, strict=True)]
+    assert bare.top_logprobs == [
+        {each: logprob} for each, logprob in zip(bare.tokens, bare.token_logprobs, strict=True)
+    ]
     assert complete(client).choices[0].logprobs is None
 
 
