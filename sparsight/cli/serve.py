@@ -172,7 +172,6 @@ def main(
         raise ValueError(f"sparsight serve needs {missing[0]}: pip install 'sparsight[serve]'.")
     from sparsight.cli.parsing import byte_count
     from sparsight.cli.recipe_options import recipe_from_options
-    from sparsight.server.access_log import configure_logging
     from sparsight.server.keys import read_keys
     from sparsight.server.launch import load_app
     from sparsight.server.run import bind, is_loopback, run
@@ -188,6 +187,7 @@ def main(
         image_domains=allow_image_urls or (),
         device=device,
         dtype=dtype,
+        json_log=json_log,
         kv_memory=kv_memory,
         max_running=max_concurrent,
         prefill_bound=prefill_bound,
@@ -200,7 +200,6 @@ def main(
         key = " -H 'Authorization: Bearer KEY'" if keys else ""
         terminal.print(example(url, name) + key, soft_wrap=True)
 
-    configure_logging(json_log)
     with bind(host, port) as bound:
         address, loopback = (host, bound.getsockname()[1]), is_loopback(bound)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address[1]}"
@@ -234,7 +233,7 @@ def _check_ray(
         if getattr(settings, name) != getattr(Settings, name):
             raise ValueError(f"--{name.replace('_', '-')} is not for --ray, whose proxies hold the connections.")
     if find_spec("ray") is None or find_spec("ray.serve") is None:
-        raise ValueError("sparsight serve --ray needs Ray: pip install 'sparsight[serve,ray]'.")
+        raise ValueError("sparsight serve --ray needs Ray: pip install 'sparsight[ray]'.")
 
 
 def served_name(model: str) -> str:

@@ -10,6 +10,7 @@ from sparsight.engine.engine import Engine
 from sparsight.engine.request import RequestError
 from sparsight.engine.sampling import SamplingParams
 from sparsight.models.loading import load
+from sparsight.server.access_log import configure_logging
 from sparsight.server.app import create_app
 from sparsight.server.fetch import Fetcher
 from sparsight.server.images import ImageLoader
@@ -28,6 +29,7 @@ def load_app(
     image_domains: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    json_log: bool = False,
     **options: Any,
 ) -> FastAPI:
     """Load a model, try it, and return the application over it.
@@ -42,11 +44,13 @@ def load_app(
         image_domains: domains that images may be fetched from.
         device: where the model runs.
         dtype: of its weights.
+        json_log: whether the log is JSON lines.
         options: further arguments of :class:`sparsight.Engine`.
 
     Raises:
         ValueError: the model cannot be loaded, or cannot answer with these options.
     """
+    configure_logging(json_log)
     fetcher = None
     if image_domains:
         fetcher = Fetcher(image_domains, max_bytes=settings.max_image_bytes, seconds=settings.fetch_seconds)

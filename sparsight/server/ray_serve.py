@@ -22,15 +22,16 @@ from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sparsight.server.access_log import configure_logging
 from sparsight.server.app import guards
 from sparsight.server.errors import RETRY_SECONDS, APIError, stopping, unexpected
 from sparsight.server.run import LAST_SECONDS, SWITCH_SECONDS
 from sparsight.server.service import Service
 from sparsight.server.settings import Settings
 from sparsight.server.streaming import DONE
+from sparsight.utils.text import shorten
 
 logger = logging.getLogger("sparsight.server")
 
@@ -46,6 +47,8 @@ REPLICAS_PER_INGRESS = 4
 
 HEALTH_SECONDS = 2
 """Time between two health checks of a replica."""
+
+REQUEST_ID = "x-request-id"
 
 FIELDS = ("http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
 """What a replica gets of a request's ASGI scope."""
@@ -124,7 +127,6 @@ class Replica:
     """
 
     async def __init__(self, load: Load) -> None:  # type: ignore[misc]  # Ray waits for it
-        configure_logging(json_lines=False)
         sys.setswitchinterval(SWITCH_SECONDS)
         self._app = load()
         self._service: Service = self._app.state.service
@@ -218,7 +220,9 @@ class Ingress:
             await stopping().response()(scope, receive, send)
             return
         request = {name: scope[name] for name in FIELDS}
-        request["state"] = {name: value for name, value in scope.get("state", {}).items() if name == "key_id"}
+        key_id = scope.get("state", {}).get("key_id")
+        # Ray gives each request an id, which the response has too.
+        request["state"] = {"key_id": key_id, "request_id": shorten(Headers(scope=scope)[REQUEST_ID], 64)}
         self._active += 1
         try:
             begun, error = await self._exchange(request, message["body"], send)
@@ -239,6 +243,8 @@ class Ingress:
             try:
                 async for messages in self._answer(request, body):
                     for each in messages:
+                        if not begun:
+                            del MutableHeaders(scope=each)[REQUEST_ID]
                         begun = True
                         complete = each["type"] == "http.response.body" and not each.get("more_body", False)
                         await send(each)
