@@ -222,7 +222,7 @@ class Ingress:
         request = {name: scope[name] for name in FIELDS}
         key_id = scope.get("state", {}).get("key_id")
         # Ray gives each request an id, which the response has too.
-        request["state"] = {"key_id": key_id, "request_id": shorten(Headers(scope=scope)[REQUEST_ID], 64)}
+        request["state"] = {"key_id": key_id, "request_id": shorten(Headers(scope=scope).get(REQUEST_ID, ""), 64)}
         self._active += 1
         try:
             begun, error = await self._exchange(request, message["body"], send)
