@@ -1,5 +1,6 @@
 """Language models in the sizes of well-known vision-language models, with random weights: nothing is downloaded."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+
+from sparsight.compression import Reconstruction
+from sparsight.compression.recipe import Recipe
 
 FIRST_TEXT_TOKENS, POST_VISION_TOKENS = 36, 64
 """Text tokens of a prompt before and after its image."""
@@ -62,6 +66,14 @@ def random_inputs(model: PreTrainedModel, length: int, batch: int) -> dict[str, 
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (batch, length))
     return {"input_ids": tokens.to(model.device), "mm_token_type_ids": types.to(model.device)}
+
+
+def without_tokenizer(recipe: Recipe) -> Recipe:
+    """The recipe for a model without a tokenizer: KVzip's instructions are as many tokens of any kind."""
+    score = recipe.score
+    if not isinstance(score, Reconstruction) or score.instructions is not None:
+        return recipe
+    return replace(recipe, score=replace(score, instructions=(tuple(range(8)), tuple(range(13)))))
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

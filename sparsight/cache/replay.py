@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from sparsight.attention.interface import mark, own_attention
+from sparsight.attention.interface import is_plain, mark, own_attention
 from sparsight.cache.language_inputs import LanguageInputs
 from sparsight.cache.prefill import Prefill
 from sparsight.compression import Reconstruction
@@ -30,7 +30,9 @@ class _RepeatingCache(Cache):
         layers: of the prefilled cache.
         prefills: the prompt in those layers that are compressed, by index.
         sequence: which one.
-        watch: called with the index, queries ``[H, r, D]``, keys ``[H_kv, seen + r, D]`` and scaling of each of them.
+        watch: called with the index, queries ``[H, r, D]``, keys ``[H_kv, seen + r, D]`` and scaling of each of them;
+            if ``attends``, also with its values and where the queries' attention ``[H, r, D]`` goes.
+        attends: whether ``watch`` can compute the attention too: what is repeated is all of the prompt.
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class _RepeatingCache(Cache):
         layers: Sequence[Any],
         prefills: Mapping[int, Prefill],
         sequence: int,
-        watch: Callable[[int, Tensor, Tensor, float], None],
+        watch: Callable[..., None],
+        attends: bool,
     ) -> None:
         states = [layer if index in prefills else copy.deepcopy(layer) for index, layer in enumerate(layers)]
         for index, prefill in prefills.items():
@@ -49,7 +52,7 @@ class _RepeatingCache(Cache):
             if index not in prefills:
                 layer.reorder_cache(torch.LongTensor([sequence]))
         super().__init__(layers=states)
-        self.prefills, self.watch = prefills, watch
+        self.prefills, self.watch, self.attends = prefills, watch, attends
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -61,9 +64,16 @@ class _RepeatingCache(Cache):
         key, value = torch.cat([held.keys, key_states], dim=2), torch.cat([held.values, value_states], dim=2)
         return mark(key, partial(self._attend, layer_idx)), value
 
-    def _attend(self, index: int, module: Any, query: Tensor, key: Tensor, *rest: Any, **kwargs: Any) -> Any:
-        self.watch(index, query[0], key[0], kwargs.get("scaling") or query.shape[-1] ** -0.5)
-        return own_attention(module, query, key, *rest, **kwargs)
+    def _attend(
+        self, index: int, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if self.attends and is_plain(module, query, key, value, **kwargs):
+            output = value.new_empty(*query.shape[:3], value.shape[-1])
+            self.watch(index, query[0], key[0], scaling, value[0], output[0])
+            return output.transpose(1, 2), None
+        self.watch(index, query[0], key[0], scaling)
+        return own_attention(module, query, key, value, mask, **kwargs)
 
 
 @torch.no_grad()
@@ -93,8 +103,9 @@ def replay(
             ids = score.instructions[first > span.start]
             arguments = inputs.repeat(sequence, lead, ids, last + 1)
             watch = partial(_watch, prefills, sequence, span, tokens, score.sinks)
-            cache = _RepeatingCache(layers, prefills, sequence, watch)
             seen = next(iter(prefills.values())).seen
+            attends = tokens == slice(span.start, seen)
+            cache = _RepeatingCache(layers, prefills, sequence, watch, attends)
             # Assisted generation has brought tokens after the prompt, which are no part of it.
             mask = torch.zeros(1, seen + arguments["inputs_embeds"].shape[1], dtype=torch.long, device=device)
             mask[0, : prompt.length] = prompt.valid_mask[sequence]
@@ -112,10 +123,13 @@ def _watch(
     query: Tensor,
     key: Tensor,
     scaling: float,
+    value: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> None:
     """Note the attention that the queries ``[H, r, D]`` of one layer pay to the tokens that are repeated."""
     in_front = slice(span.start, min(span.start + sinks, tokens.start))
     context = torch.cat([key[:, in_front], key[:, tokens]], dim=1)
-    received = largest_attention(query, context, key[:, -query.shape[1] :], scaling)
+    values = None if value is None else value[:, span.start :]
+    received = largest_attention(query, context, key[:, -query.shape[1] :], scaling, values, output)
     total = prefills[index].attention[sequence].total
     total[:, tokens.start - span.start : tokens.stop - span.start] = received[:, in_front.stop - in_front.start :]

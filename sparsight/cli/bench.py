@@ -94,7 +94,7 @@ def main(
     from sparsight.bench import machine, tables
     from sparsight.bench.benchmark import BenchmarkConfig, run_benchmark
     from sparsight.bench.kvpress import Kvpress
-    from sparsight.bench.shapes import random_inputs, weight_bytes
+    from sparsight.bench.shapes import random_inputs, weight_bytes, without_tokenizer
     from sparsight.bench.summary import summarize
     from sparsight.cache import CompressedCache
     from sparsight.cli.recipe_options import with_scores
@@ -106,10 +106,11 @@ def main(
     for name in baselines:
         if name not in LIBRARIES:
             raise unknown("comparison", name, LIBRARIES)
+    recipes = [with_scores(each, model, heads) for each in _recipes(names(methods, ()), budget_list(budgets))]
     plan = BenchmarkConfig(
         contexts=count_list("--contexts", contexts),
         batches=count_list("--batch", batch),
-        recipes=[with_scores(each, model, heads) for each in _recipes(names(methods, ()), budget_list(budgets))],
+        recipes=recipes if model is not None else list(map(without_tokenizer, recipes)),
         against=baselines,
         new_tokens=new_tokens,
         rounds=rounds,

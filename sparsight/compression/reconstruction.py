@@ -10,7 +10,7 @@ from sparsight.compression.score import BaseScore, Grids
 from sparsight.models.prompt import Span
 from sparsight.utils import checks
 
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
 """Weights that are computed together, by device type."""
 
 LEAD = 8
@@ -59,7 +59,14 @@ class Reconstruction(BaseScore):
         return sums
 
 
-def largest_attention(query: Tensor, context: Tensor, repeated: Tensor, scaling: float) -> Tensor:
+def largest_attention(
+    query: Tensor,
+    context: Tensor,
+    repeated: Tensor,
+    scaling: float,
+    value: Tensor | None = None,
+    output: Tensor | None = None,
+) -> Tensor:
     """The largest weight that each key of a context receives while it is repeated.
 
     Every query attends to all of the context and to the repeated keys up to its own.
@@ -69,6 +76,8 @@ def largest_attention(query: Tensor, context: Tensor, repeated: Tensor, scaling:
         context: keys ``[H_kv, n, D]``, after RoPE; ``H`` is a multiple of ``H_kv``.
         repeated: the queries' own keys ``[H_kv, r, D]``.
         scaling: factor of the logits.
+        value: values ``[H_kv, n + r, D_v]``, if the queries' attention is wanted too.
+        output: where that goes, ``[H, r, D_v]``.
 
     Returns:
         float32 ``[H_kv, n]``.
@@ -81,12 +90,16 @@ def largest_attention(query: Tensor, context: Tensor, repeated: Tensor, scaling:
     step = max(1, elements // (group * (length + count)))
     for head in range(kv_heads):
         keys = torch.cat([context[head], repeated[head]]).float() * scaling
+        values = None if value is None else value[head].float()
         for first in range(0, count, step):
             rows = grouped[head, :, first : first + step].float()
             number = rows.shape[1]
             logits = rows @ keys[: length + first + number].mT
             later = torch.ones(number, number, dtype=torch.bool, device=keys.device).triu_(1)
             logits[..., length + first :].masked_fill_(later, -torch.inf)
-            weights = torch.softmax(logits, -1, out=logits)[..., :length]
-            torch.maximum(largest[head], weights.amax((0, 1)), out=largest[head])
+            weights = torch.softmax(logits, -1, out=logits)
+            torch.maximum(largest[head], weights[..., :length].amax((0, 1)), out=largest[head])
+            if values is not None and output is not None:
+                attended = weights @ values[: length + first + number]
+                output.unflatten(0, (kv_heads, -1))[head, :, first : first + number] = attended
     return largest

@@ -99,10 +99,10 @@ def test_later_chunks_start_with_the_end_of_the_one_before_and_attend_to_the_sin
             assert_close(own[:, start:stop], brute, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_each_prompt_of_a_padded_batch_is_repeated_as_alone(family, received):
+@pytest.mark.parametrize(("family", "chunk"), [*((family, 23) for family in TINY), ("llava", 2000), ("qwen3_vl", 2000)])
+def test_each_prompt_of_a_padded_batch_is_repeated_as_alone(family, chunk, received):
     prompts = [ONE_IMAGE, THREE_IMAGES, NO_TEXT_AFTER]
-    together = compressed(family, *prompts, chunk=23)
+    together = compressed(family, *prompts, chunk=chunk)
     for row, prompt in enumerate(prompts):
         model, alone = models.fresh_model(family), models.inputs(family, prompt, seed=row)
         cache = CompressedCache(model, together.recipe, alone)

@@ -174,3 +174,9 @@ def test_head_scores_are_passed_to_sparsemm(run_json: Callable[..., Any], tmp_pa
     options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--against", "none", "--methods", "sparsemm")
     report = run_json("bench", *options, "--heads", heads, "--output", tmp_path / "run")
     assert [(cell["method"], cell["reason"]) for cell in report["cells"]] == [("sparsemm", None)]
+
+
+def test_kvzip_is_measured_on_a_shape_which_has_no_tokenizer(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    options = ("--contexts", 120, "--new-tokens", 2, "--rounds", 1, "--against", "none", "--methods", "kvzip")
+    report = run_json("bench", *options, "--output", tmp_path)
+    assert [(cell["method"], cell["reason"]) for cell in report["cells"]] == [("kvzip", None)]

@@ -27,6 +27,12 @@ def test_largest_attention_is_that_of_the_full_matrix(group, kv_heads, length, c
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(reconstruction.BLOCK_ELEMENTS, "cpu", block)
         found = largest_attention(query, context, repeated, 0.7)
+        value, output = torch.randn(kv_heads, length + count, 5), torch.empty(group * kv_heads, count, 5)
+        assert torch.equal(largest_attention(query, context, repeated, 0.7, value, output), found)
+    keys = torch.cat([context, repeated], dim=1).repeat_interleave(group, dim=0)
+    hidden = torch.ones(count, length + count, dtype=torch.bool).triu(length + 1)
+    attention = (0.7 * query @ keys.mT).masked_fill(hidden, -torch.inf).softmax(-1)
+    assert_close(output, attention @ value.repeat_interleave(group, dim=0), rtol=1e-4, atol=1e-5)
     for head in range(kv_heads):
         for place in range(length):
             best = 0.0
