@@ -284,6 +284,8 @@ def _application(
         name=REPLICA,
         max_ongoing_requests=ongoing,
         max_queued_requests=settings.max_queue,
+        # What cannot be loaded once cannot be loaded the next time.
+        max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         ray_actor_options={"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1},
         **number,
