@@ -107,7 +107,7 @@ def run(
             if others := ", ".join(serve.status().applications):
                 raise ValueError(f"Ray Serve on this cluster already has applications: {others}.")
             try:
-                serve.run(_application(cluster, load, max_running, settings, keys, loopback), name=APPLICATION)
+                _deploy(_application(cluster, load, max_running, settings, keys, loopback))
                 _on_signals(stop)
                 with contextlib.redirect_stdout(stdout):
                     started()
@@ -116,7 +116,7 @@ def run(
             finally:
                 serve.shutdown()
         except (RayError, RayServeException, RuntimeError) as error:
-            raise ValueError(f"Ray Serve failed: {_cause(error)}.") from error
+            raise ValueError(f"Ray Serve failed: {str(error).strip().splitlines()[-1]}") from error
 
 
 class Replica:
@@ -303,6 +303,18 @@ def _application(
     return ingress.bind(replicas.bind(load), settings, keys, loopback)
 
 
+def _deploy(application: serve.Application) -> None:
+    """Start an application; raises ValueError if a replica cannot be loaded."""
+    try:
+        serve.run(application, name=APPLICATION)
+    except RuntimeError as error:
+        status = serve.status().applications[APPLICATION].deployments[REPLICA]
+        # A traceback, which ends with our own sentence where the options are wrong.
+        lines = status.message.strip().splitlines() or [str(error)]
+        cause = next((line for line in reversed(lines) if line.startswith("ValueError: ")), lines[-1])
+        raise ValueError(f"A replica cannot start: {cause.removeprefix('ValueError: ')}") from error
+
+
 def _drain(seconds: float) -> None:
     """Let requests that have begun be answered, and end them when the time is over."""
     ingress = serve.get_app_handle(APPLICATION)
@@ -336,7 +348,3 @@ def _on_signals(stop: threading.Event) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
-
-
-def _cause(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].rstrip(".")

@@ -258,7 +258,7 @@ def test_running_requests_are_answered_after_a_signal_and_new_ones_refused(serve
         (["--ray", "local", "--prefix-dir", "x"], "--prefix-dir is for one process, not for --ray."),
         (["--ray", "local", "--max-connections", "9"], "--max-connections is not for --ray"),
         (["--ray", "auto"], "There is no Ray cluster at 'auto'; local starts one."),
-        (["--ray", "local", "--device", "banana"], "There is no device 'banana'"),
+        (["--ray", "local", "--device", "banana"], "Error: A replica cannot start: There is no device 'banana'"),
     ],
 )
 def test_what_cannot_be_served(options: list[str], message: str) -> None:
