@@ -158,6 +158,15 @@ class RunningBatch(Cache):
         """Bytes of the pool that a sequence has."""
         return self.members[index].slots * self._pool().slot_bytes
 
+    def positions_held(self, index: int) -> tuple[Tensor, ...]:
+        """Positions in the slots of each KV head of a sequence, on the CPU: all of a layer, then the next layer's.
+
+        Each is int32 ``[slots]``, -1 where a slot is vacant.
+        """
+        member = self.members[index]
+        extent = self._pool().positions[member.start : member.start + member.slots].cpu()
+        return extent.split([capacity for layer in member.capacities for capacity in layer])
+
     def leave(self, index: int) -> None:
         """Drop a sequence and return its slots."""
         self._pool().free(self.members.pop(index).start)

@@ -18,6 +18,7 @@ from sparsight.cli.output import check_folder
 from sparsight.cli.parsing import budget_list, check_methods, check_one_of, count_list, names
 from sparsight.cli.progress import progress
 from sparsight.cli.terminal import show
+from sparsight.utils.method_names import METHODS
 from sparsight.utils.suggest import unknown
 from sparsight.utils.text import escape
 
@@ -61,7 +62,9 @@ def main(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods, comma-separated; `sparsight methods` lists them.", metavar="NAMES", callback=check_methods
+            help="Methods, comma-separated, or all; `sparsight methods` lists them.",
+            metavar="NAMES",
+            callback=check_methods,
         ),
     ] = "full,vl-cache,elastic",
     budgets: options.Budgets = "0.1",
@@ -106,11 +109,13 @@ def main(
     for name in baselines:
         if name not in LIBRARIES:
             raise unknown("comparison", name, LIBRARIES)
-    recipes = [with_scores(each, model, heads) for each in _recipes(names(methods, ()), budget_list(budgets))]
+    recipes = [with_scores(each, model, heads) for each in _recipes(names(methods, METHODS), budget_list(budgets))]
+    if model is None:
+        recipes = list(map(without_tokenizer, recipes))
     plan = BenchmarkConfig(
         contexts=count_list("--contexts", contexts),
         batches=count_list("--batch", batch),
-        recipes=recipes if model is not None else list(map(without_tokenizer, recipes)),
+        recipes=recipes,
         against=baselines,
         new_tokens=new_tokens,
         rounds=rounds,
@@ -123,14 +128,16 @@ def main(
     loaded = _random(shape, device, dtype) if model is None else load_model(load_checkpoint(model), device, dtype)
     if loaded.device.type not in machine.COPIED_BYTES:
         raise ValueError(f"Measuring needs the device cpu or cuda, not {loaded.device.type!r}.")
-    for each in plan.recipes:
-        # Raises before anything is measured if the model and a recipe cannot be combined.
-        CompressedCache(
-            loaded,
-            each,
-            random_inputs(loaded, length=1, batch=1),
-            static_capacity(loaded, new_tokens, compile=compiled),
-        )
+    for each in tuple(recipes):
+        capacity = static_capacity(loaded, new_tokens, compile=compiled)
+        try:
+            # Before anything is measured: whether the model and the recipe can be combined.
+            CompressedCache(loaded, each, random_inputs(loaded, length=1, batch=1), capacity)
+        except ValueError as error:
+            if methods != "all":
+                raise
+            recipes.remove(each)
+            print(f"Left out {each.name}: {escape(str(error))}", file=sys.stderr)
     tables.make_folder(output)
     weights, free = weight_bytes(loaded), memory.available_bytes(loaded.device)
     about = {

@@ -39,6 +39,7 @@ LONG_SECONDS = 120
 
 
 def main(
+    context: typer.Context,
     tasks: Annotated[
         str,
         typer.Option(
@@ -73,7 +74,7 @@ def main(
             help="host keeps the full cache in host memory: a new turn of a conversation attends to it, and what is "
             "kept is chosen again.",
             metavar="NAME",
-            callback=check_one_of("--keep", ("host",)),
+            callback=check_one_of("value of --keep", ("host",)),
         ),
     ] = None,
     harness: Annotated[
@@ -92,7 +93,7 @@ def main(
         typer.Option(
             help="Models without images: kvpress adds its methods on the same prompts.",
             metavar="NAME",
-            callback=check_one_of("--against", ["kvpress"]),
+            callback=check_one_of("value of --against", ["kvpress"]),
         ),
     ] = None,
     paper: Annotated[
@@ -115,6 +116,7 @@ def main(
 ) -> None:
     """Measure how much of a model's accuracy methods keep at several budgets; a stopped run resumes."""
     if paper is not None:
+        _check_paper(context)
         shown = None if model == options.DEFAULT_MODEL else model
         show_paper(paper, shown, output or Path("runs") / paper, as_json=as_json)
         return
@@ -153,6 +155,20 @@ def main(
     for headline, table in render.tables(report):
         show(Text(headline, "bold"), table, "")
     print(f"Wrote {', '.join(path.name for path in written)} in {escape(output)}")
+
+
+def _check_paper(context: typer.Context) -> None:
+    """Raise ValueError if options are given that a paper's tables do not use."""
+    used = "paper", "model", "output", "quiet", "as_json"
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name not in used
+        and (source := context.get_parameter_source(parameter.name or "")) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ValueError(f"--paper only shows tables, of --model and --output: leave out {', '.join(given)}.")
 
 
 def _kvpress(checkpoint: Checkpoint, budgets: str, device: str, dtype: str, stack: ExitStack) -> list[KvpressMethod]:

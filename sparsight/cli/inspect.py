@@ -87,11 +87,14 @@ def tiles_of(question: Question) -> list[Tile]:
     """
     from sparsight.models.families import family_of
     from sparsight.models.layouts import find_tiles
+    from sparsight.models.tile_places import place_tiles
 
     checkpoint = question.checkpoint
     family = family_of(checkpoint.config)
     assert family is not None
-    return find_tiles(family.layout, checkpoint.config, question.inputs, checkpoint.processor.image_processor)
+    processor = checkpoint.processor.image_processor
+    tiles = find_tiles(family.layout, checkpoint.config, question.inputs, processor)
+    return place_tiles(tiles, family.cut, processor, question.sizes)
 
 
 def kept_of(cache: CompressedCache, report: Report) -> Kept:
@@ -189,5 +192,8 @@ def describe(output: Path, tiles: list[Tile], kept: Kept, report: Report) -> dic
         "entry_bytes": report.entry_bytes,
         "kv_bytes": report.bytes_held,
         "full_kv_bytes": report.full_bytes,
-        "tiles": [{"name": tile.name, "rows": len(tile.tokens), "columns": tile.tokens.shape[1]} for tile in tiles],
+        "tiles": [
+            {"name": tile.name, "rows": len(tile.tokens), "columns": tile.tokens.shape[1], "box": tile.box}
+            for tile in tiles
+        ],
     }

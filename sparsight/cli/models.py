@@ -9,11 +9,15 @@ import typer
 from rich.table import Table
 
 from sparsight.cli import options
+from sparsight.cli.parsing import check_one_of
 from sparsight.cli.terminal import show
 from sparsight.utils.text import escape
 
 if TYPE_CHECKING:
     from sparsight.models.families import Family
+
+INSTALLABLE = ("smollm2",)
+"""The names that :mod:`sparsight.models.install` has, which imports transformers."""
 
 SUFFIX = "ForConditionalGeneration"
 
@@ -21,7 +25,11 @@ SUFFIX = "ForConditionalGeneration"
 def main(
     install: Annotated[
         str | None,
-        typer.Option(help="Instead install a language model for `sparsight eval`: smollm2.", metavar="NAME"),
+        typer.Option(
+            help=f"Instead install a language model for `sparsight eval`: {', '.join(INSTALLABLE)}.",
+            metavar="NAME",
+            callback=check_one_of("model", INSTALLABLE),
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:

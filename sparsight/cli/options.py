@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sparsight.cli.parsing import check_budget, check_budgets, check_method
+from sparsight.cli.parsing import check_budget, check_budgets, check_method, check_one_of, check_part
 from sparsight.reader import model_path
 
 DEFAULT_MODEL = str(model_path())
@@ -24,11 +24,16 @@ METHOD, MODEL, OUTPUT = "Method", "Model", "Output"
 """Panels of ``--help``."""
 
 
-def _part(name: str, note: str = "") -> typer.models.OptionInfo:
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Those of :mod:`sparsight.models.loading`, which imports torch."""
+
+
+def _part(role: str, name: str, note: str = "") -> typer.models.OptionInfo:
     return typer.Option(
         help=f"Replace the method's {name} by another method's; `sparsight methods` lists them.{note}",
         metavar="NAME",
         rich_help_panel=METHOD,
+        callback=check_part(role),
     )
 
 
@@ -71,10 +76,10 @@ Budgets = Annotated[
         help="Fractions of the prompt's KV entries to keep, comma-separated.", metavar="NUMBERS", callback=check_budgets
     ),
 ]
-Score = Annotated[str | None, _part("score", " mixkv:post-vision is mixkv around post-vision.")]
-Allocate = Annotated[str | None, _part("allocation")]
-Reduce = Annotated[str | None, _part("reduction")]
-Decode = Annotated[str | None, _part("decode rule")]
+Score = Annotated[str | None, _part("score", "score", " mixkv:post-vision is mixkv around post-vision.")]
+Allocate = Annotated[str | None, _part("allocate", "allocation")]
+Reduce = Annotated[str | None, _part("reduce", "reduction")]
+Decode = Annotated[str | None, _part("decode", "decode rule")]
 PrefillBound = Annotated[
     float | None,
     typer.Option(
@@ -124,6 +129,7 @@ Dtype = Annotated[
         help="dtype of the weights: float32, bfloat16, float16, or auto for the checkpoint's own.",
         metavar="NAME",
         rich_help_panel=MODEL,
+        callback=check_one_of("dtype", DTYPES),
     ),
 ]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images with more pixels than this.", min=1, rich_help_panel=MODEL)]

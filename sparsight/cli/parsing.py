@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from sparsight.utils import checks
-from sparsight.utils.method_names import ALIASES, METHODS
+from sparsight.utils.method_names import ALIASES, METHODS, PARTS
 from sparsight.utils.suggest import unknown
 
 
@@ -71,6 +71,18 @@ def check_methods(text: str) -> str:
     for name in names(text, METHODS):
         check_method(name)
     return text
+
+
+def check_part(role: str) -> Callable[[str | None], str | None]:
+    """A check that a part of a method, such as ``mixkv:post-vision``, is left out or has known kinds."""
+
+    def check(kinds: str | None) -> str | None:
+        for kind in [] if kinds is None else kinds.split(":"):
+            if kind not in PARTS[role]:
+                raise unknown(role, kind, PARTS[role])
+        return kinds
+
+    return check
 
 
 def check_budget(budget: float | None) -> float | None:

@@ -26,11 +26,13 @@ class Question:
         prompt: the text.
         checkpoint: the model that is to answer.
         inputs: what its processor returned.
+        sizes: width and height of its images.
     """
 
     prompt: str
     checkpoint: Checkpoint
     inputs: BatchFeature
+    sizes: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def read_question(
         inputs = prepare(checkpoint, opened, prompt)
         locate(checkpoint.config, inputs)
         check_length(checkpoint.config, inputs, max_new_tokens)
-    return Question(prompt, checkpoint, inputs)
+    return Question(prompt, checkpoint, inputs, [image.size for image in opened])
 
 
 def open_session(question: Question, device: str, dtype: str, *, quiet: bool) -> Session:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparsight.cache.bounded_prefill import check_bound
 from sparsight.cache.compressed_cache import check_keep
 from sparsight.cache.layer import CompressedLayer
 from sparsight.cache.running_batch import RunningBatch
+from sparsight.compression.recall import Recall
 from sparsight.compression.recipe import Recipe, check_recipe
 from sparsight.engine import model_runner
 from sparsight.engine.admission import most_bytes
@@ -31,6 +33,7 @@ from sparsight.engine.prefix_files import PrefixFiles
 from sparsight.engine.prefix_memory import PrefixMemory
 from sparsight.engine.preparation import Preparation, to_device
 from sparsight.engine.prompt_runner import PromptRunner
+from sparsight.engine.recall_log import RecallLog, held_heads
 from sparsight.engine.request import Handle, OutOfMemoryError, RequestError
 from sparsight.engine.sampling import SamplingParams, sample
 from sparsight.engine.sequence import Sequence
@@ -178,7 +181,7 @@ class Engine:
             inputs: what the processor returned for one prompt.
             recipe: how this prompt is compressed.
             params: how the answer is sampled and what ends it; the model's own defaults if None.
-            keep_positions: give the handle the positions of the entries kept.
+            keep_positions: give the handle the positions of the entries kept, and what is held after each recall.
             salt: only images, and with ``host_memory`` prompts, of the same salt are reused.
 
         Returns:
@@ -409,6 +412,9 @@ class Engine:
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.reports_end = not self._pooled
             sequence.append(token)
+        if request.keep_positions and isinstance(request.recipe.decode, Recall):
+            log = RecallLog(request.handle.kept_positions, runner.input_ids.shape[1], request.recipe.decode.every)
+            sequences[0].recall_log, request.handle.recalled = log, log.recalled
         unfinished = [each for each in sequences if not each.finished]
         if self._pooled and all(isinstance(layer, CompressedLayer) for layer in runner.cache.layers):
             self._ready += unfinished
@@ -446,14 +452,19 @@ class Engine:
         if self._running:
             try:
                 self._batch.advance()
-                self._sample(self._running, self._batch_logits())
+                logits = self._batch_logits()
+                for index, sequence in enumerate(self._running):
+                    sequence.log_recall(partial(self._batch.positions_held, index))
+                self._sample(self._running, logits)
             # Some may have gone on and others not.
             except Exception as error:
                 for sequence in self._running:
                     self._fail(sequence, error)
         for sequence in self._alone:
             try:
-                self._sample([sequence], self._logits([sequence], sequence.cache, sequence.step))
+                logits = self._logits([sequence], sequence.cache, sequence.step)
+                sequence.log_recall(partial(held_heads, sequence.cache, sequence.cache_index))
+                self._sample([sequence], logits)
             except Exception as error:
                 self._fail(sequence, error)
         self._drop_finished()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparsight.cache.report import Report
+from sparsight.engine.recall_log import Recalled
 from sparsight.engine.sampling import Sampled
 
 
@@ -77,6 +78,7 @@ class Handle:
         started: whether an answer has a token.
         kept_positions: prompt positions that each KV head of a compressed layer keeps, int32 ``[H_kv, n]`` on the CPU,
             padded with -1; by number of the layer, if requested.
+        recalled: what the KV heads hold of the prompt after each recall of the first answer, if requested.
         admitted: when the engine began with the prompt, by ``time.perf_counter``; None before.
     """
 
@@ -87,6 +89,7 @@ class Handle:
         self.error: RequestError | None = None
         self.aborted = self.started = False
         self.kept_positions: dict[int, Tensor] = {}
+        self.recalled: list[Recalled] = []
         self.admitted: float | None = None
 
     @property

@@ -1,13 +1,15 @@
 """One running sequence: what belongs to an answer, whatever else runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsight.engine.prefilled import PrefilledPrompt
 from sparsight.engine.prompt_runner import PromptRunner
+from sparsight.engine.recall_log import RecallLog
 from sparsight.engine.request import Completion, Handle, Piece
 from sparsight.engine.sampling import Sampled, Sampler, SamplingParams
 from sparsight.engine.text_stream import TextStream
@@ -31,6 +33,7 @@ class Sequence:
         cache: the compressed prompt, until it joins a batch; its own where it decodes alone.
         cache_index: which of the cache's sequences it is.
         step: runs the model on one token, where it decodes alone.
+        recall_log: what is held after each recall, if it is requested.
         reports_end: whether the report is about the cache at the end of the answer, not about the prompt.
     """
 
@@ -49,6 +52,7 @@ class Sequence:
         self.cache_index = runner.sequence
         self.step: Callable[..., Any]
         self.reports_end = False
+        self.recall_log: RecallLog | None = None
         self._reused_tokens = runner.reused_tokens
         self.sampler = Sampler(params, runner.input_ids, index)
         self.tokens: list[Sampled] = []
@@ -69,6 +73,11 @@ class Sequence:
         """Memory that the full cache would occupy at the answer's longest length."""
         seen = self.report.tokens_seen
         return self.report.full_bytes * (seen + self.params.max_new_tokens - 1) // seen
+
+    def log_recall(self, positions: Callable[[], Iterable[Tensor]]) -> None:
+        """Log what each KV head holds, if entries were recalled for the next token."""
+        if self.recall_log is not None and self.recall_log.is_due(len(self.tokens)):
+            self.recall_log.add(len(self.tokens), positions())
 
     def append(self, token: Sampled | Exception) -> None:
         """Take a new token, and end where it ends the answer. Raises what was returned in place of a token."""

@@ -12,6 +12,7 @@ from sparsight.models.layouts import (
     square_grid,
     square_tiles,
 )
+from sparsight.models.tile_places import CLOSEST_RATIO, COVERING, LONGEST_EDGE, SLICES, Cut
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Family:
         chunked_prefill: whether prefill in chunks gives the same result as unchunked prefill. It does not where image
             tokens attend to each other in both directions, nor where one forward pass needs all of the images.
         first_position: position id of a prompt's first token.
+        cut: how its image processor cuts images into tiles, where its outputs do not say it.
     """
 
     model_type: str
@@ -39,6 +41,7 @@ class Family:
     uncompressed_layers: str = ""
     chunked_prefill: bool = True
     first_position: int = 0
+    cut: Cut | None = None
 
     def token_ids(self, config: Any) -> list[int]:
         """Ids of the vision tokens in a model's config."""
@@ -62,11 +65,17 @@ FAMILIES = {
         Family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", merged_patches, BOTH, video=True),
         # Video frames use the image token too.
         Family("glm4v", "Glm4vForConditionalGeneration", merged_patches, BOTH, video=True),
-        Family("internvl", "InternVLForConditionalGeneration", square_tiles, video=True),
-        Family("idefics3", "Idefics3ForConditionalGeneration", square_tiles),
-        Family("smolvlm", "SmolVLMForConditionalGeneration", square_tiles, video=True),
-        Family("ovis2", "Ovis2ForConditionalGeneration", square_tiles, chunked_prefill=False),
-        Family("aya_vision", "AyaVisionForConditionalGeneration", square_tiles, uncompressed_layers="sliding window"),
+        Family("internvl", "InternVLForConditionalGeneration", square_tiles, video=True, cut=CLOSEST_RATIO),
+        Family("idefics3", "Idefics3ForConditionalGeneration", square_tiles, cut=LONGEST_EDGE),
+        Family("smolvlm", "SmolVLMForConditionalGeneration", square_tiles, video=True, cut=LONGEST_EDGE),
+        Family("ovis2", "Ovis2ForConditionalGeneration", square_tiles, chunked_prefill=False, cut=COVERING),
+        Family(
+            "aya_vision",
+            "AyaVisionForConditionalGeneration",
+            square_tiles,
+            uncompressed_layers="sliding window",
+            cut=CLOSEST_RATIO,
+        ),
         Family(
             "gemma3",
             "Gemma3ForConditionalGeneration",
@@ -83,6 +92,7 @@ FAMILIES = {
             BOTH,
             video=True,
             uncompressed_layers="linear attention",
+            cut=SLICES,
         ),
     )
 }

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, as fractions of an image's sides."""
+
+FULL_IMAGE = (0.0, 0.0, 1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -25,6 +30,8 @@ class Tile:
         tokens: int64 ``[rows, columns]``, the vision token of each cell. All cells cover the same number of pixels.
         seams: the rows and the columns of cells at which a separately encoded part of the tile begins.
         image: which of the prompt's images it belongs to.
+        box: where it lies in the image as the processor got it; beyond its sides where it covers padding. None where
+            the processor's outputs do not say it: see :mod:`sparsight.models.tile_places`.
     """
 
     name: str
@@ -32,6 +39,7 @@ class Tile:
     tokens: Tensor
     seams: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     image: int = 0
+    box: Box | None = FULL_IMAGE
 
 
 @dataclass(frozen=True)
@@ -144,9 +152,10 @@ def square_tiles(config: Any, inputs: Mapping[str, Any]) -> list[ImageTiles]:
     each = _each_square(config, inputs)
     count = each[0].tokens.numel()
     tiles = [
-        replace(tile, name=f"tile {number}" if len(each) > 1 else "", tokens=tile.tokens + (number - 1) * count)
+        replace(tile, name=f"tile {number}", tokens=tile.tokens + (number - 1) * count, box=None)
         for number, tile in enumerate(each, start=1)
     ]
+    tiles = tiles if len(each) > 1 else each
     return [ImageTiles(tuple(tiles), len(tiles) * count)]
 
 
@@ -193,6 +202,7 @@ def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[ImageTiles]:
             images.append(ImageTiles((base,), count * count + height * (width + 1)))
             continue
         top, left = divmod(int(cells[0, 0]), columns * count)
+        box = _box_on_canvas((top, left, height, width), (rows, columns), count, size)
         pixels = _cut(canvas[:, top * patch :, left * patch :], height * patch, width * patch)
         seams = (_seams(rows, count, top, height), _seams(columns, count, left, width))
         ratio = sqrt(height * width / count**2 / _most_tiles(config))
@@ -201,9 +211,22 @@ def base_and_tiles(config: Any, inputs: Mapping[str, Any]) -> list[ImageTiles]:
             height, width = int(height // ratio), int(width // ratio)
             seams = (_scaled(seams[0], height / old_height), _scaled(seams[1], width / old_width))
             pixels = _resize(pixels, height * patch, width * patch)
-        high = Tile("high-res", pixels, _grid(height, width, count * count, row_length=width + 1), seams)
+        high = Tile("high-res", pixels, _grid(height, width, count * count, row_length=width + 1), seams, box=box)
         images.append(ImageTiles((base, high), count * count + height * (width + 1)))
     return images
+
+
+def _box_on_canvas(cells: tuple[int, ...], tiles: tuple[int, int], count: int, size: list[int]) -> Box:
+    """Where cells ``(top, left, height, width)`` of a canvas lie in an image ``[height, width]`` on it.
+
+    The canvas has so many ``tiles`` in height and width, of ``count`` x ``count`` cells, and the image is as large as
+    fits, in its middle.
+    """
+    height, width = (each * count for each in tiles)
+    scale = min(height / size[0], width / size[1])
+    tall, wide = size[0] * scale, size[1] * scale
+    top, left = cells[0] - (height - tall) / 2, cells[1] - (width - wide) / 2
+    return left / wide, top / tall, (left + cells[3]) / wide, (top + cells[2]) / tall
 
 
 def _most_tiles(config: Any) -> float:
@@ -241,7 +264,8 @@ def packed_slices(config: Any, inputs: Mapping[str, Any]) -> list[ImageTiles]:
     for number, (pixels, (height, width)) in enumerate(zip(packed, grids, strict=True), start=1):
         image = pixels.view(3, patch, height, width, patch).transpose(1, 2).reshape(3, height * patch, width * patch)
         tokens = _grid(height // merge, width // merge, first)
-        tiles.append(Tile(f"slice {number}" if len(grids) > 1 else "", _cut(image, *image.shape[1:]), tokens))
+        name, box = (f"slice {number}", None) if len(grids) > 1 else ("", FULL_IMAGE)
+        tiles.append(Tile(name, _cut(image, *image.shape[1:]), tokens, box=box))
         first += tokens.numel()
     return [ImageTiles(tuple(tiles), first)]
 

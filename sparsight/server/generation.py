@@ -39,6 +39,7 @@ class Generation:
         self._service, self.id, self._key_id = service, id, key_id
         self._stream: Stream | None = None
         self._grids: Sequence[Grid] = ()
+        self._characters: list[int] = []
         self.created = int(time.time())
         self.started = False
         self.params = SamplingParams()
@@ -93,8 +94,14 @@ class Generation:
         if not pieces and any(each.finish_reason == "aborted" for each in self._stream.completions):
             raise stopping()
         if not pieces and self._stream.handle.kept_positions:
-            report, positions = self.completions[0].report, self._stream.handle.kept_positions
-            self._service.kept.add(self.id, Kept(self._key_id, report, self._grids, positions))
+            report, handle = self.completions[0].report, self._stream.handle
+            found = handle.kept_positions, handle.recalled, self._characters
+            self._service.kept.add(self.id, Kept(self._key_id, report, self._grids, *found))
+        for piece in pieces:
+            if piece.answer == 0 and piece.token is not None:
+                self._characters.append(len(piece.text))
+            elif piece.answer == 0:
+                self._characters[-1] += len(piece.text)
         self.new_tokens += sum(piece.token is not None for piece in pieces)
         self._observation.pieces(self._stream.handle, pieces)
         return pieces

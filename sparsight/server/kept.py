@@ -10,8 +10,10 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from sparsight.cache.report import Report
+from sparsight.engine.recall_log import Recalled
+from sparsight.models.layouts import Box
 from sparsight.server.errors import APIError
-from sparsight.server.prompts import Box, Grid
+from sparsight.server.prompts import Grid
 from sparsight.server.schema import ERRORS
 
 router = APIRouter()
@@ -26,12 +28,16 @@ class Kept:
         report: the cache's report.
         grids: the patch grids of the prompt's images.
         positions: as :attr:`sparsight.Handle.kept_positions`.
+        recalled: as :attr:`sparsight.Handle.recalled`.
+        characters: of each token of the first answer.
     """
 
     key_id: str | None
     report: Report
     grids: Sequence[Grid]
     positions: Mapping[int, Tensor]
+    recalled: Sequence[Recalled] = ()
+    characters: Sequence[int] = ()
 
 
 class KeptStore:
@@ -68,7 +74,7 @@ class KeptTile(BaseModel):
     """A rectangle of the prompt's ``image``-th image, of ``width`` x ``height`` pixels as the model gets them.
 
     It is cut into patches. ``box`` has its left, top, right and bottom in the image as it was sent, as fractions of the
-    sides; it is null where the model cuts an image into several rectangles.
+    sides, and beyond them where the model adds a margin; it is null where it is not known how the model cuts images.
     """
 
     name: str
@@ -94,8 +100,24 @@ class KeptLayer(BaseModel):
     heads: list[KeptHead]
 
 
+class KeptRecall(BaseModel):
+    """What is held after a recall, from the ``token``-th token of the first answer on, counted from 0.
+
+    ``held`` has of each tile and each of its patches, row by row, how many KV heads of all layers together hold it;
+    ``fetched`` how many of these had not kept it of the prompt.
+    """
+
+    token: int
+    held: list[list[int]]
+    fetched: list[list[int]]
+
+
 class KeptEntries(BaseModel):
-    """What the cache of a request kept of its prompt."""
+    """What the cache of a request kept of its prompt.
+
+    With a method that recalls, ``recalls`` follow, and ``token_characters`` has how many characters of the first
+    answer's text each of its tokens stands for.
+    """
 
     id: str
     method: str
@@ -104,6 +126,8 @@ class KeptEntries(BaseModel):
     vision_tokens: int
     tiles: list[KeptTile]
     layers: list[KeptLayer]
+    recalls: list[KeptRecall]
+    token_characters: list[int]
 
 
 def key_of(request: Request) -> str | None:
@@ -144,6 +168,14 @@ def describe(id: str, kept: Kept) -> KeptEntries:
             patches = [held[each].nonzero()[:, 0].tolist() for each in cells]
             heads.append(KeptHead(patches=patches, others=int(held.sum()) - sum(map(len, patches))))
         layers.append(KeptLayer(layer=layer, heads=heads))
+    recalls = [
+        KeptRecall(
+            token=recalled.token,
+            held=[recalled.held[each].tolist() for each in cells],
+            fetched=[recalled.fetched[each].tolist() for each in cells],
+        )
+        for recalled in kept.recalled
+    ]
     report = kept.report
     return KeptEntries(
         id=id,
@@ -153,4 +185,6 @@ def describe(id: str, kept: Kept) -> KeptEntries:
         vision_tokens=report.vision_tokens[0],
         tiles=tiles,
         layers=layers,
+        recalls=recalls,
+        token_characters=list(kept.characters) if recalls else [],
     )

@@ -1,7 +1,6 @@
 """From the messages of a request to the model's inputs: checks on the event loop, the processor in worker threads."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,17 +14,15 @@ from transformers import PreTrainedModel
 from sparsight.models.families import FAMILIES
 from sparsight.models.images import ImageError
 from sparsight.models.inputs import apply_chat_template, check_image, special_tokens
-from sparsight.models.layouts import find_tiles
+from sparsight.models.layouts import Box, find_tiles
 from sparsight.models.loading import Checkpoint
+from sparsight.models.tile_places import place_tiles
 from sparsight.server.errors import APIError
 from sparsight.server.settings import Settings
 
 WORKERS = 2
 
 Inputs = Mapping[str, Any]
-
-
-Box = tuple[float, float, float, float]
 
 
 class Grid(NamedTuple):
@@ -37,8 +34,8 @@ class Grid(NamedTuple):
         height: in pixels.
         positions: of the vision tokens in the prompt, int64 ``[rows, columns]``.
         image: which of the prompt's images it belongs to.
-        box: left, top, right and bottom in the image as it was sent, as fractions of its sides; None where an image
-            has several rectangles.
+        box: left, top, right and bottom in the image as it was sent, as fractions of its sides; None where it is not
+            known how the model cuts images.
     """
 
     name: str
@@ -143,17 +140,9 @@ class Prompts:
             tiles = find_tiles(family.layout, self.checkpoint.config, inputs)
         except ValueError:
             return []
-        numbers = Counter(tile.image for tile in tiles)
-        processor = self.checkpoint.processor.image_processor
+        tiles = place_tiles(tiles, family.cut, self.checkpoint.processor.image_processor, sizes)
         return [
-            Grid(
-                tile.name,
-                tile.pixels.shape[1],
-                tile.pixels.shape[0],
-                tile.tokens,
-                tile.image,
-                visible_box(processor, *sizes[tile.image]) if numbers[tile.image] == 1 else None,
-            )
+            Grid(tile.name, tile.pixels.shape[1], tile.pixels.shape[0], tile.tokens, tile.image, tile.box)
             for tile in tiles
         ]
 
@@ -167,20 +156,6 @@ class Prompts:
             raise APIError(400, message, param="messages") from error
         except (ValueError, TypeError) as error:
             raise APIError(400, "The model's processor refuses the request.") from error
-
-
-def visible_box(image_processor: Any, width: int, height: int) -> Box:
-    """The part of an image that is left of it once the image processor has resized and cropped it."""
-    if not getattr(image_processor, "do_center_crop", False):
-        return 0.0, 0.0, 1.0, 1.0
-    size, crop = image_processor.size, image_processor.crop_size
-    if size.get("shortest_edge"):
-        scale = size["shortest_edge"] / min(width, height)
-        width, height = round(width * scale), round(height * scale)
-    else:
-        width, height = size["width"], size["height"]
-    across, down = min(1.0, crop["width"] / width), min(1.0, crop["height"] / height)
-    return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
 
 
 def _of_tokens(tokens: Sequence[int]) -> Prompt:

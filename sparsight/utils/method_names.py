@@ -1,4 +1,4 @@
-"""The methods by name. Importing their code imports torch, which takes seconds; this module does not."""
+"""The methods and their parts by name. Importing their code imports torch, which takes seconds."""
 
 METHODS = {
     "vl-cache": "VLCache",
@@ -27,3 +27,17 @@ METHODS = {
 
 ALIASES = {"local": "streaming-llm"}
 """Other names of a method in the literature."""
+
+PARTS = {
+    "score": (
+        "post-vision", "accumulated", "last-window", "elite-window", "text-grounded", "mixkv", "bacon",
+        "future-queries", "reconstruction", "temporal-change", "distinct-values", "recency", "random",
+    ),
+    "allocate": (
+        "uniform", "sparsity", "pyramid", "shared-mass", "strength-skewness", "text-vision", "across-heads",
+        "across-layers", "visual-heads",
+    ),
+    "reduce": ("evict", "merge-nearest", "merge-similar"),
+    "decode": ("grow", "fixed-point", "sliding", "heavy-hitter", "last-query", "recall"),
+}  # fmt: skip
+"""The kinds of each part of a method, as in :data:`sparsight.compression.recipe.KINDS`."""

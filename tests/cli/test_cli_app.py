@@ -15,10 +15,14 @@ import pytest
 import sparsight
 from sparsight.bench.benchmark import LIBRARIES
 from sparsight.bench.shapes import SHAPES
+from sparsight.cli import options
 from sparsight.cli.app import COMMANDS, load
+from sparsight.cli.models import INSTALLABLE
+from sparsight.compression.recipe import KINDS
 from sparsight.eval.tasks import TASKS, TEXT_TASKS
+from sparsight.models.install import PACKAGES
 from sparsight.models.loading import DTYPES
-from sparsight.utils.method_names import ALIASES, METHODS
+from sparsight.utils.method_names import ALIASES, METHODS, PARTS
 from sparsight.utils.text import escape
 
 Run = Callable[..., tuple[int, str, str]]
@@ -74,6 +78,13 @@ def test_options_of_a_command_are_parsed_without_heavy_libraries(name: str, opti
         ["eval", "--paper", "tgv"],
         ["bench", "--shape", "large"],
         ["analyze", "--budget", "0"],
+        ["generate", "--score", "foo"],
+        ["inspect", "--score", "mixkv:foo"],
+        ["generate", "--allocate", "uniformly"],
+        ["batch", "a.jsonl", "b.jsonl", "--reduce", "foo"],
+        ["inspect", "--decode", "foo"],
+        ["eval", "--dtype", "foo"],
+        ["models", "--install", "foo"],
     ],
 )
 def test_mistyped_values_are_refused_without_heavy_libraries(run: Run, arguments: list[str]) -> None:
@@ -87,6 +98,7 @@ def test_methods_are_found_by_their_names() -> None:
     assert [name for name, make in sparsight.RECIPES.items() if make().name != name] == []
     assert list(METHODS) == list(sparsight.RECIPES)
     assert set(ALIASES.values()) <= set(METHODS)
+    assert {role: list(kinds) for role, kinds in PARTS.items()} == {role: list(kinds) for role, kinds in KINDS.items()}
 
 
 def test_help_names_what_options_take(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +106,8 @@ def test_help_names_what_options_take(run: Run, monkeypatch: pytest.MonkeyPatch)
     out = run("bench", "--help")[1]
     assert ", ".join(SHAPES) in out
     assert ", ".join(LIBRARIES) in out
-    assert all(dtype in out for dtype in DTYPES)
+    assert all(dtype in out for dtype in DTYPES) and options.DTYPES == DTYPES
+    assert tuple(PACKAGES) == INSTALLABLE and ", ".join(INSTALLABLE) in run("models", "--help")[1]
     listed = " ".join(run("eval", "--help")[1].split())
     assert f"Tasks: {', '.join(TASKS)}, or all" in listed and f"without images: {', '.join(TEXT_TASKS)}." in listed
 

@@ -63,6 +63,18 @@ def test_a_checkpoints_language_part_is_measured(run_json: Callable[..., Any], l
     assert [cell["entry_bytes"] for cell in report["cells"]][1] == 12 * 3 * 2 * (2 * 8 * 4)
 
 
+def test_all_methods_are_those_that_the_model_can_be_measured_with(run: Run, tmp_path: Path) -> None:
+    options = ("--contexts", 40, "--new-tokens", 2, "--rounds", 1, "--against", "none")
+    code, out, err = run("bench", *options, "--methods", "all", "--output", tmp_path)
+    assert code == 0
+    assert err.startswith("Left out sparsemm: ") and err.count("\n") == 1
+    measured = [cell["method"] for cell in json.loads((tmp_path / "bench.json").read_text())["cells"]]
+    assert measured == ["full", *(name for name in RECIPES if name not in ("full", "sparsemm"))]
+    # A method that is named is not left out.
+    code, out, err = run("bench", *options, "--methods", "sparsemm", "--output", tmp_path / "other")
+    assert (code, out) == (2, "") and "Error: " in err
+
+
 def test_sizes_that_do_not_fit_are_reported(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
     options = ("--contexts", "120,100k", "--new-tokens", 2, "--rounds", 1, "--methods", "vl-cache")

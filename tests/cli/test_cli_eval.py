@@ -64,12 +64,12 @@ def test_a_model_without_images_has_tasks_of_its_own(run_json: Callable[..., Any
 def test_only_a_models_own_tasks_and_options_are_taken(run: Run, talker: str, tmp_path: Path) -> None:
     model = tiny.llama(tmp_path / "llama")
     for arguments, message in (
-        ((model, "--tasks", "look-up"), "Unknown task 'look-up': Known are continuation, retrieval, few-shot."),
-        ((talker, "--tasks", "few-shot"), "Unknown task 'few-shot': Known are look-up, conversation, transcribe, "),
+        ((model, "--tasks", "look-up"), "Unknown task 'look-up': known are continuation, retrieval, few-shot."),
+        ((talker, "--tasks", "few-shot"), "Unknown task 'few-shot': known are look-up, conversation, transcribe, "),
         ((talker, "--passage-as-vision"), "--passage-as-vision and --against are for models without images."),
         ((talker, "--against", "kvpress"), "--passage-as-vision and --against are for models without images."),
         ((model, "--tasks", "retrieval:2000", "--output", tmp_path / "long"), "but the model takes 4,096 in all."),
-        ((model, "--against", "vllm"), "Unknown --against 'vllm': Known are kvpress."),
+        ((model, "--against", "vllm"), "Unknown value of --against 'vllm': it can only be 'kvpress'."),
     ):
         code, out, err = run("eval", "--output", tmp_path / "run", "--model", *arguments)
         assert (code, out) == (2, "")
@@ -227,7 +227,7 @@ def test_budgets_are_sorted_and_unique() -> None:
         (("--budgets", "0.1,2"), "budget must be a number in (0, 1], got 2.0."),
         (("--budgets", "0.1;0.2"), "Budgets are numbers separated by commas, such as 0.01,0.05,"),
         (("--model", "/nowhere/at/all"), "There is no model folder /nowhere/at/all."),
-        (("--keep", "disk"), "Unknown --keep 'disk': Known are host."),
+        (("--keep", "disk"), "Unknown value of --keep 'disk': it can only be 'host'."),
         (("--keep", "host", "--harness", "lmms-eval"), "--keep is for conversations, of which lmms-eval has none"),
         (("--harness", "lmmseval"), "Unknown harness 'lmmseval': did you mean 'lmms-eval'? Known are sparsight, "),
         (
@@ -316,9 +316,13 @@ def test_json_holds_a_papers_cells_with_their_source(run_json: Callable[..., Any
 
 
 def test_unknown_papers_and_their_models_are_refused(run: Run) -> None:
-    assert (
-        run("eval", "--paper", "tgvkv")[2] == "Error: Unknown paper 'tgvkv': did you mean 'tgv-kv'? Known are tgv-kv.\n"
-    )
+    assert run("eval", "--paper", "tgvkv")[2] == "Error: Unknown paper 'tgvkv': it can only be 'tgv-kv'.\n"
     code, out, err = run("eval", "--paper", "tgv-kv", "--model", "other")
     assert (code, out) == (2, "")
     assert err.startswith("Error: The tables have no model 'other', only llava-hf/llava-1.5-7b-hf, ")
+
+
+def test_a_paper_is_not_shown_with_options_that_it_does_not_use(run: Run) -> None:
+    code, out, err = run("eval", "--paper", "tgv-kv", "--limit", "50", "--methods", "all", "--json")
+    assert (code, out) == (2, "")
+    assert err == "Error: --paper only shows tables, of --model and --output: leave out --methods, --limit.\n"

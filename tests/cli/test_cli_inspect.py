@@ -90,7 +90,13 @@ def test_the_plot_and_the_json_show_what_the_cache_keeps(
         "kv_bytes": report.bytes_held,
         "full_kv_bytes": report.full_bytes,
         "tiles": [
-            {"name": tile.name, "rows": tile.tokens.shape[0], "columns": tile.tokens.shape[1]} for tile in drawn.tiles
+            {
+                "name": tile.name,
+                "rows": tile.tokens.shape[0],
+                "columns": tile.tokens.shape[1],
+                "box": list(tile.box),
+            }
+            for tile in drawn.tiles
         ],
     }
     assert Image.open(output).format == "PNG"
@@ -139,7 +145,8 @@ def test_several_images_are_plotted_separately(
         "--output",
         tmp_path / "a.png",
     )
-    assert result["tiles"] == [{"name": f"Image {number}", "rows": 4, "columns": 4} for number in (1, 2)]
+    tile = {"rows": 4, "columns": 4, "box": [0, 0, 1, 1]}
+    assert result["tiles"] == [{"name": f"Image {number}", **tile} for number in (1, 2)]
 
 
 def test_a_summary_and_the_output_file_are_printed(
@@ -159,7 +166,8 @@ def test_qwen_is_inspected_like_the_others() -> None:
     ids = torch.tensor([[1, 2] + [model.config.image_token_id] * 15 + [3] * 6])
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).int(), **pixels}
     checkpoint = Checkpoint("qwen", model.config, SimpleNamespace(image_processor=image_processor))
-    (tile,) = command.tiles_of(Question("What?", checkpoint, BatchFeature(inputs)))
+    (tile,) = command.tiles_of(Question("What?", checkpoint, BatchFeature(inputs), [(84, 140)]))
+    assert tile.box == (0, 0, 1, 1)
     assert tile.tokens.tolist() == [[2 + 3 * row + column for column in range(3)] for row in range(5)]
     assert tile.pixels.shape == (140, 84, 3)
     cache = CompressedCache(model, recipe("vl-cache", budget=0.3), inputs)

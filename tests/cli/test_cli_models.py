@@ -49,4 +49,4 @@ def test_a_model_that_is_installed_is_named_with_its_folder(
 def test_only_known_models_are_installed(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = run("models", "--install", "gpt-5")
     assert (code, out) == (2, "")
-    assert "Unknown model 'gpt-5': Known are smollm2." in err
+    assert "Unknown model 'gpt-5': it can only be 'smollm2'." in err

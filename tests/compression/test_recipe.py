@@ -185,7 +185,7 @@ def test_the_full_cache_has_no_budget_below_one(budget):
 def test_an_unknown_method_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="Unknown method 'vlcache': did you mean 'vl-cache'"):
         recipe("vlcache")
-    with pytest.raises(ValueError, match="Unknown method 'zzz': Known are vl-cache, elastic, h2o"):
+    with pytest.raises(ValueError, match="Unknown method 'zzz': known are vl-cache, elastic, h2o"):
         recipe("zzz")
 
 

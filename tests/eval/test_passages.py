@@ -65,5 +65,5 @@ def test_the_right_category_is_no_constant() -> None:
 def test_the_size_of_a_text_task_is_checked() -> None:
     with pytest.raises(ValueError, match="Task few-shot takes the number of words with their categories as its size"):
         task("few-shot:75", TEXT_TASKS)
-    with pytest.raises(ValueError, match="Unknown task 'look-up': Known are continuation, retrieval, few-shot"):
+    with pytest.raises(ValueError, match="Unknown task 'look-up': known are continuation, retrieval, few-shot"):
         task("look-up", TEXT_TASKS)

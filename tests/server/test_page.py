@@ -1,5 +1,7 @@
 """The page in a real browser: ``make test-page`` installs what drives it."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
 from sparsight.server.page_router import HEADERS
 from tests.server.conftest import QUESTION, RECEIPT, RunningServer
@@ -131,6 +134,35 @@ def test_the_heat_map_follows_the_question_the_budget_and_the_layer(visit):
     assert visit.colors() == seen[1]
 
 
+def test_of_tiles_that_overlap_the_patch_shows_that_more_heads_keep(visit):
+    visit.choose(RECEIPT)
+    plain = pixels(visit)
+
+    def cut(route):
+        body = route.fetch().json()
+        tile = {"name": "", "image": 0, "rows": 1, "columns": 2, "width": 2, "height": 1}
+        boxes = [0, 0, 1, 1], [-0.5, 0, 0.5, 0.5], [0.5, 0, 1, 0.5]
+        body["tiles"] = [{**tile, "box": box} for box in boxes]
+        # The base keeps its right half, the tile at the left its visible part.
+        body["layers"] = [{"layer": 0, "heads": [{"patches": [[1], [1], []], "others": 0}]}]
+        route.fulfill(json=body)
+
+    visit.page.route("**/v1/sparsight/kept/*", cut)
+    visit.ask()
+    visit.answers()
+    assert "50.0 %" not in visit.page.inner_text("#kept") and "33.3 %" in visit.page.inner_text("#kept")
+    # Upper left: the tile's, marked. Lower left: the base's, faded. Right: the base's, marked.
+    shown = pixels(visit)
+    strong = [abs(one[2] - other[2]) for one, other in zip(plain, shown, strict=True)]
+    assert strong[0] == strong[1] == strong[3] > 50 > strong[2] > 0
+
+
+def pixels(visit: Visit) -> list[tuple[int, int, int]]:
+    """Colours in the middle of the picture's quarters: upper left, upper right, lower left, lower right."""
+    image = Image.open(io.BytesIO(base64.b64decode(visit.colors().split(",")[1]))).convert("RGB")
+    return [image.getpixel((x * image.width // 4, y * image.height // 4)) for y in (1, 3) for x in (1, 3)]
+
+
 def test_an_answer_streams_and_stops(visit, slowly):
     visit.page.wait_for_selector("#example-list button:nth-child(3)").click()
     visit.page.wait_for_selector("#canvas:visible")
@@ -159,6 +191,87 @@ def test_a_sweep_shows_at_which_budget_the_answer_changes(visit):
     visit.page.locator("#sweep-budget").fill("0")
     assert visit.page.inner_text("#sweep-answer") != full
     assert visit.page.locator("#sweep-answer mark").count()
+
+
+def recalled(visit: Visit) -> None:
+    """Ask with recall about a list of records, and wait for its tokens."""
+    visit.page.wait_for_selector("#example-list button:nth-child(3)").click()
+    visit.page.wait_for_selector("#canvas:visible")
+    visit.page.select_option("#method", "sparsight-recall")
+    visit.page.click("#ask")
+    visit.page.wait_for_selector(".answer input[type=range]", timeout=60_000)
+
+
+def test_what_was_recalled_at_a_token_is_shown_under_the_pointer(visit):
+    recalled(visit)
+    compressed, _ = visit.answers()
+    tokens = visit.page.locator(".answer:not(.full) .token")
+    assert "".join(tokens.all_inner_texts()).split() == compressed.split()
+    kept, words = visit.colors(), visit.page.inner_text("#kept")
+    assert "patches kept" in words and visit.page.is_visible("#legend")
+    # The first token is generated from the full prompt.
+    tokens.first.hover()
+    assert visit.page.inner_text("#kept").endswith("was generated from the full prompt, before it was compressed")
+    assert visit.colors() == kept
+    seen = []
+    for index in (1, 5, 9):
+        tokens.nth(index).hover()
+        assert visit.page.locator(".token.current").all_inner_texts() == [tokens.nth(index).inner_text()]
+        found = re.search(
+            r"at “(.+)”, ([\d.]+) % of its patches held, ([\d.]+) % fetched", visit.page.inner_text("#kept")
+        )
+        assert found[1] == tokens.nth(index).inner_text().strip()
+        assert 0 < float(found[3]) < float(found[2]) < 15
+        seen.append(visit.colors())
+    assert len({kept, *seen}) == 4
+    visit.page.hover("h1")
+    assert (visit.colors(), visit.page.inner_text("#kept")) == (kept, words)
+
+
+def test_the_tokens_of_an_answer_are_chosen_with_the_arrow_keys(visit):
+    recalled(visit)
+    visit.answers()
+    kept = visit.colors()
+    slider = visit.page.get_by_label("What is held at each token")
+    assert slider.get_attribute("aria-valuetext") == "the end of the prompt"
+    slider.focus()
+    tokens, seen = visit.page.locator(".answer:not(.full) .token"), []
+    for index in range(6):
+        slider.press("ArrowRight")
+        assert slider.get_attribute("aria-valuetext").startswith(f"token {index + 1} of ")
+        assert visit.page.locator(".token.current").inner_text() == tokens.nth(index).inner_text()
+        seen.append(visit.colors())
+    # The first token recalls for the next four, the fifth for those after it.
+    assert [seen.index(each) for each in seen] == [0, 1, 1, 1, 1, 5]
+    assert seen[0] == kept
+    # What the pointer passes over is forgotten, what it clicks on stays.
+    tokens.nth(1).hover()
+    visit.page.hover("h1")
+    assert visit.colors() == seen[5]
+    tokens.nth(1).click()
+    visit.page.hover("h1")
+    assert slider.input_value() == "2" and visit.colors() == seen[1]
+    visit.page.locator(".answer button").click()
+    assert slider.input_value() == "0" and visit.colors() == kept
+    # An answer without recall has no tokens to choose.
+    visit.page.select_option("#method", "snapkv")
+    visit.ask("What does the first line say?")
+    visit.answers()
+    assert slider.count() == 1 and visit.page.is_hidden("#legend")
+
+
+def test_on_a_phone_the_picture_is_beside_the_tokens(browser, server):
+    visit = Visit(browser, server.url, viewport={"width": 390, "height": 844})
+    recalled(visit)
+    visit.answers()
+    small = visit.page.locator(".answer canvas")
+    assert small.is_visible()
+    visit.page.get_by_label("What is held at each token").press("End")
+    assert small.evaluate("canvas => canvas.toDataURL()") == visit.colors()
+    visit.page.set_viewport_size({"width": 1440, "height": 844})
+    assert small.is_hidden()
+    visit.page.context.close()
+    assert visit.complaints == []
 
 
 def test_a_conversation_goes_on_and_is_exported_and_forgotten_on_reload(visit, tmp_path):
@@ -223,8 +336,10 @@ def test_no_serious_fault_for_people_who_use_a_keyboard_or_a_screen_reader(brows
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     visit = Visit(browser, server.url, viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True)
     visit.choose(RECEIPT)
+    visit.page.select_option("#method", "sparsight-recall")
     visit.ask()
     visit.answers()
+    visit.page.get_by_label("What is held at each token").press("End")
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
     found = axe.Axe().run(visit.page).response["violations"]
     visit.page.context.close()

@@ -7,6 +7,7 @@ import { percent } from "./format.js";
 import { draw, setKept, setPicture, toBlob } from "./heatmap.js";
 import { watch } from "./machine.js";
 import { sweep } from "./sweep.js";
+import { follow } from "./tokens.js";
 
 const byId = (id) => document.getElementById(id);
 let model = "", methods = [], pictures = [], selected = 0, turns = [], running = null;
@@ -147,17 +148,22 @@ async function ask(question) {
       byId("question").value = "";
       if (answers[1]?.complete) show(answers[0].content, answers[0].text, answers[1].text);
       const button = Object.assign(document.createElement("button"), { type: "button", textContent: "what was kept" });
-      button.addEventListener("click", () => showKept(answers[0].id));
+      button.addEventListener("click", () => showKept(answers[0]));
       answers[0].title.append(button);
     }
     for (const result of results) if (result.status === "rejected") throw result.reason;
-    if (answers[0].complete) await showKept(answers[0].id);
+    if (answers[0].complete) await showKept(answers[0]);
   });
 }
 
-async function showKept(id) {
+async function showKept(answer) {
   try {
-    setKept(await json(`v1/sparsight/kept/${encodeURIComponent(id)}`));
+    if (!answer.showKept) {
+      const kept = await json(`v1/sparsight/kept/${encodeURIComponent(answer.id)}`);
+      const show = (token) => setKept(kept, token);
+      answer.showKept = kept.recalls.length ? follow(answer, kept.token_characters, show) : show;
+    }
+    answer.showKept();
   } catch (error) {
     setKept(null);
     if (error.status !== 404) throw error;
