@@ -17,7 +17,7 @@ test: $(VENV)/.ready
 # Apart, because Ray is large and each of its runs starts a dozen processes.
 test-ray: $(VENV)/.ready
 	$(INSTALL) --editable ".[ray]"
-	$(BIN)/python -m pytest tests/batch_inference/test_ray_data.py
+	$(BIN)/python -m pytest tests/batch_inference/test_ray_data.py tests/server/test_ray_serve.py
 
 # On a pretrained language model, which is installed in the user's cache folder.
 test-smollm: $(VENV)/.ready

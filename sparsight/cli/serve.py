@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from sparsight.cli import options
 from sparsight.cli.terminal import console
 from sparsight.server.settings import Settings
 
-LIMITS, ACCESS = "Limits", "Access"
+LIMITS, ACCESS, RAY = "Limits", "Access", "Ray"
 
 BUNDLED_NAME = "sparsight-reader"
 """What clients call the bundled model."""
@@ -62,6 +63,9 @@ def main(
     max_queue: Annotated[
         int, typer.Option(help="Requests that wait; further ones get 503.", min=1, rich_help_panel=LIMITS)
     ] = Settings.max_queue,
+    max_connections: Annotated[
+        int, typer.Option(help="Open connections; further ones get 503.", min=1, rich_help_panel=LIMITS)
+    ] = Settings.max_connections,
     max_new_tokens: Annotated[
         int, typer.Option(help="Longest answer in tokens.", min=1, rich_help_panel=LIMITS)
     ] = Settings.max_new_tokens,
@@ -139,66 +143,99 @@ def main(
         bool,
         typer.Option("--log-prompts", help="Log the texts of requests too.", rich_help_panel=options.OUTPUT),
     ] = Settings.log_prompts,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve on a Ray cluster: its address, auto, or local to start one.",
+            metavar="ADDRESS",
+            rich_help_panel=RAY,
+        ),
+    ] = None,
+    replicas: Annotated[
+        int, typer.Option(help="Copies of the model on the Ray cluster.", min=1, rich_help_panel=RAY)
+    ] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            help="Most copies, which are started while there are many requests; as many as --replicas by default.",
+            min=1,
+            rich_help_panel=RAY,
+        ),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
     """Serve a model to OpenAI's clients; Ctrl-C or SIGTERM lets running requests finish."""
     given = locals()
     settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
+    _check_ray(ray, replicas, max_replicas, settings, prefix_dir)
     if missing := [name for name in REQUIRED if find_spec(name) is None]:
         raise ValueError(f"sparsight serve needs {missing[0]}: pip install 'sparsight[serve]'.")
     from sparsight.cli.parsing import byte_count
     from sparsight.cli.recipe_options import recipe_from_options
-    from sparsight.engine.engine import Engine
-    from sparsight.engine.request import RequestError
-    from sparsight.engine.sampling import SamplingParams
-    from sparsight.models.loading import load
-    from sparsight.server.access_log import configure_logging
-    from sparsight.server.app import create_app
-    from sparsight.server.fetch import Fetcher
-    from sparsight.server.images import ImageLoader
     from sparsight.server.keys import read_keys
+    from sparsight.server.launch import load_app
     from sparsight.server.run import bind, is_loopback, run
-    from sparsight.utils.threads import one_thread
 
     recipe = recipe_from_options(model, method, budget, heads)
-    host_bytes = byte_count("--host-memory", host_memory)
     keys = [] if api_key_file is None else read_keys(api_key_file)
-    fetcher = None
-    if allow_image_urls:
-        fetcher = Fetcher(allow_image_urls, max_bytes=max_image_bytes, seconds=fetch_seconds)
-    configure_logging(json_log)
-    terminal = console()
+    name, terminal = served_name(model), console()
+    load = partial(
+        load_app,
+        model,
+        recipe,
+        name,
+        image_domains=allow_image_urls or (),
+        device=device,
+        dtype=dtype,
+        json_log=json_log,
+        kv_memory=kv_memory,
+        max_running=max_concurrent,
+        prefill_bound=prefill_bound,
+        host_memory=byte_count("--host-memory", host_memory),
+        host_dtype=host_dtype,
+        prefix_dir=prefix_dir,
+    )
+
+    def announce() -> None:
+        terminal.print(f"Serving {name} at {url}/v1. Ask it:", soft_wrap=True)
+        key = " -H 'Authorization: Bearer KEY'" if keys else ""
+        terminal.print(example(url, name) + key, soft_wrap=True)
+
     with bind(host, port) as bound:
-        # The engine's own thread is to have all cores.
-        with terminal.status(f"Loading {options.model_name(model)}"), one_thread():
-            loaded, processor = load(model, device=device, dtype=dtype)
-            engine = Engine(
-                loaded,
-                processor,
-                recipe,
-                kv_memory=kv_memory,
-                max_running=max_concurrent,
-                prefill_bound=prefill_bound,
-                host_memory=host_bytes,
-                host_dtype=host_dtype,
-                prefix_dir=prefix_dir,
-            )
-            try:
-                engine.add("Hello", params=SamplingParams(max_new_tokens=2)).wait()
-            except RequestError as error:
-                raise ValueError(f"The model cannot answer with these options: {error}") from error
-        name = served_name(model)
-        images = ImageLoader(settings, fetcher)
-        app = create_app(engine, name, settings, images, keys, loopback=is_loopback(bound))
+        address, loopback = (host, bound.getsockname()[1]), is_loopback(bound)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{address[1]}"
+        if ray is None:
+            with terminal.status(f"Loading {options.model_name(model)}"):
+                app = load(settings, keys=keys, loopback=loopback)
+            run(app, bound, announce)
+            return
+    # Ray's proxies listen on the address that is free now.
+    from sparsight.server import ray_serve
 
-        def announce() -> None:
-            terminal.print(f"Serving {name} at {url}/v1. Ask it:", soft_wrap=True)
-            key = " -H 'Authorization: Bearer KEY'" if keys else ""
-            terminal.print(example(url, name) + key, soft_wrap=True)
+    cluster = ray_serve.Cluster(ray, replicas, max_replicas or replicas)
+    # The requests of all replicas together are counted before they come to one.
+    load = partial(load, replace(settings, requests_per_minute=None))
+    ray_serve.run(cluster, address, load, max_concurrent, settings, keys, loopback, announce)
 
-        url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-        run(app, bound, announce)
+
+def _check_ray(
+    address: str | None, replicas: int, max_replicas: int | None, settings: Settings, prefix_dir: Path | None
+) -> None:
+    """Raise ValueError for options that do not go together."""
+    if address is None:
+        if replicas != 1 or max_replicas is not None:
+            raise ValueError("--replicas and --max-replicas are for --ray, which is not given.")
+        return
+    if max_replicas is not None and max_replicas < replicas:
+        raise ValueError(f"--max-replicas must be at least --replicas, {replicas}.")
+    if prefix_dir is not None:
+        raise ValueError("--prefix-dir is for one process, not for --ray.")
+    for name in ("max_connections", "header_seconds", "send_seconds"):
+        if getattr(settings, name) != getattr(Settings, name):
+            raise ValueError(f"--{name.replace('_', '-')} is not for --ray, whose proxies hold the connections.")
+    if find_spec("ray") is None or find_spec("ray.serve") is None:
+        raise ValueError("sparsight serve --ray needs Ray: pip install 'sparsight[ray]'.")
 
 
 def served_name(model: str) -> str:

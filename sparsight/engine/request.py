@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -138,6 +138,11 @@ class Handle:
     def completions(self) -> list[Completion]:
         """The answers that are complete, in order."""
         return [each for each in self._completions if each is not None]
+
+    @property
+    def ended(self) -> Mapping[int, Completion]:
+        """The answers that are complete, by their number."""
+        return {index: each for index, each in enumerate(self._completions) if each is not None}
 
     def _raise(self) -> None:
         if self.error is not None:

@@ -22,8 +22,8 @@ CLIENT_CLOSED_REQUEST = 499
 class AccessLog:
     """ASGI middleware that logs every request, and counts those that get an error; the outermost sees them all.
 
-    Gives each request an id, which the response has as the header ``x-request-id``. What an endpoint adds to the dict
-    ``scope["state"]["log"]`` is logged with the request.
+    Gives each request an id, unless ``scope["state"]["request_id"]`` is one. The response has it as the header
+    ``x-request-id``. What an endpoint adds to the dict ``scope["state"]["log"]`` is logged with the request.
 
     Args:
         app: the application.
@@ -38,9 +38,11 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, request_id, status = time.perf_counter(), f"req-{uuid.uuid4().hex}", CLIENT_CLOSED_REQUEST
+        started, status = time.perf_counter(), CLIENT_CLOSED_REQUEST
         fields: dict[str, Any] = {}
-        scope.setdefault("state", {})["log"] = fields
+        state = scope.setdefault("state", {})
+        state["log"] = fields
+        request_id = state.get("request_id") or f"req-{uuid.uuid4().hex}"
 
         async def send_with_id(message: Message) -> None:
             nonlocal status

@@ -57,12 +57,21 @@ class Answers(ABC):
         for index in range(self.generation.params.n):
             if opening := self.opening(index):
                 yield self._event(opening)
+        closed: set[int] = set()
         while pieces := await self.generation.pieces():
+            # Read at once: more may arrive while events are sent.
+            ended = self.generation.ended
             for piece in pieces:
                 if choice := self.piece(piece):
                     yield self._event(choice)
+            # The last ones end with the request.
+            if len(ended) < self.generation.params.n:
+                for index in sorted(ended.keys() - closed):
+                    closed.add(index)
+                    yield self._event(self.closing(index, finish_reason(ended[index])))
         for index, answer in enumerate(self.generation.completions):
-            yield self._event(self.closing(index, finish_reason(answer)))
+            if index not in closed:
+                yield self._event(self.closing(index, finish_reason(answer)))
         if self._options.include_usage:
             yield self.event([], usage=self.usage(complete=True))
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 import sparsight
 from sparsight.engine.engine import Engine
@@ -61,7 +62,16 @@ def create_app(
         service.stop()
         await images.close()
 
-    app = FastAPI(title="Sparsight", version=sparsight.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    *checks, body = guards(settings, keys, loopback=loopback)
+    queue = Middleware(QueueLimit, check_queue=service.check_queue)
+    app = FastAPI(
+        title="Sparsight",
+        version=sparsight.__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        middleware=[Middleware(AccessLog, metrics=service.metrics), *checks, queue, body],
+    )
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router)
@@ -69,23 +79,20 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
-    # The last one added is the outermost.
-    app.add_middleware(
-        BodyLimit,
-        max_bytes=settings.max_body_bytes,
-        max_total=settings.max_bodies_bytes,
-        seconds=settings.body_seconds,
-    )
-    app.add_middleware(QueueLimit, check_queue=service.check_queue)
-    if settings.requests_per_minute is not None:
-        app.add_middleware(RateLimit, per_minute=settings.requests_per_minute)
-    if keys:
-        app.add_middleware(KeyGuard, keys=keys)
-    elif loopback:
-        app.add_middleware(LocalHost)
-    app.add_middleware(HeaderLimit, max_headers=settings.max_headers, max_bytes=settings.max_header_bytes)
-    app.add_middleware(AccessLog, metrics=service.metrics)
     return app
+
+
+def guards(settings: Settings, keys: Sequence[str], *, loopback: bool) -> list[Middleware]:
+    """What checks requests before they are parsed, the outermost first. The arguments are those of the application."""
+    found = [Middleware(HeaderLimit, max_headers=settings.max_headers, max_bytes=settings.max_header_bytes)]
+    if keys:
+        found.append(Middleware(KeyGuard, keys=keys))
+    elif loopback:
+        found.append(Middleware(LocalHost))
+    if settings.requests_per_minute is not None:
+        found.append(Middleware(RateLimit, per_minute=settings.requests_per_minute))
+    sizes = {"max_bytes": settings.max_body_bytes, "max_total": settings.max_bodies_bytes}
+    return [*found, Middleware(BodyLimit, **sizes, seconds=settings.body_seconds)]
 
 
 # Coroutines: Starlette calls functions in another thread.

@@ -1,22 +1,26 @@
 """``POST /v1/completions``: text without a chat template."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from sparsight.engine.request import Piece
+from sparsight.engine.sampling import Sampled
 from sparsight.server.answers import Answers, FinishReason, finish_reason
 from sparsight.server.conversation import check_texts
 from sparsight.server.errors import APIError
+from sparsight.server.generation import Generation
 from sparsight.server.kept import key_of
+from sparsight.server.logprobs import TextLogprobs, TextLogprobsStream
 from sparsight.server.schema import ERRORS, STREAM, SamplingBody, Usage
 from sparsight.server.service import Service
 from sparsight.server.streaming import respond
 
 router = APIRouter()
 
-DEFAULT_MAX_TOKENS = 16
+DEFAULT_MAX_TOKENS, MAX_LOGPROBS = 16, 5
 """OpenAI's."""
 
 Text = Annotated[str, Field(min_length=1)]
@@ -27,8 +31,9 @@ SOME = Field(min_length=1, fail_fast=True)
 class CompletionRequest(SamplingBody):
     """A text, or the ids of its tokens, that the model continues."""
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",)}
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
     prompt: Text | Annotated[list[Text], SOME] | Annotated[list[TokenId], SOME]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class CompletionChoice(BaseModel):
@@ -36,7 +41,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None
 
 
@@ -71,15 +76,24 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
     async def begin() -> None:
         ready = await prompts.from_text(prompt) if isinstance(prompt, str) else prompts.from_tokens(prompt)
-        await generation.begin(ready, recipe, longest, body.sampling)
+        sampling = body.sampling
+        if body.logprobs is not None:
+            sampling["logprobs"] = body.logprobs
+        await generation.begin(ready, recipe, longest, sampling)
 
     return await respond(request, generation, begin(), answers.complete, answers.events() if body.stream else None)
 
 
 class _TextAnswers(Answers):
+    def __init__(self, service: Service, body: CompletionRequest, generation: Generation) -> None:
+        super().__init__(service, body, generation)
+        self._logprobs: list[TextLogprobsStream] = []
+        if body.logprobs is not None:
+            self._logprobs = [TextLogprobsStream(self.tokenizer) for _ in range(body.n or 1)]
+
     def complete(self) -> TextCompletion:
         choices = [
-            CompletionChoice(index=index, text=answer.text, logprobs=None, finish_reason=finish_reason(answer))
+            _choice(index, answer.text, self._logprobs_of(index, answer.tokens), finish_reason(answer))
             for index, answer in enumerate(self.generation.completions)
         ]
         return self.event(choices, usage=self.usage(complete=True))
@@ -88,11 +102,21 @@ class _TextAnswers(Answers):
         return TextCompletion(**self.common, object="text_completion", choices=choices, **usage)
 
     def piece(self, piece: Piece) -> CompletionChoice | None:
-        return _choice(piece.answer, piece.text, None) if piece.text else None
+        logprobs = self._logprobs_of(piece.answer, [] if piece.token is None else [piece.token])
+        if not piece.text and not (logprobs and logprobs.tokens):
+            return None
+        return _choice(piece.answer, piece.text, logprobs)
 
     def closing(self, index: int, reason: FinishReason) -> CompletionChoice:
-        return _choice(index, "", reason)
+        return _choice(index, "", reason=reason)
+
+    def _logprobs_of(self, index: int, tokens: Iterable[Sampled]) -> TextLogprobs | None:
+        if not self._logprobs:
+            return None
+        return self._logprobs[index].push(each for each in tokens if each.token_id not in self.generation.end_token_ids)
 
 
-def _choice(index: int, text: str, reason: FinishReason | None) -> CompletionChoice:
-    return CompletionChoice(index=index, text=text, logprobs=None, finish_reason=reason)
+def _choice(
+    index: int, text: str, logprobs: TextLogprobs | None = None, reason: FinishReason | None = None
+) -> CompletionChoice:
+    return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)

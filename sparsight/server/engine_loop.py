@@ -26,12 +26,14 @@ class Stream:
 
     Attributes:
         each_step: whether the reader is woken after each step, or only at the end.
+        ended: the complete answers all of whose pieces have arrived, by their number.
     """
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.each_step = True
         self._pieces: list[Piece] = []
+        self.ended: Mapping[int, Completion] = {}
         self._done = False
         self._arrived = asyncio.Event()
 
@@ -68,9 +70,10 @@ class Stream:
         """Whether the reader is to be woken."""
         return self.handle.has_news if self.each_step else self.handle.done
 
-    def deliver(self, pieces: list[Piece], done: bool) -> None:
+    def deliver(self, pieces: list[Piece], ended: Mapping[int, Completion], done: bool) -> None:
         """Take new pieces; called on the event loop."""
         self._pieces += pieces
+        self.ended = ended
         self._done = done
         self._arrived.set()
 
@@ -147,13 +150,17 @@ class EngineLoop:
         """Hand what a step made to the event loop."""
         with self._changed:
             # Whether a request is done is read before its pieces, which it may get in between.
-            news = [(each, each.handle.done, each.handle.take()) for each in self._streams if each.has_news]
-            ended = {id(each) for each, done, _ in news if done}
-            self._streams = [each for each in self._streams if id(each) not in ended]
+            news = [
+                (each, each.handle.done, each.handle.ended, each.handle.take())
+                for each in self._streams
+                if each.has_news
+            ]
+            finished = {id(each) for each, done, _, _ in news if done}
+            self._streams = [each for each in self._streams if id(each) not in finished]
         if news and self._events is not None and not self._events.is_closed():
             self._events.call_soon_threadsafe(_deliver, news)
 
 
-def _deliver(news: list[tuple[Stream, bool, list[Piece]]]) -> None:
-    for stream, done, pieces in news:
-        stream.deliver(pieces, done)
+def _deliver(news: list[tuple[Stream, bool, Mapping[int, Completion], list[Piece]]]) -> None:
+    for stream, done, ended, pieces in news:
+        stream.deliver(pieces, ended, done)

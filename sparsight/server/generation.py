@@ -127,6 +127,12 @@ class Generation:
         return self._stream.completions
 
     @property
+    def ended(self) -> Mapping[int, Completion]:
+        """The complete answers all of whose pieces have arrived, by their number."""
+        assert self._stream is not None
+        return self._stream.ended
+
+    @property
     def queued(self) -> bool:
         """Whether its prompt is not being processed yet."""
         return self._stream is None or self._stream.handle.admitted is None

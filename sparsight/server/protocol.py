@@ -1,20 +1,22 @@
-"""uvicorn's HTTP protocol with time limits for clients that hold a connection and send or read nothing."""
+"""uvicorn's HTTP protocol with limits for clients that hold connections and send or read nothing."""
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sparsight.server.errors import APIError
+from sparsight.server.errors import RETRY_SECONDS, APIError
 
 
-def limited_protocol(header_seconds: float, send_seconds: float) -> type[H11Protocol]:
+def limited_protocol(header_seconds: float, send_seconds: float, max_connections: int) -> type[H11Protocol]:
     """A protocol for :class:`uvicorn.Config`.
 
     Args:
         header_seconds: time for the line and the headers of a request to arrive.
         send_seconds: time for which a client may stop to read its response.
+        max_connections: open connections; a further one gets 503 at once, before anything of it is read.
     """
 
     class LimitedProtocol(H11Protocol):
@@ -23,6 +25,10 @@ def limited_protocol(header_seconds: float, send_seconds: float) -> type[H11Prot
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                message = f"The server is busy: {max_connections} connections are open."
+                self._end(APIError(503, message, kind="server_error", code="overloaded", retry_after=RETRY_SECONDS))
+                return
             self.header_timer = self.loop.call_later(header_seconds, transport.abort)
 
         def data_received(self, data: bytes) -> None:
@@ -57,10 +63,14 @@ def limited_protocol(header_seconds: float, send_seconds: float) -> type[H11Prot
                 self.send_timer = None
 
         def send_400_response(self, msg: str) -> None:
+            self._end(APIError(400, "The request is not valid HTTP, or its headers are too large."))
+
+        def _end(self, error: APIError) -> None:
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                response = APIError(400, "The request is not valid HTTP, or its headers are too large.").response()
+                response = error.response()
                 headers = [*response.raw_headers, (b"connection", b"close")]
-                head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+                reason = HTTPStatus(error.status).phrase.encode()
+                head = h11.Response(status_code=error.status, headers=headers, reason=reason)
                 for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
             self.transport.close()

@@ -69,7 +69,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
     settings = app.state.service.settings
     return uvicorn.Config(
         app,
-        http=limited_protocol(settings.header_seconds, settings.send_seconds),
+        http=limited_protocol(settings.header_seconds, settings.send_seconds, settings.max_connections),
         h11_max_incomplete_event_size=settings.max_header_bytes,
         ws="none",
         log_config=None,

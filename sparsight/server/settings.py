@@ -8,6 +8,7 @@ class Settings:
     """What the server accepts.
 
     Args:
+        max_connections: open connections; further ones are rejected with 503.
         max_queue: requests that wait until their first token; further ones are rejected with 503.
         max_new_tokens: longest answer in tokens, and the default of chat completions.
         max_answers: answers to one prompt (``n``).
@@ -32,6 +33,7 @@ class Settings:
         log_prompts: whether the access log has the texts of requests.
     """
 
+    max_connections: int = 512
     max_queue: int = 128
     max_new_tokens: int = 1024
     max_answers: int = 8

@@ -100,6 +100,22 @@ def test_several_answers(client):
     assert [each.choices[0].index for each in ends] == [0, 1]
 
 
+def test_a_streamed_answer_ends_before_others_do(client):
+    fields = {"messages": asking("Read the list."), "n": 4, "temperature": 2, "seed": 3, "max_tokens": 60}
+    choices = ask(client, **fields).choices
+    chunks = stream(client, **fields)
+    assert [text_of(chunks, index) for index in range(4)] == [each.message.content for each in choices]
+    lengths = [len(each.message.content) for each in choices]
+    assert len(set(lengths)) > 1
+    events = [each.choices[0] for each in chunks]
+    for index in range(4):
+        own = [each for each in events if each.index == index]
+        assert [each.finish_reason for each in own] == [None] * (len(own) - 1) + [choices[index].finish_reason]
+    ends = [place for place, each in enumerate(events) if each.finish_reason]
+    assert events[ends[0]].index == min(range(4), key=lengths.__getitem__)
+    assert ends[0] < max(place for place, each in enumerate(events) if each.delta.content)
+
+
 def test_the_length_of_answers(client):
     for field in ("max_tokens", "max_completion_tokens"):
         answer = ask(client, **{field: 2})

@@ -1,5 +1,7 @@
 """Text completions, with OpenAI's client against a server that runs."""
 
+import math
+
 import openai
 import pytest
 
@@ -35,6 +37,33 @@ def test_stream(client, server):
     assert chunks[-1].usage.completion_tokens == 10 == answer.usage.completion_tokens
 
 
+def test_logprobs(client, server):
+    fields = {"max_tokens": 8, "n": 2, "temperature": 1, "seed": 1}
+    choices = complete(client, logprobs=3, **fields).choices
+    assert choices[0].text != choices[1].text
+    for choice in choices:
+        logprobs = choice.logprobs
+        assert "".join(logprobs.tokens) == choice.text
+        ends = [*logprobs.text_offset[1:], len(choice.text)]
+        offsets = zip(logprobs.text_offset, ends, strict=True)
+        assert [choice.text[start:end] for start, end in offsets] == logprobs.tokens
+        for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+            assert top[token] == logprob <= 0 and 3 <= len(top) <= 4
+            assert list(top.values())[:3] == sorted(top.values(), reverse=True)[:3]
+            assert sum(map(math.exp, top.values())) <= 1.001
+    lenient = server.client(_strict_response_validation=False)
+    chunks = list(complete(lenient, logprobs=3, stream=True, **fields))
+    for choice in choices:
+        streamed = [each.choices[0].logprobs for each in chunks if each.choices[0].index == choice.index]
+        for name, expected in choice.logprobs.model_dump().items():
+            assert [value for each in streamed if each for value in getattr(each, name)] == expected
+    bare = complete(client, logprobs=0, **fields).choices[0].logprobs
+    assert bare.top_logprobs == [
+        {each: logprob} for each, logprob in zip(bare.tokens, bare.token_logprobs, strict=True)
+    ]
+    assert complete(client).choices[0].logprobs is None
+
+
 @pytest.mark.parametrize(
     ("prompt", "fields", "param", "message"),
     [
@@ -47,7 +76,8 @@ def test_stream(client, server):
         ([4], {}, "prompt", None),
         ("<image>", {}, "prompt", None),
         ("a", {"echo": True}, "echo", "echo is not supported."),
-        ("a", {"logprobs": 2}, "logprobs", "logprobs is not supported."),
+        ("a", {"logprobs": 6}, "logprobs", "logprobs must be at most 5."),
+        ("a", {"logprobs": True}, "logprobs", "logprobs must be an integer."),
         ("a", {"best_of": 2}, "best_of", "best_of is not supported."),
         ("a", {"max_tokens": 10**6}, "max_tokens", "max_tokens must be at most 1024."),
     ],

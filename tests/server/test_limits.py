@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx2
 import openai
@@ -16,6 +17,7 @@ from sparsight.server.images import ImageLoader
 from sparsight.server.settings import Settings
 from tests.engine.requests import Ask, break_once, engine, inputs_of, recipe_of
 from tests.server.conftest import MODEL, RunningServer, asking
+from tests.server.test_disconnect import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,25 @@ def test_more_memory_than_there_is(small):
         model=MODEL, messages=asking(), max_tokens=8, extra_body={"sparsight": {"budget": 1}}
     )
     assert answer.choices[0].message.content == "461"
+
+
+@pytest.mark.parametrize("size", [1, 10**7])
+def test_connections_beyond_the_limit_are_refused_at_once(size):
+    """Those that are open keep their places, whether they send a request or not."""
+    settings = Settings(max_connections=3)
+    with RunningServer(create_app(engine(), MODEL, settings, ImageLoader(settings))) as running, ExitStack() as stack:
+        address = running.url.removeprefix("http://").split(":")
+        kept = stack.enter_context(httpx2.Client(base_url=running.url))
+        assert kept.get("/health").status_code == 200
+        idle = [stack.enter_context(socket.create_connection(address)) for _ in range(2)]
+        with pytest.raises(openai.InternalServerError) as caught:
+            running.client().completions.create(model=MODEL, prompt="x" * size)
+        assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+        assert caught.value.body["message"] == "The server is busy: 3 connections are open."
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert kept.get("/health").status_code == 200
+        idle[0].close()
+        wait_until(lambda: httpx2.get(f"{running.url}/health").status_code == 200)
 
 
 def test_openai_maps_503_to_its_exception(small, monkeypatch):

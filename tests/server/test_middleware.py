@@ -270,7 +270,7 @@ def test_without_keys_all_clients_share_a_rate() -> None:
 
 
 def with_protocol(
-    app: Any, work: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]], **seconds: float
+    app: Any, work: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]], **seconds: Any
 ) -> Any:
     """The result of some work with a connection to an application under uvicorn's protocol."""
 
@@ -278,7 +278,7 @@ def with_protocol(
         config = uvicorn.Config(
             app, log_config=None, ws="none", timeout_keep_alive=1, h11_max_incomplete_event_size=1000
         )
-        limits = {"header_seconds": 5.0, "send_seconds": 5.0} | seconds
+        limits = {"header_seconds": 5.0, "send_seconds": 5.0, "max_connections": 2} | seconds
         protocol, state = limited_protocol(**limits), ServerState()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
