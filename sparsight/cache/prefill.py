@@ -51,7 +51,6 @@ class Prefill:
     def __init__(self, recipe: Recipe, prompt: Prompt, keys: Tensor, values: Tensor) -> None:
         self.recipe = recipe
         self.prompt = prompt
-        self._recipes = [fitted(recipe, prompt, sequence) for sequence in range(len(prompt.spans))]
         self.seen = keys.shape[2]
         self.keys, self.values = keys.detach(), values.detach()
         heads, device = keys.shape[1], keys.device
@@ -67,7 +66,7 @@ class Prefill:
 
     def recipe_of(self, sequence: int) -> Recipe:
         """The recipe for a sequence."""
-        return self._recipes[sequence]
+        return fitted(self.recipe, self.prompt, sequence)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of the prompt's next part."""

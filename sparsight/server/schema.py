@@ -207,5 +207,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 """Responses that every endpoint may have."""
 
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 """The other response of endpoints that can stream."""
