@@ -18,10 +18,13 @@ BEGIN, END = "<!-- results: written by benchmarks/accuracy.py -->", "<!-- end of
 BUDGET = 0.1
 """The budget of the table on the page itself."""
 
+LARGE = "reader-30"
+"""The folder of the results on a larger model, which come first."""
+
 
 def main(page: Annotated[Path, typer.Argument(help="The page; the results are in a folder of its name.")]) -> None:
     """Write the page, and one page for each task to the folder beside it."""
-    for old in page.with_suffix("").glob("*.md"):
+    for old in page.with_suffix("").rglob("*.md"):
         old.unlink()
     for path, text in pages(page).items():
         path.write_text(text)
@@ -30,18 +33,18 @@ def main(page: Annotated[Path, typer.Argument(help="The page; the results are in
 def pages(page: Path) -> dict[Path, str]:
     """The texts of the page and of those beside it."""
     folder = page.with_suffix("")
-    results = json.loads((folder / "results.json").read_text())
-    figures = {name: f"{folder.name}/{name}.png" for name in CAPTIONS if (folder / f"{name}.png").exists()}
-    intro, *sections = markdown(results, figures).split("\n### ")
-    texts = {folder / _file(task): f"# {section}" for task, section in zip(results["tasks"], sections, strict=True)}
-    links = ", ".join(f"[{task['task']}]({folder.name}/{_file(task)})" for task in results["tasks"])
-    part = f"""{intro.strip()}
+    large, texts = "", {}
+    if (folder / LARGE / "results.json").exists():
+        intro, table, texts = _run(folder / LARGE, page.parent)
+        large = (
+            f"### A language model of thirty pretrained layers\n\n{intro}\n\n{table}\n\n### The model that ships\n\n"
+        )
+    intro, table, own = _run(folder, page.parent)
+    part = f"""{large}{intro}
 
 ### Every method at {BUDGET * 100:.3g} %
 
-{summary(results)}
-
-All budgets and metrics: {links}.
+{table}
 
 ### Attention
 
@@ -49,7 +52,18 @@ All budgets and metrics: {links}.
 """
     text = page.read_text()
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    return {page: f"{before}{BEGIN}\n\n{part}\n{after}", **texts}
+    return {page: f"{before}{BEGIN}\n\n{part}\n{after}", **texts, **own}
+
+
+def _run(folder: Path, root: Path) -> tuple[str, str, dict[Path, str]]:
+    """What a run's folder gives: an introduction with figures, the table with links, and the tasks' pages."""
+    name = folder.relative_to(root)
+    results = json.loads((folder / "results.json").read_text())
+    figures = {each: f"{name}/{each}.png" for each in CAPTIONS if (folder / f"{each}.png").exists()}
+    intro, *sections = markdown(results, figures).split("\n### ")
+    texts = {folder / _file(task): f"# {section}" for task, section in zip(results["tasks"], sections, strict=True)}
+    links = ", ".join(f"[{task['task']}]({name}/{_file(task)})" for task in results["tasks"])
+    return intro.strip(), f"{summary(results)}\n\nAll budgets and metrics: {links}.", texts
 
 
 def summary(results: Mapping[str, Any]) -> str:

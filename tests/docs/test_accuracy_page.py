@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
 
 def test_the_pages_say_what_the_results_say() -> None:
     texts = pages(PAGE)
-    assert {path for path in texts if path != PAGE} == set((PAGE.parent / "accuracy").glob("*.md"))
+    assert {path for path in texts if path != PAGE} == set((PAGE.parent / "accuracy").rglob("*.md"))
     for path, text in texts.items():
         assert path.read_text() == text, f"{path.name} is behind the results: python -m benchmarks.accuracy {PAGE}"
 
