@@ -62,7 +62,7 @@ bench: $(VENV)/.ready
 	$(BIN)/sparsight bench $(BENCH) --contexts 1k,2k,4k,8k --threads 2 --rounds 4 --output benchmarks/results/small-cpu-growth
 	$(BIN)/sparsight bench $(BENCH) --contexts 2900 --threads 2 --rounds 5 --compile --output benchmarks/results/small-cpu-compiled
 	$(BIN)/sparsight bench --force --shape small --new-tokens 3 --methods $(PREFILLS) --against transformers --device cpu --dtype float32 \
-		--contexts 2900 --threads 1 --rounds 5 --output benchmarks/results/small-cpu-prefill
+		--contexts 2900 --threads 1 --rounds 3 --output benchmarks/results/small-cpu-prefill
 
 # Weights of 6 GiB, held twice.
 bench-compiled: $(VENV)/.ready

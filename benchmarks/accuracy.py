@@ -33,7 +33,7 @@ def main(page: Annotated[Path, typer.Argument(help="The page; the results are in
 def pages(page: Path) -> dict[Path, str]:
     """The texts of the page and of those beside it."""
     folder = page.with_suffix("")
-    large, texts = "", {}
+    large, texts = "", dict[Path, str]()
     if (folder / LARGE / "results.json").exists():
         intro, table, texts = _run(folder / LARGE, page.parent)
         large = (

@@ -17,7 +17,7 @@ from sparsight.engine.engine import Engine
 from sparsight.engine.request import Handle, OutOfMemoryError
 from sparsight.engine.sampling import SamplingParams
 
-MAX_BATCH_SIZE = 64
+MAX_BATCH_SIZE = 128
 """Sequences that decode together by default, if their caches fit in memory."""
 
 CACHE_MEMORY_FRACTION = 0.7
