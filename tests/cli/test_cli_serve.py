@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import logging
 import subprocess
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,17 +27,6 @@ def test_every_limit_has_an_option(run, monkeypatch):
     help_text = run("serve", "--help")[1]
     for field in fields(Settings):
         assert f"--{field.name.replace('_', '-')}" in help_text
-
-
-@pytest.fixture(autouse=True)
-def _loggers() -> Iterator[None]:
-    """The command sets up logging to standard error, which is another stream in every test."""
-    loggers = [logging.getLogger(name) for name in ("sparsight", "uvicorn")]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 @pytest.mark.parametrize(
