@@ -198,6 +198,7 @@ def of_prefills(run: Run) -> Iterator[str]:
     )
     header = ["method", "first token, ms", VS_TRANSFORMERS, "statistics, ms", "compaction, ms"]
     yield table(header, [prefill_row(case) for case in run["cells"]])
+    yield "`sparsemm` is missing: its head scores are calibrated on one model, and these weights are random."
 
 
 def prefill_row(case: CaseResult) -> list[str]:
