@@ -185,26 +185,27 @@ def test_clients_get_what_they_get_without_ray(server: Server) -> None:
 def metric(server: Server, name: str) -> float:
     """The sum of a metric over the replicas; a scrape is of one that Ray chooses."""
     values = {}
-    for _ in range(16):
-        lines = httpx2.get(f"{server[1]}/metrics", headers=HEADERS).text.splitlines()
-        found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        values[found["process_start_time_seconds"]] = float(found.get(name, 0))
+    with httpx2.Client(headers=HEADERS) as client:
+        for _ in range(16):
+            lines = client.get(f"{server[1]}/metrics").text.splitlines()
+            found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+            values[found["process_start_time_seconds"]] = float(found.get(name, 0))
     return sum(values.values())
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_ends_its_request(server: Server, stream: bool) -> None:
     aborted = 'sparsight:request_success_total{finished_reason="aborted"}'
-    before = metric(server, aborted)
-    data = json.dumps(LONG | {"stream": stream, "max_tokens": 1000}).encode()
+    before, end = metric(server, aborted), time.monotonic() + 60
+    data = json.dumps(LONG | {"stream": stream, "max_tokens": 3000}).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(server[1].removeprefix("http://").split(":")) as connection:
         connection.sendall(head.encode() + data)
         while not metric(server, RUNNING):
-            pass
+            assert time.monotonic() < end, "The request does not run."
     while metric(server, RUNNING):
-        pass
+        assert time.monotonic() < end, "The request has not ended."
     assert metric(server, aborted) == before + 1
 
 
